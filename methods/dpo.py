@@ -23,6 +23,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -37,9 +38,9 @@ class Args:
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to when the row is longer than max_length
-    truncation: str = "auto"  # auto (keeps a cue such as "TL;DR:"), keep_end or keep_start of a long prompt
+    truncation: Literal["auto", "keep_end", "keep_start"] = "auto"  # of a long prompt; auto: its end, and its cue
 
-    lr: float = 3e-4  # of RMSprop, after warm-up
+    lr: float = 5e-5  # of RMSprop, after warm-up
     batch_size: int = 32  # pairs per optimiser step, over all processes
     epochs: int = 1
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
@@ -47,7 +48,7 @@ class Args:
     max_grad_norm: float = 10.0
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
-    dtype: str = "float32"  # of compute, float32 or bfloat16; weights, gradients and loss stay float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, gradient sums and loss stay float32
     seed: int = 0
 
     eval_every: int = 320  # training pairs between evaluations, rounded down to whole steps
