@@ -5,6 +5,20 @@ lines serve a laptop and torchrun.  Names ending in logps are log-probabilities 
 tokens; (R,) is one value per response of a packed batch: chosen, rejected, chosen, ...
 """
 
+from collections import Counter
+from huggingface_hub import snapshot_download
+from pathlib import Path
+from torch.distributed.checkpoint import state_dict as dsd
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 import atexit
 import csv
 import dataclasses
@@ -21,6 +35,7 @@ import itertools
 import json
 import logging
 import math
+import numpy as np
 import os
 import platform
 import random
@@ -28,36 +43,15 @@ import re
 import resource
 import shutil
 import signal
-import types
-import zlib
-from collections import Counter
-from pathlib import Path
-
-import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-from huggingface_hub import snapshot_download
-from torch.distributed.checkpoint import state_dict as dsd
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    PreTrainedTokenizerFast,
-)
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+import types
+import zlib
+
 
 # ---- processes
 
@@ -131,7 +125,7 @@ def start_run(args, method):
         if flags.get("resume"):
             require(old, f"{out}: no config.json, so there is no run to resume; start it without --resume")
             new = [f"{k} {old.get(k)} -> {v}" for k, v in flags.items() if k not in free and old.get(k) != v]
-            require(not new, f"{out}: --resume with new flags: {', '.join(new)}; restore them or change --out")
+            require(not new, f"{out}: --resume with new flags {', '.join(new)}; restore them or change --out")
         elif out.exists() and any(out.iterdir()):
             require(flags.get("overwrite"), f"{out}: holds a run: --resume goes on, --overwrite deletes it")
             require(old, f"{out}: no config.json, so --overwrite deletes nothing here; choose another --out")
@@ -260,25 +254,24 @@ def merge(parts, prefix=""):
 
 
 def speed(rows, seconds):
-    """Rows and real tokens per second, and peak memory.  Real tokens count a prompt once per response, padding never."""
-    tokens = sum(len(row["prompt_ids"]) * len(row["responses"]) + sum(map(len, row["responses"])) for row in rows)
+    """Rows and real tokens per second (a prompt counts once per response, padding never), and peak memory."""
+    tokens = sum(len(row["prompt_ids"]) + len(r) for row in rows for r in row["responses"])
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"rows_per_s": len(rows) / seconds, "tokens_per_s": tokens / seconds, "peak_GiB": peak / 2**30}
 
 
 def stop_unless_finite(grad_norm, step, rows, out):
-    """Leave before a non-finite gradient reaches the weights; the norm is global, so all processes leave together."""
-    if not math.isfinite(grad_norm):
-        saved = sorted(out.glob("step-*[0-9]"))
-        raise SystemExit(f"step {step}: the loss or its gradient is not finite, on one of rows {[r['row'] for r in rows]}; "
-                         f"last checkpoint: {saved[-1] if saved else 'none'}; try a smaller --lr")
+    """Leave before a non-finite gradient reaches the weights; the norm is global: all processes leave."""
+    last = ["none", *checkpoints(out)][-1]
+    require(math.isfinite(grad_norm), f"step {step}: the gradient is not finite, from one of the rows "
+            f"{[row['row'] for row in rows]}; last checkpoint: {last}; try a smaller --lr")
 
 
 def plot_curves(out, panels, caption):
-    """Draw metrics of out/metrics.jsonl against the step -> out/figures/curves.png, and the records as a list.
+    """Draw metrics of out/metrics.jsonl against the step into out/figures/curves.png -> the records, a list.
 
-    panels: (title, unit of the y axis, names of metrics).  Thin lines are training batches, markers held-out values.
+    panels: (title, unit of the y axis, names of metrics).  Thin lines: training batches; markers: held-out values.
     """
     records = [json.loads(line) for line in open(out / "metrics.jsonl")]
     if dist.get_rank() == 0:
@@ -290,7 +283,7 @@ def plot_curves(out, panels, caption):
             for color, name in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], names):
                 for key, style in ((name, dict(alpha=0.4, lw=1)), ("eval_" + name, dict(marker="o", ms=4))):
                     points = [(r["step"], r[key]) for r in records if key in r]
-                    label = key.removeprefix("eval_").split("/")[-1] + (", held out" if key != name else ", training")
+                    label = name.split("/")[-1] + (", training" if key == name else ", held out")
                     axis.plot(*zip(*points), color=color, label=label, **style) if points else None
             axis.set(title=title, xlabel="optimiser step", ylabel=unit)
             axis.legend(fontsize=8)
@@ -302,13 +295,11 @@ def plot_curves(out, panels, caption):
 
 
 def print_evaluations(records):
-    """The held-out metrics before the first and after the last step, one line each, on rank 0."""
+    """A table of the held-out metrics before the first and after the last step, on rank 0."""
     held_out = [r for r in records if any(name.startswith("eval_") for name in r)]
     if dist.get_rank() == 0:
-        print(f"\n{'held out':24}" + "".join(f"{'step ' + str(r['step']):>14}" for r in (held_out[0], held_out[-1])))
         for name in held_out[0]:
-            if name != "step":
-                print(f"{name.removeprefix('eval_'):24}{held_out[0][name]:14.4f}{held_out[-1][name]:14.4f}")
+            print(f"{name.replace('eval_', 'held out '):32}", *(f"{r[name]:12.4g}" for r in (held_out[0], held_out[-1])))
 
 
 # ---- models
@@ -465,8 +456,8 @@ def build_tiny(folder, steps=400):
         vocab_size=512, show_progress=False, special_tokens=[end, pad], initial_alphabet=level.alphabet()))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=pad)
     model = GPTNeoXForCausalLM(GPTNeoXConfig(  # a sequential residual learns to copy the hero sooner
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4, rotary_pct=0.5,
-        num_attention_heads=4, use_parallel_residual=False, bos_token_id=0, eos_token_id=0, pad_token_id=1))
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
+        num_attention_heads=4, rotary_pct=0.5, use_parallel_residual=False, eos_token_id=0, pad_token_id=1))
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
     for step in range(steps):
         ids = tokenizer(texts[32 * step:32 * (step + 1)], padding=True, return_tensors="pt").input_ids
@@ -685,8 +676,14 @@ def subset(rows, n, seed):
     return [rows[i] for i in sorted(np.random.default_rng([seed, 1]).permutation(len(rows))[:n])]
 
 
+def optimiser_steps(n, batch_size, epochs, max_steps=0):
+    """How many steps to run on n rows: max_steps, or as many whole batches as the epochs hold."""
+    require(n >= batch_size, f"{n} rows are fewer than one batch of {batch_size}: lower --batch-size or add data")
+    return max_steps or epochs * n // batch_size
+
+
 def batch_order(n, batch_size, step, seed):
-    """Indices of the rows of global batch `step`: a pure function, so that a resumed run sees what it would have seen.
+    """Indices of the rows of global batch `step`: a pure function, so a resumed run sees what it would have seen.
 
     One shuffle of the n rows after another; a batch may reach over the end of an epoch.
     """
@@ -779,14 +776,13 @@ def pack_pairs(rows, tokens_per_microbatch=8192, rank=None, world=None):
     """Split tokenised rows into this process's micro-batches; every process gets the same number of them.
 
     A micro-batch is one packed row without padding: [prompt | response 1 | response 2 ...] [prompt | ...].
-    Positions restart at every prompt and each response continues its prompt's positions, so that the prompt is
-    scored once for all its responses and no response sees another.  Rows go to the emptiest micro-batch, longest
-    first; a micro-batch exceeds the budget only where a row does or where the rows do not divide by the processes.
+    Positions restart at every prompt and each response continues its prompt's positions: the prompt is computed
+    once for all its responses, and no response sees another.  Longest rows go first, each into the emptiest
+    micro-batch; one exceeds the budget only if a single row does or the rows do not divide by the processes.
     """
     if world is None:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if len(rows) < world:
-        raise SystemExit(f"{len(rows)} rows for {world} processes: every process needs at least one")
+    require(len(rows) >= world, f"{len(rows)} rows for {world} processes: every process needs at least one")
     sizes = [len(row["prompt_ids"]) + sum(map(len, row["responses"])) for row in rows]
     per_process = max(1, -(-sum(sizes) // (tokens_per_microbatch * world)))
     while True:
@@ -797,7 +793,8 @@ def pack_pairs(rows, tokens_per_microbatch=8192, rank=None, world=None):
             tokens, tie, members = heapq.heappop(bins)
             heapq.heappush(bins, [tokens + sizes[i], tie, members + [i]])
         if max(bins)[0] <= tokens_per_microbatch or per_process == len(rows) // world:
-            return [_pack(rows, sorted(members)) for _, _, members in sorted(bins, key=lambda b: b[1])[rank::world]]
+            mine = sorted(bins, key=lambda b: b[1])[rank::world]
+            return [_pack(rows, sorted(members)) for _, _, members in mine]
         per_process += 1
 
 
@@ -806,8 +803,7 @@ def _pack(rows, index):
     ids, positions, segments, score_at, targets, owner, counts, last_at = [], [], [], [], [], [], [], []
     for row in (rows[i] for i in index):
         prompt, responses = row["prompt_ids"], row["responses"]
-        if not prompt:
-            raise SystemExit("a row has an empty prompt: give it at least one token (a BOS will do)")
+        require(prompt, f"row {row.get('row')} has an empty prompt: give it one token at least")
         last = len(ids) + len(prompt) - 1  # its hidden state predicts the first token of every response
         ids += prompt
         positions += range(len(prompt))
@@ -834,18 +830,18 @@ LOGITS_BYTES = 2**30  # logits up to here are kept for backward, beyond it made 
 def packed_attention(module, query, key, value, attention_mask, segments=None, scaling=None, **kwargs):
     """Causal attention inside each [prompt | response] of a packed row.  (1, heads, N, d) -> (1, N, heads, d)
 
-    The table of segments travels as a keyword through the model call: gradient checkpointing then recomputes with
-    the table of its own batch.  Without one this is the library's attention.
+    segments lists the lengths (prompt, response 1, response 2, ...).  It travels as a keyword through the model,
+    so that gradient checkpointing recomputes with its own batch's table.  Without it: the library's attention.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise ValueError("capped attention scores and attention sinks are not written here")
     window, longest = kwargs.get("sliding_window"), max(row[0] + max(row[1:]) for row in segments)
-    if window and longest > window:
-        raise SystemExit(f"a row of {longest} tokens exceeds the model's attention window: --max-length {window}")
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling,
-                               enable_gqa=query.shape[1] != key.shape[1])
+    require(not window or longest <= window,
+            f"a row of {longest} tokens exceeds the model's attention window: --max-length {window}")
+    grouped = query.shape[1] != key.shape[1]
+    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=grouped)
     # One split: slicing q, k, v per segment would make each backward write a zero tensor as long as the row.
     sizes = [n for prompt, first, *others in segments for n in (prompt + first, *others)]
     pieces, out = zip(*(x.split(sizes, dim=2) for x in (query, key, value))), []
@@ -867,9 +863,9 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 class HeadLogps(torch.autograd.Function):
     """log softmax(hidden weight^T + bias)[target] in fp32.  (M, d), (V, d), (V,) or None, (M,) -> (M,)
 
-    The naive form holds several fp32 copies of the logits.  Here they exist once, in compute dtype, and backward
-    turns them into their own gradient, d logit = grad (onehot - softmax); where they would exceed LOGITS_BYTES they
-    are made in chunks of 512 rows, forward and again backward.
+    The naive form holds several fp32 copies of the logits.  Here they exist once, in compute dtype, and
+    backward turns them into their own gradient, d logit = grad (onehot - softmax).  Where they would exceed
+    LOGITS_BYTES, they are made in chunks of 512 rows, forward and again backward.
     """
 
     @staticmethod
@@ -897,7 +893,7 @@ class HeadLogps(torch.autograd.Function):
             h, t, g, log_norm = (x[i:i + ctx.rows] for x in (hidden, targets, grad, log_norms))
             logits, ctx.kept = F.linear(h, weight, bias) if ctx.kept is None else ctx.kept, None
             for z, log_n, g_z in _blocks(logits, log_norm[:, None], g[:, None]):
-                z.copy_((z.float() - log_n).exp_().mul_(-g_z))  # through fp32: z - log_n in bf16 loses percents
+                z.copy_((z.float() - log_n).exp_().mul_(-g_z))  # in bf16 z - log_n loses percents
             logits[torch.arange(len(t)), t] += g.to(logits.dtype)
             d_hidden[i:i + ctx.rows] = logits @ weight
             d_weight = logits.T @ h if d_weight is None else d_weight.add_(logits.T @ h)
@@ -907,15 +903,15 @@ class HeadLogps(torch.autograd.Function):
 
 
 def _blocks(logits, *others):
-    """Row blocks that stay in a CPU core's cache while several passes walk the vocabulary; all rows on a GPU."""
+    """Row blocks that stay in a CPU core's cache while passes walk the vocabulary; all rows on a GPU."""
     n = 8 if logits.device.type == "cpu" else max(1, len(logits))
     return zip(logits.split(n), *(x.split(n) for x in others))
 
 
 def token_logps(model, batch):
-    """log pi(token | prompt, response so far) of every scored response token of a packed batch, in fp32.  (M,)
+    """log pi(token | prompt, response so far) of every response token of a packed batch, in fp32.  -> (M,)
 
-    Sum them by batch["owner"] to get responses.  Dropout must be off: the responses of a row share their prompt.
+    batch["owner"] says whose they are.  Dropout must be off: the responses of a row share their prompt.
     """
     return _forward(model, batch, "_packed_token_logps", "_plain_token_logps")
 
@@ -923,16 +919,16 @@ def token_logps(model, batch):
 def response_logps(model, batch):
     """log pi(response | prompt), summed over the response's tokens, and its number of tokens.  -> (R,), (R,)
 
-    R responses in the order of the batch: chosen, rejected, chosen, ...; differentiable; sums in fp64, then fp32.
+    R responses in the batch's order: chosen, rejected, chosen, ...; differentiable; summed in fp64, returned fp32.
     """
     logps = token_logps(model, batch)
     owner, counts = batch["owner"].to(logps.device), batch["counts"].to(logps.device)
-    sums = torch.zeros(len(counts), dtype=torch.float64, device=logps.device).index_add(0, owner, logps.double())
+    sums = logps.new_zeros(len(counts), dtype=torch.float64).index_add(0, owner, logps.double())
     return sums.float(), counts
 
 
 def response_hiddens(model, batch):
-    """Final-norm hidden state at each response's last token, for heads that are not the vocabulary.  -> (R, d)"""
+    """Final-norm hidden state at each response's last token, for heads other than the vocabulary's.  -> (R, d)"""
     hiddens = _forward(model, batch, "_packed_hiddens", None)
     return hiddens.index_select(0, batch["last_at"].to(hiddens.device))
 
@@ -944,7 +940,8 @@ def _forward(model, batch, packed, plain):
             setattr(model, function.__name__, types.MethodType(function, model))
             register_fsdp_forward_method(model, function.__name__)
         model.packs = _packing_is_exact(model)
-    require(model.packs or plain, f"{type(model).__name__} cannot be packed: choose a GPT-NeoX, Llama or GPT-2 model")
+    name = type(model).__name__
+    require(model.packs or plain, f"{name} cannot be packed: choose a GPT-NeoX, Llama or GPT-2 model")
     return getattr(model, packed if model.packs else plain)(batch)
 
 
@@ -952,9 +949,9 @@ def _packed_hiddens(model, batch):
     """Final-norm hidden states of the packed row.  (N, d)"""
     device = model.device
     return model.base_model(
-        input_ids=batch["input_ids"].to(device), position_ids=batch["position_ids"].to(device), use_cache=False,
-        attention_mask=torch.zeros(1, 1, 1, 1, device=device),  # a ready 4-D mask: the library then builds none
-        segments=batch["segments"]).last_hidden_state[0]
+        input_ids=batch["input_ids"].to(device), position_ids=batch["position_ids"].to(device),
+        attention_mask=torch.zeros(1, 1, 1, 1, device=device),  # 4-D, hence taken as ready: none is built
+        segments=batch["segments"], use_cache=False).last_hidden_state[0]
 
 
 def _packed_token_logps(model, batch):
@@ -976,10 +973,10 @@ def _plain_token_logps(model, batch):
 
 @torch.no_grad()
 def _packing_is_exact(model):
-    """Try the packed layout on three short rows; a family for which it is not right gets plain rows, and says so.
+    """Try the packed layout on three short rows; a family for which it is wrong gets plain rows, with a line.
 
-    Not right are, for example, position biases outside the library's attention interface (BLOOM), recurrent layers
-    (Mamba) and logits scaled or capped after the head (Gemma 2, Cohere).
+    Wrong it is, for example, for position biases outside the library's attention interface (BLOOM), recurrent
+    layers (Mamba) and logits scaled or capped after the head (Gemma 2, Cohere).
     """
     ids = [(7 * i * i + 3 * i + 1) % min(model.config.vocab_size, 256) for i in range(40)]
     probe = _pack([dict(prompt_ids=ids[:9], responses=[ids[9:15], ids[15:18]]),
@@ -999,19 +996,18 @@ def _packing_is_exact(model):
         problem = str(error).splitlines()[0]
     if problem:
         model.set_attn_implementation(implementation)
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            print(f"{type(model).__name__}: rows are scored one by one, padded, because packing fails: {problem}")
+        say(f"{type(model).__name__}: responses are scored in padded rows, because packing fails: {problem}")
     return not problem
 
 
 def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
-    """Summed log-probs of every response under a frozen model, computed once and cached on disk.  -> (len(rows), n)
+    """Summed log-probs of every response under a frozen model, computed once, cached on disk.  -> (len(rows), n)
 
     The key is a hash of the model's files, the token ids and dtype: another model, tokenizer, data set or
-    truncation is another entry, another beta is not.  Rows must have the same number n of responses.
+    truncation is another entry, another beta is not.  Every row must have n responses.
     """
-    if load_tokenizer(name).get_vocab() != tokenizer.get_vocab():
-        raise SystemExit(f"{name} and the policy have different vocabularies: choose models with the same tokenizer")
+    require(load_tokenizer(name).get_vocab() == tokenizer.get_vocab(),
+            f"{name} and the policy have different vocabularies: choose models with the same tokenizer")
     key, folder = hashlib.sha256(f"{dtype} 1".encode()), model_folder(name)
     for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".bin")):
         key.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
@@ -1025,23 +1021,21 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
             with torch.no_grad():
                 sums[batch["index"]] = response_logps(model, batch)[0].view(len(batch["index"]), -1)
         dist.all_reduce(sums)  # every row was scored by one process, and is zero elsewhere
-        save_array = lambda: (path.parent.mkdir(parents=True, exist_ok=True), np.save(file := io.BytesIO(), sums.cpu()),
-                              write(path, file.getvalue()))
-        on_rank0(save_array, path)
+        np.save(file := io.BytesIO(), sums.cpu().numpy())
+        on_rank0(lambda: (path.parent.mkdir(parents=True, exist_ok=True), write(path, file.getvalue())), path)
     return torch.from_numpy(np.load(path))
 
 # ---- records of a step
 
 def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """What every preference method logs of each pair, under the names that other libraries use.  -> dict of (B,)
+    """What every preference method logs of each pair, under names that other libraries use.  -> dict of (B,)
 
-    Implicit rewards are beta log pi/pi_ref in nats; a tie counts as wrong, so both accuracies of equal models are 0.
+    Implicit rewards are beta log pi/pi_ref in nats; a tie is wrong: equal models have reward accuracy 0.
     """
     chosen, rejected = (x.detach() for x in (chosen_logps, rejected_logps))
-    rewards_chosen, rewards_rejected = beta * (chosen - ref_chosen_logps), beta * (rejected - ref_rejected_logps)
-    return {"rewards/chosen": rewards_chosen, "rewards/rejected": rewards_rejected,
-            "rewards/margins": rewards_chosen - rewards_rejected,
-            "rewards/accuracies": (rewards_chosen > rewards_rejected).float(),
+    r_chosen, r_rejected = beta * (chosen - ref_chosen_logps), beta * (rejected - ref_rejected_logps)
+    return {"rewards/chosen": r_chosen, "rewards/rejected": r_rejected,
+            "rewards/margins": r_chosen - r_rejected, "rewards/accuracies": (r_chosen > r_rejected).float(),
             "ranking_accuracy": (chosen > rejected).float(), "logps/chosen": chosen, "logps/rejected": rejected}
 
 

@@ -81,29 +81,10 @@ import torch.nn.functional as F
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
 from common import (
-    batch_order,
-    clip_gradients,
-    load_checkpoint,
-    load_model,
-    load_pairs,
-    load_tokenizer,
-    log,
-    merge,
-    pack_pairs,
-    pair_metrics,
-    plot_curves,
-    print_evaluations,
-    reference_logps,
-    response_logps,
-    save_checkpoint,
-    save_model,
-    setup,
-    speed,
-    start_run,
-    stop_requested,
-    stop_unless_finite,
-    subset,
-    tokenize_pairs,
+    batch_order, clip_gradients, load_checkpoint, load_model, load_pairs, load_tokenizer, log, merge,
+    optimiser_steps, pack_pairs, pair_metrics, plot_curves, print_evaluations, reference_logps,
+    response_logps, save_checkpoint, save_model, setup, speed, start_run, stop_requested,
+    stop_unless_finite, subset, tokenize_pairs
 )
 
 
@@ -145,15 +126,15 @@ def main(args):
     if args.beta <= 0 or not 0 <= args.label_smoothing < 0.5:
         raise SystemExit("--beta must be positive and --label-smoothing in [0, 0.5)")
     setup(args.seed)
-    out = start_run(args, "dpo")
-
     tokenizer = load_tokenizer(args.model)
     limits = args.max_length, args.max_prompt_length, args.truncation
     train = tokenize_pairs(load_pairs(args.data, "train"), tokenizer, *limits)
     test = tokenize_pairs(load_pairs(args.data, "test"), tokenizer, *limits)
-    steps = args.max_steps or args.epochs * len(train) // args.batch_size
+    steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
+    out = start_run(args, "dpo")
+
     ref_train, ref_test = (reference_logps(args.ref_model or args.model, tokenizer, rows, args.dtype,
                                            args.tokens_per_microbatch) for rows in (train, test))
 

@@ -79,28 +79,9 @@ import torch.distributed as dist
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
 from common import (
-    batch_order,
-    clip_gradients,
-    every_turn,
-    load_checkpoint,
-    load_model,
-    load_pairs,
-    load_tokenizer,
-    log,
-    merge,
-    pack_pairs,
-    plot_curves,
-    print_evaluations,
-    response_logps,
-    save_checkpoint,
-    save_model,
-    setup,
-    speed,
-    start_run,
-    stop_requested,
-    stop_unless_finite,
-    subset,
-    tokenize_pairs,
+    batch_order, clip_gradients, every_turn, load_checkpoint, load_model, load_pairs, load_tokenizer, log,
+    merge, optimiser_steps, pack_pairs, plot_curves, print_evaluations, response_logps, save_checkpoint,
+    save_model, setup, speed, start_run, stop_requested, stop_unless_finite, subset, tokenize_pairs
 )
 
 
@@ -142,13 +123,12 @@ def load_examples(args, split, tokenizer):
 
 def main(args):
     setup(args.seed)
-    out = start_run(args, "sft")
-
     tokenizer = load_tokenizer(args.model)
     train, test = (load_examples(args, split, tokenizer) for split in ("train", "test"))
-    steps = args.max_steps or args.epochs * len(train) // args.batch_size
+    steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_examples, seed=0)
+    out = start_run(args, "sft")
 
     model = load_model(args.model, args.dtype, train=True)
     if args.gradient_checkpointing:
