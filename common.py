@@ -1,8 +1,8 @@
 """What the methods share: processes, models, the tiny world, data, tokenization, log-probabilities, sampling.
 
-Copy this file beside a method to carry the method away.  A plain `python` run is a process group of one, so the same
-lines serve a laptop and torchrun.  Names ending in logps are log-probabilities in nats, summed over a response's
-tokens; (R,) is one value per response of a packed batch: chosen, rejected, chosen, ...
+Copy this file beside a method to carry the method away.  A plain `python` run is a process group of one, so
+the same lines serve a laptop and torchrun.  Names ending in logps are log-probabilities in nats, summed over
+a response's tokens; (R,) is one value per response of a packed batch: chosen, rejected, chosen, ...
 """
 
 from collections import Counter
@@ -89,6 +89,12 @@ def require(condition, message):
         raise SystemExit(message)
 
 
+def say(line):
+    """Print on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(line, flush=True)
+
+
 def on_rank0(function, problem):
     """function() of rank 0 -> its result on all ranks, or all exit with code 1 and a line: problem (why)."""
     first, answer = not dist.is_initialized() or dist.get_rank() == 0, [None, None]
@@ -101,7 +107,7 @@ def on_rank0(function, problem):
             answer[1] = f"{problem} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
-    require(answer[1] is None, answer[1] if first else 1)
+    require(answer[1] is None, answer[1] if first or answer[1] == 0 else 1)
     return answer[0]
 
 
@@ -126,6 +132,9 @@ def start_run(args, method):
             require(old, f"{out}: no config.json, so there is no run to resume; start it without --resume")
             new = [f"{k} {old.get(k)} -> {v}" for k, v in flags.items() if k not in free and old.get(k) != v]
             require(not new, f"{out}: --resume with new flags {', '.join(new)}; restore them or change --out")
+            if (out / "model").is_dir():
+                print(f"{out}: this run is finished; its model is in {out / 'model'}")
+                raise SystemExit(0)
         elif out.exists() and any(out.iterdir()):
             require(flags.get("overwrite"), f"{out}: holds a run: --resume goes on, --overwrite deletes it")
             require(old, f"{out}: no config.json, so --overwrite deletes nothing here; choose another --out")
@@ -141,16 +150,18 @@ def start_run(args, method):
 
 
 def log(out, step, /, **values):
-    """Print, append to out/metrics.jsonl and return {"step": step, name: mean over the items of all ranks}.
+    """Append {"step": step, name: mean over the items of all ranks} to out/metrics.jsonl and return it.
 
-    values: floats, or tensors of this rank's items (any number of them, even none).
+    values: floats, or tensors of this rank's items (any number of them, even none).  The first six are
+    printed.
     """
     items = [torch.as_tensor(v, dtype=torch.float64, device=DEVICE).detach() for v in values.values()]
     totals = torch.stack([torch.stack([v.sum(), v.new_tensor(v.numel())]) for v in items]).cpu()
     dist.all_reduce(totals)
     line = {"step": step} | dict(zip(values, (totals[:, 0] / totals[:, 1]).tolist()))
     if dist.get_rank() == 0:
-        print(f"step {step:6d}", *(f"{name} {line[name]:<#10.4g}" for name in values), sep="  ", flush=True)
+        shown = (f"{name} {line[name]:<#9.4g}" for name in [*values][:6])
+        print(f"step {step:6d}", *shown, sep="  ", flush=True)
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
     return line
@@ -271,7 +282,8 @@ def stop_unless_finite(grad_norm, step, rows, out):
 def plot_curves(out, panels, caption):
     """Draw metrics of out/metrics.jsonl against the step into out/figures/curves.png -> the records, a list.
 
-    panels: (title, unit of the y axis, names of metrics).  Thin lines: training batches; markers: held-out values.
+    panels: (title, unit of the y axis, names of metrics).  Thin lines: training batches; markers: held-out
+    values.
     """
     records = [json.loads(line) for line in open(out / "metrics.jsonl")]
     if dist.get_rank() == 0:
@@ -299,7 +311,8 @@ def print_evaluations(records):
     held_out = [r for r in records if any(name.startswith("eval_") for name in r)]
     if dist.get_rank() == 0:
         for name in held_out[0]:
-            print(f"{name.replace('eval_', 'held out '):32}", *(f"{r[name]:12.4g}" for r in (held_out[0], held_out[-1])))
+            ends = (f"{record[name]:12.4g}" for record in (held_out[0], held_out[-1]))
+            print(f"{name.replace('eval_', 'held out '):32}", *ends)
 
 
 # ---- models
@@ -678,12 +691,12 @@ def subset(rows, n, seed):
 
 def optimiser_steps(n, batch_size, epochs, max_steps=0):
     """How many steps to run on n rows: max_steps, or as many whole batches as the epochs hold."""
-    require(n >= batch_size, f"{n} rows are fewer than one batch of {batch_size}: lower --batch-size or add data")
+    require(n >= batch_size, f"{n} rows are fewer than one batch of {batch_size}: lower --batch-size")
     return max_steps or epochs * n // batch_size
 
 
 def batch_order(n, batch_size, step, seed):
-    """Indices of the rows of global batch `step`: a pure function, so a resumed run sees what it would have seen.
+    """Indices of the rows of global batch `step`: a pure function, so that resuming changes nothing.
 
     One shuffle of the n rows after another; a batch may reach over the end of an epoch.
     """
@@ -776,9 +789,10 @@ def pack_pairs(rows, tokens_per_microbatch=8192, rank=None, world=None):
     """Split tokenised rows into this process's micro-batches; every process gets the same number of them.
 
     A micro-batch is one packed row without padding: [prompt | response 1 | response 2 ...] [prompt | ...].
-    Positions restart at every prompt and each response continues its prompt's positions: the prompt is computed
-    once for all its responses, and no response sees another.  Longest rows go first, each into the emptiest
-    micro-batch; one exceeds the budget only if a single row does or the rows do not divide by the processes.
+    Positions restart at every prompt and each response continues its prompt's positions: the prompt is
+    computed once for all its responses, and no response sees another.  Longest rows go first, each into the
+    emptiest micro-batch; one exceeds the budget only if a single row does or the rows do not divide by the
+    processes.
     """
     if world is None:
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -830,8 +844,9 @@ LOGITS_BYTES = 2**30  # logits up to here are kept for backward, beyond it made 
 def packed_attention(module, query, key, value, attention_mask, segments=None, scaling=None, **kwargs):
     """Causal attention inside each [prompt | response] of a packed row.  (1, heads, N, d) -> (1, N, heads, d)
 
-    segments lists the lengths (prompt, response 1, response 2, ...).  It travels as a keyword through the model,
-    so that gradient checkpointing recomputes with its own batch's table.  Without it: the library's attention.
+    segments lists the lengths (prompt, response 1, response 2, ...).  It travels as a keyword through the
+    model, so that gradient checkpointing recomputes with its own batch's table.  Without it: the library's
+    attention.
     """
     if segments is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
@@ -919,7 +934,8 @@ def token_logps(model, batch):
 def response_logps(model, batch):
     """log pi(response | prompt), summed over the response's tokens, and its number of tokens.  -> (R,), (R,)
 
-    R responses in the batch's order: chosen, rejected, chosen, ...; differentiable; summed in fp64, returned fp32.
+    R responses in the batch's order: chosen, rejected, chosen, ...; differentiable; summed in fp64, returned
+    fp32.
     """
     logps = token_logps(model, batch)
     owner, counts = batch["owner"].to(logps.device), batch["counts"].to(logps.device)
@@ -928,7 +944,7 @@ def response_logps(model, batch):
 
 
 def response_hiddens(model, batch):
-    """Final-norm hidden state at each response's last token, for heads other than the vocabulary's.  -> (R, d)"""
+    """Final-norm hidden state at each response's last token, for heads of one's own.  -> (R, d)"""
     hiddens = _forward(model, batch, "_packed_hiddens", None)
     return hiddens.index_select(0, batch["last_at"].to(hiddens.device))
 
@@ -1001,7 +1017,7 @@ def _packing_is_exact(model):
 
 
 def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
-    """Summed log-probs of every response under a frozen model, computed once, cached on disk.  -> (len(rows), n)
+    """Summed log-probs of every response under a frozen model, cached on disk.  -> (len(rows), n)
 
     The key is a hash of the model's files, the token ids and dtype: another model, tokenizer, data set or
     truncation is another entry, another beta is not.  Every row must have n responses.
@@ -1036,7 +1052,8 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
     r_chosen, r_rejected = beta * (chosen - ref_chosen_logps), beta * (rejected - ref_rejected_logps)
     return {"rewards/chosen": r_chosen, "rewards/rejected": r_rejected,
             "rewards/margins": r_chosen - r_rejected, "rewards/accuracies": (r_chosen > r_rejected).float(),
-            "ranking_accuracy": (chosen > rejected).float(), "logps/chosen": chosen, "logps/rejected": rejected}
+            "ranking_accuracy": (chosen > rejected).float(),
+            "logps/chosen": chosen, "logps/rejected": rejected}
 
 
 # ---- sampling

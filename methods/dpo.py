@@ -2,12 +2,13 @@
 
 Rafailov, Sharma, Mitchell, Ermon, Manning, Finn 2023, https://arxiv.org/abs/2305.18290
 
-Loss (Eq. 7), with implicit rewards r = beta log pi/pi_ref (Eq. 5, where beta log Z(x) cancels in the difference):
+Loss (Eq. 7), with implicit rewards r = beta log pi/pi_ref (Eq. 5, where beta log Z(x) cancels in the
+difference):
 
     L = -log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x) )
 
-    python methods/dpo.py                                                  tiny world, about a minute on a laptop
-    python methods/dpo.py --model results/sft --beta 0.5                   from your own SFT run
+    python methods/dpo.py                                                  tiny world, about a minute on a
+    laptop python methods/dpo.py --model results/sft --beta 0.5                   from your own SFT run
     torchrun --standalone --nproc-per-node 4 methods/dpo.py hh --model results/sft-hh
 
 Presets: tiny (default) | hh: Pythia-2.8B on Anthropic HH | tldr: Pythia-2.8B on TL;DR comparisons.
@@ -15,7 +16,7 @@ Presets: tiny (default) | hh: Pythia-2.8B on Anthropic HH | tldr: Pythia-2.8B on
 Log-probs are summed over the response's tokens, its end-of-text token included, and never over the prompt.
 Differs from the released code of the paper (eric-mitchell/direct-preference-optimization):
 - policy and reference compute in the same dtype, so that every reward is exactly 0 at step 0;
-- --seed reaches the order of the data; partial batches carry over into the next epoch instead of being dropped;
+- --seed reaches the order of the data; partial batches carry over into the next epoch and are not dropped;
 - the rejected transcript must share the chosen one's prompt, else the row is dropped and counted.
 """
 
@@ -38,7 +39,7 @@ class Args:
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to when the row is longer than max_length
-    truncation: Literal["auto", "keep_end", "keep_start"] = "auto"  # of a long prompt; auto: its end, and its cue
+    truncation: Literal["auto", "keep_end", "keep_start"] = "auto"  # of long prompts; auto: end and cue
 
     lr: float = 5e-5  # of RMSprop, after warm-up
     batch_size: int = 32  # pairs per optimiser step, over all processes
@@ -48,25 +49,25 @@ class Args:
     max_grad_norm: float = 10.0
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, gradient sums and loss stay float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, sums and loss are float32
     seed: int = 0
 
     eval_every: int = 320  # training pairs between evaluations, rounded down to whole steps
     eval_pairs: int = 256  # held-out pairs, the same at every evaluation
     save_every: int = 0  # training pairs between checkpoints; 0: only at the end
-    out: str = ""  # run folder; empty: results/dpo, with the preset's name if there is one
+    out: str = "results/dpo"  # run folder
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
 
 
-PAPER = dict(  # the released commands for Pythia-2.8B; App. B has beta 0.1, RMSprop, batch 64, 150 warm-up steps
-    model="EleutherAI/pythia-2.8b", lr=5e-7, batch_size=64, warmup_steps=150, max_grad_norm=10.0, dtype="bfloat16",
-    max_length=512, max_prompt_length=256, tokens_per_microbatch=16384, eval_every=5000, eval_pairs=256,
-    save_every=20000)
+PAPER = dict(  # the released commands for Pythia-2.8B; App. B: RMSprop, batch 64, 150 warm-up steps, lr 1e-6
+    model="EleutherAI/pythia-2.8b", lr=5e-7, batch_size=64, warmup_steps=150, max_grad_norm=10.0,
+    dtype="bfloat16", max_length=512, max_prompt_length=256, eval_every=5000, eval_pairs=256,
+    save_every=20000, tokens_per_microbatch=16384)
 PRESETS = {
     "tiny": Args(),
-    "hh": Args(data="hh", beta=0.1, **PAPER),  # --model your SFT run (methods/sft.py hh)
-    "tldr": Args(data="tldr", beta=0.5, **PAPER),  # beta 0.5 for summarisation, App. B
+    "hh": Args(data="hh", beta=0.1, out="results/dpo-hh", **PAPER),  # with --model results/sft-hh
+    "tldr": Args(data="tldr", beta=0.5, out="results/dpo-tldr", **PAPER),  # 0.5 for summaries, App. B
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -91,7 +92,8 @@ from common import (
 def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
     """Eq. 7 for each pair.  Four (B,) summed log-probs -> (B,) losses.
 
-    With label_smoothing = eps, the expected loss when a label is flipped with probability eps; 1/2 has no slope at 0.
+    With label_smoothing = eps, the expected loss when a label is flipped with probability eps; 1/2 has no
+    slope at 0.
     """
     chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # Eq. 5, without beta log Z(x)
     rejected_reward = beta * (rejected_logps - ref_rejected_logps)
@@ -109,7 +111,7 @@ def pair_losses(model, batch, reference, args):
 
 
 PANELS = [  # of the figure: title, unit, metrics
-    ("implicit rewards", "beta log pi/pi_ref (nats)", ["rewards/chosen", "rewards/rejected", "rewards/margins"]),
+    ("implicit rewards", "beta log pi/pi_ref, nats", ["rewards/chosen", "rewards/rejected"]),
     ("accuracy", "share of pairs", ["rewards/accuracies", "ranking_accuracy"]),
     ("loss", "nats per pair", ["loss"]),
 ]
@@ -173,7 +175,7 @@ def main(args):
 
     log(out, steps, **evaluate(model, test, ref_test, args))
     save_model(model, tokenizer, out / "model")
-    caption = f"DPO (Rafailov et al. 2023): {args.model} on {args.data} data, beta {args.beta}, seed {args.seed}"
+    caption = f"DPO (Rafailov et al.): {args.model} on {args.data} data, beta {args.beta}, seed {args.seed}"
     history = plot_curves(out, PANELS, caption)
     print_evaluations(history)
     return history

@@ -1,20 +1,23 @@
 """Supervised fine-tuning (SFT), the stage before preference learning.
 
-The reference policy of Rafailov et al. 2023 (DPO), https://arxiv.org/abs/2305.18290, App. B: maximum likelihood of
-the chosen responses, given their prompts.
+The reference policy of Rafailov et al. 2023 (DPO), https://arxiv.org/abs/2305.18290, App. B: maximum
+likelihood of the chosen responses, given their prompts.
 
-    L = - sum_t log pi(y_t | x, y_<t)      summed over the response's tokens, end-of-text included; mean over examples
+    L = - sum_t log pi(y_t | x, y_<t)      summed over the response's tokens, end-of-text included; mean over
+    examples
 
     python methods/sft.py                                       tiny world, half a minute on a laptop
     python methods/sft.py --data my_rows.jsonl --objective mean
     torchrun --standalone --nproc-per-node 4 methods/sft.py hh
 
-Presets: tiny (default) | hh: Pythia-2.8B on the chosen side of Anthropic HH | tldr: Pythia-2.8B on filtered TL;DR.
+Presets: tiny (default) | hh: Pythia-2.8B on the chosen side of Anthropic HH | tldr: Pythia-2.8B on filtered
+TL;DR.
 
-The sum gives long responses more weight than short ones.  It is the objective of the released code of the paper
-and the default; --objective mean divides by the number of scored tokens of the whole optimiser step, the usual
-language-modelling loss.  Prompts are never scored; --all-turns scores every assistant turn of a dialogue.
-Differs from the released code: TL;DR summaries start with a space, as they do in the preference data.
+The sum gives long responses more weight than short ones.  It is the objective of the released code of the
+paper and the default; --objective mean divides by the number of scored tokens of the whole optimiser step,
+the usual language-modelling loss.  Prompts are never scored; --all-turns scores every assistant turn of a
+dialogue. Differs from the released code: TL;DR summaries start with a space, as they do in the preference
+data.
 """
 
 import sys
@@ -28,7 +31,7 @@ import tyro
 
 @dataclass
 class Args:
-    objective: Literal["sum", "mean"] = "sum"  # over an example's scored tokens, as released; mean: over the batch's
+    objective: Literal["sum", "mean"] = "sum"  # over a response's tokens, as released; mean: over the batch's
     all_turns: bool = False  # score every assistant turn of a dialogue, not only the last
     one_per_prompt: bool = False  # keep the last row of each prompt; the released code does so for HH
 
@@ -36,7 +39,7 @@ class Args:
     data: str = "tiny"  # tiny, hh, tldr-sft, shp, se, ultrafeedback, a file, a folder or a hub id
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to when the row is longer than max_length
-    truncation: Literal["auto", "keep_end", "keep_start"] = "auto"  # of a long prompt; auto: its end, and its cue
+    truncation: Literal["auto", "keep_end", "keep_start"] = "auto"  # of long prompts; auto: end and cue
 
     lr: float = 1e-4  # of RMSprop, after warm-up
     batch_size: int = 32  # examples per optimiser step, over all processes
@@ -46,26 +49,26 @@ class Args:
     max_grad_norm: float = 10.0
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, gradient sums and loss stay float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, sums and loss are float32
     seed: int = 0
 
     eval_every: int = 320  # training examples between evaluations, rounded down to whole steps
     eval_examples: int = 256  # held-out examples, the same at every evaluation
     save_every: int = 0  # training examples between checkpoints; 0: only at the end
-    out: str = ""  # run folder; empty: results/sft, with the preset's name if there is one
+    out: str = "results/sft"  # run folder
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
 
 
 
 PAPER = dict(  # the released commands for Pythia-2.8B: RMSprop, batch 64, 150 warm-up steps, lr 5e-7
-    model="EleutherAI/pythia-2.8b", lr=5e-7, batch_size=64, warmup_steps=150, max_grad_norm=10.0, dtype="bfloat16",
-    max_length=512, max_prompt_length=256, tokens_per_microbatch=16384, eval_every=5000, eval_examples=256,
-    save_every=20000)
+    model="EleutherAI/pythia-2.8b", lr=5e-7, batch_size=64, warmup_steps=150, max_grad_norm=10.0,
+    dtype="bfloat16", max_length=512, max_prompt_length=256, eval_every=5000, eval_examples=256,
+    save_every=20000, tokens_per_microbatch=16384)
 PRESETS = {
     "tiny": Args(),
-    "hh": Args(data="hh", one_per_prompt=True, **PAPER),
-    "tldr": Args(data="tldr-sft", **PAPER),
+    "hh": Args(out="results/sft-hh", data="hh", one_per_prompt=True, **PAPER),
+    "tldr": Args(out="results/sft-tldr", data="tldr-sft", **PAPER),
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -144,7 +147,7 @@ def main(args):
         started, metrics = time.time(), []
         index = batch_order(len(train), args.batch_size, step, args.seed)
         rows = [train[i] for i in index]
-        # "mean" divides by the tokens of the whole step, on all processes: no micro-batch may have its own mean.
+        # "mean" divides by the tokens of the whole step on all processes: no micro-batch has its own mean.
         items = len(rows) if args.objective == "sum" else sum(len(row["responses"][0]) for row in rows)
         for batch in pack_pairs(rows, args.tokens_per_microbatch):
             losses, examples = example_losses(model, batch)

@@ -3,28 +3,25 @@
     python tests/benchmark.py                    everything, about ten minutes on two cores
     python tests/benchmark.py dpo_step score     some of it
 
-Models are Pythia shapes with random weights (vocabulary 50,304), token ids are random, lengths follow HH: medians of
-prompt, chosen and rejected are 86, 36 and 33 tokens, means 111, 50 and 48.  Systems take turns on the same batches;
-the first round is dropped; a ratio is the median over rounds of naive time / our time, with its range.  The agreement
-of both results stands on the same line: a ratio whose results disagree means nothing.  Times are process CPU time, so
-that other programs on the machine disturb them less.
+Models are Pythia shapes with random weights (vocabulary 50,304), token ids are random, lengths follow HH:
+medians of prompt, chosen and rejected are 86, 36 and 33 tokens, means 111, 50 and 48.  Systems take turns on
+the same batches; the first round is dropped; a ratio is the median over rounds of naive time / our time, with
+its range.  The agreement of both results stands on the same line: a ratio whose results disagree means
+nothing.  Times are process CPU time, so that other programs on the machine disturb them less.
 """
 
-import ctypes
 import gc
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "methods")]
-from common import pack_pairs, response_logps, setup
+from common import pack_pairs, response_logps
 from dpo import dpo_loss
 
 SHAPES = {"14m": (128, 6, 4), "70m": (512, 6, 8), "160m": (768, 12, 12)}  # width, layers, heads

@@ -154,7 +154,7 @@ def test_bf16_head_stays_close_to_fp32():
 def test_hidden_of_the_last_token():
     model, rows = make(FAMILIES["llama"]), random_rows(4)
     hiddens = response_hiddens(model, pack_pairs(rows, 10_000)[0])
-    for hidden, (row, response) in zip(hiddens, [(row, r) for row in rows for r in row["responses"]]):
+    for hidden, (row, response) in zip(hiddens, [(x, r) for x in rows for r in x["responses"]]):
         ids = torch.tensor([row["prompt_ids"] + response])
         expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
         torch.testing.assert_close(hidden, expected, atol=1e-5, rtol=1e-5)
