@@ -279,6 +279,12 @@ def stop_unless_finite(grad_norm, step, rows, out):
             f"{[row['row'] for row in rows]}; last checkpoint: {last}; try a smaller --lr")
 
 
+def setting(args):
+    """Model, data and seed of a run for the caption of a figure, which must say what it does not show."""
+    where = " (the built-in tiny world, not the paper's setting)" if args.data == "tiny" else ""
+    return f"model {args.model}, data {args.data}{where}, seed {args.seed}"
+
+
 def plot_curves(out, panels, caption):
     """Draw metrics of out/metrics.jsonl against the step into out/figures/curves.png -> the records, a list.
 

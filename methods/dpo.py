@@ -84,7 +84,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: besid
 from common import (
     batch_order, clip_gradients, load_checkpoint, load_model, load_pairs, load_tokenizer, log, merge,
     optimiser_steps, pack_pairs, pair_metrics, plot_curves, print_evaluations, reference_logps,
-    response_logps, save_checkpoint, save_model, setup, speed, start_run, stop_requested,
+    response_logps, save_checkpoint, save_model, setting, setup, speed, start_run, stop_requested,
     stop_unless_finite, subset, tokenize_pairs
 )
 
@@ -175,8 +175,7 @@ def main(args):
 
     log(out, steps, **evaluate(model, test, ref_test, args))
     save_model(model, tokenizer, out / "model")
-    caption = f"DPO (Rafailov et al.): {args.model} on {args.data} data, beta {args.beta}, seed {args.seed}"
-    history = plot_curves(out, PANELS, caption)
+    history = plot_curves(out, PANELS, f"DPO (Rafailov et al. 2023), beta {args.beta}: {setting(args)}")
     print_evaluations(history)
     return history
 

@@ -84,7 +84,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: besid
 from common import (
     batch_order, clip_gradients, every_turn, load_checkpoint, load_model, load_pairs, load_tokenizer, log,
     merge, optimiser_steps, pack_pairs, plot_curves, print_evaluations, response_logps, save_checkpoint,
-    save_model, setup, speed, start_run, stop_requested, stop_unless_finite, subset, tokenize_pairs
+    save_model, setting, setup, speed, start_run, stop_requested, stop_unless_finite, subset, tokenize_pairs
 )
 
 
@@ -170,7 +170,7 @@ def main(args):
 
     log(out, steps, **evaluate(model, test, args))
     save_model(model, tokenizer, out / "model")
-    history = plot_curves(out, PANELS, f"SFT: {args.model} on {args.data} data, seed {args.seed}")
+    history = plot_curves(out, PANELS, f"SFT: {setting(args)}")
     print_evaluations(history)
     return history
 
