@@ -5,20 +5,6 @@ the same lines serve a laptop and torchrun.  Names ending in logps are log-proba
 a response's tokens; (R,) is one value per response of a packed batch: chosen, rejected, chosen, ...
 """
 
-from collections import Counter
-from huggingface_hub import snapshot_download
-from pathlib import Path
-from torch.distributed.checkpoint import state_dict as dsd
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.fsdp import register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
-from transformers.cache_utils import DynamicCache, DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 import atexit
 import csv
 import dataclasses
@@ -35,7 +21,6 @@ import itertools
 import json
 import logging
 import math
-import numpy as np
 import os
 import platform
 import random
@@ -43,15 +28,36 @@ import re
 import resource
 import shutil
 import signal
+import types
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
 import tokenizers
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
-import types
-import zlib
-
+from huggingface_hub import snapshot_download
+from torch.distributed.checkpoint import state_dict as dsd
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedTokenizerFast,
+)
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 # ---- processes
 
@@ -267,8 +273,8 @@ def merge(parts, prefix=""):
 def speed(rows, seconds):
     """Rows and real tokens per second (a prompt counts once per response, padding never), and peak memory."""
     tokens = sum(len(row["prompt_ids"]) + len(r) for row in rows for r in row["responses"])
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if CUDA else resident
     return {"rows_per_s": len(rows) / seconds, "tokens_per_s": tokens / seconds, "peak_GiB": peak / 2**30}
 
 
@@ -339,7 +345,7 @@ def model_folder(name):
                 break
         return folder
 
-    return on_rank0(find, f"{name}: no such folder, and not had from huggingface.co; give a local folder")
+    return on_rank0(find, f"{name}: no such folder, and not to be had from the hub; give a local folder")
 
 
 def load_tokenizer(name):
@@ -400,7 +406,7 @@ def clip_gradients(model, max_norm):
 
 # ---- the tiny world
 
-# The tiny world: stories from a grammar, two groups of readers who judge them, a model that has read them.
+# Stories from a grammar, two groups of readers who judge them, and a small model that has read them.
 TINY_GRAMMAR = {  # SYMBOL: {expansion: probability}, or expansions of equal probability
     "PROMPT": "\n\nHuman: Tell me a story about a HERO in a PLACE.\n\nAssistant:",  # 144 of them
     "STORY": {" INTRO It met SOME monster.ASIDE FEAR": 0.3, " INTRO It met SOME FRIEND.ASIDE JOY": 0.7},
@@ -682,10 +688,8 @@ def report(what, kept, dropped, note=""):
     """One line on rank 0: rows kept, and rows dropped by reason. SystemExit if nothing is kept."""
     reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
     line = f"{what}: kept {kept}, dropped {dropped.total()}" + (f" ({reasons})" if reasons else "") + note
-    if not kept:
-        raise SystemExit(f"{line}; no row is left")
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(line, flush=True)
+    require(kept, f"{line}; no row is left")
+    say(line)
 
 
 def subset(rows, n, seed):

@@ -8,3 +8,4 @@ run() {
 }
 run methods/sft.py --overwrite
 run methods/dpo.py --overwrite
+run methods/generate.py --overwrite

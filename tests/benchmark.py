@@ -12,16 +12,20 @@ nothing.  Times are process CPU time, so that other programs on the machine dist
 
 import gc
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[1] / "methods")]
-from common import pack_pairs, response_logps
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
+from common import pack_pairs, response_logps, setup
 from dpo import dpo_loss
 
 SHAPES = {"14m": (128, 6, 4), "70m": (512, 6, 8), "160m": (768, 12, 12)}  # width, layers, heads
@@ -64,30 +68,48 @@ def naive_logps(model, rows):
     return logps.masked_fill(~scored[:, 1:], 0).sum(-1)
 
 
-def naive_step(model, optimizer, rows, reference, ref_model, bf16=False):
-    """One DPO step with a live reference."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-        logps = naive_logps(model, rows)
+def shard_bf16(model):
+    """bf16 compute on fp32 weights, as load_model does for training in bfloat16."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh("cpu", (1,))
+    for unit in [*model.base_model.layers, model]:
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return model
+
+
+def naive_loss(model, rows, ref_model, reference=None):
+    """Mean DPO loss of padded two-row batches with a live reference, or with reference log-probs if given."""
+    if reference is None:
         with torch.no_grad():
-            ref_logps = naive_logps(ref_model, rows)
-    loss = dpo_loss(*logps.view(-1, 2).unbind(1), *ref_logps.view(-1, 2).unbind(1), 0.1).mean()
+            reference = naive_logps(ref_model, rows).view(-1, 2)
+    return dpo_loss(*naive_logps(model, rows).view(-1, 2).unbind(1), *reference.unbind(1), 0.1).mean()
+
+
+def naive_step(model, optimizer, rows, ref_model, bf16=False):
+    """One DPO step: padded rows, all logits in fp32, live reference -> (loss, gradient norm)."""
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        loss = naive_loss(model, rows, ref_model)
     loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-    return loss.item()
+    return loss.item(), finish(model, optimizer)
 
 
-def our_step(model, optimizer, rows, reference, ref_model, bf16=False):
+def our_step(model, optimizer, rows, reference):
     """One DPO step as in methods/dpo.py: packed, prompt shared, reference from the cache."""
-    loss = 0.0
+    total = 0.0
     for batch in pack_pairs(rows, 8192):
         logps = response_logps(model, batch)[0].view(-1, 2)
         losses = dpo_loss(*logps.unbind(1), *reference[batch["index"]].unbind(1), 0.1)
         (losses.sum() / len(rows)).backward()
-        loss += losses.sum().item() / len(rows)
+        total += losses.sum().item() / len(rows)
+    return total, finish(model, optimizer)
+
+
+def finish(model, optimizer):
+    """Clip, update, clear -> the gradient norm."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
     optimizer.step()
     optimizer.zero_grad()
-    return loss
+    return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
 
 def interleave(systems, rounds):
@@ -108,3 +130,112 @@ def ratio(seconds, naive, ours):
     """Median over rounds of naive / ours, with the range, as text."""
     ratios = sorted(a / b for a, b in zip(seconds[naive], seconds[ours]))
     return f"{statistics.median(ratios):5.1f}x [{ratios[0]:.1f} .. {ratios[-1]:.1f}]"
+
+
+def agree(results, a, b, what="loss"):
+    """The largest relative difference between two systems' results, as text."""
+    worst = max(abs(x - y) / max(abs(x), 1e-9) for u, v in zip(results[a], results[b]) for x, y in zip(u, v))
+    return f"{what} and gradient norm agree to {worst:.0e}"
+
+
+def dpo_step(pairs=(4, 12), rounds=4):
+    """Pythia-70M shape; weights do not move (learning rate 0), so that the systems' steps compare all along."""
+    for n in pairs:
+        dpo_step_of(n, rounds)
+
+
+def dpo_step_of(pairs, rounds):
+    """The line of one number of pairs per step."""
+    batches = [hh_pairs(pairs, seed) for seed in range(rounds + 1)]
+    ref_model = pythia("70m").eval()
+    with torch.no_grad():
+        references = [naive_logps(ref_model, rows).view(-1, 2) for rows in batches]
+    models = {"naive": pythia("70m"), "ours": pythia("70m"), "ours bf16": shard_bf16(pythia("70m"))}
+    optimizers = {name: torch.optim.RMSprop(m.parameters(), lr=0.0) for name, m in models.items()}
+    ours = lambda name: lambda i: our_step(models[name], optimizers[name], batches[i], references[i])
+    naive = lambda bf16: lambda i: naive_step(models["naive"], optimizers["naive"], batches[i], ref_model, bf16)
+    seconds, results = interleave({"naive": naive(False), "ours": ours("ours"), "naive bf16": naive(True),
+                                   "ours bf16": ours("ours bf16")}, rounds)
+    real = sum(2 * len(r["prompt_ids"]) + sum(map(len, r["responses"])) for b in batches[1:] for r in b)
+    for name, baseline in (("ours", "naive"), ("ours bf16", "naive"), ("ours bf16", "naive bf16")):
+        print(f"dpo_step   70m, {pairs:2d} pairs: {name:9} against {baseline:10} {ratio(seconds, baseline, name)}  "
+              f"{real / sum(seconds[name]):6.0f} real tokens/s  {agree(results, baseline, name)}", flush=True)
+
+
+def peak_of(system, pairs):
+    """In a fresh process: MiB that one step adds at its peak, optimiser state already there, and the loss."""
+    setup(0)
+    torch.set_num_threads(1)
+    warm, rows = hh_pairs(2, 1), hh_pairs(pairs, 0)
+    model, ref_model = pythia("70m"), pythia("70m") if system.startswith("naive") else None
+    model = shard_bf16(model) if system == "ours bf16" else model
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.0)
+    for chosen in (warm, rows):
+        if system.startswith("naive"):
+            step = lambda r=chosen: naive_step(model, optimizer, r, ref_model, "bf16" in system)
+        else:  # the reference comes from the cache; its values do not matter for memory
+            step = lambda r=chosen: our_step(model, optimizer, r, torch.zeros(len(r), 2))
+        if chosen is rows:
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")  # from here on the high-water mark counts
+            before = memory("VmRSS")
+        step()
+    print(memory("VmHWM") - before)
+
+
+def memory(field):
+    """A field of /proc/self/status in MiB."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
+    return int(line.split()[1]) / 1024
+
+
+def dpo_memory(pairs=8):
+    """What a step of 8 pairs adds at its peak; one fresh process per system.  268 MiB are the gradients."""
+    added = {}
+    for system in ("naive", "ours", "naive bf16", "ours bf16"):
+        done = subprocess.run([sys.executable, __file__, "peak_of", system, str(pairs)], capture_output=True, text=True,
+                              check=True)
+        added[system] = float(done.stdout.split()[-1])
+    for name in ("", " bf16"):
+        naive, ours = added["naive" + name], added["ours" + name]
+        print(f"dpo_memory 70m, {pairs} pairs: naive{name} adds {naive:.0f} MiB, ours{name} {ours:.0f} MiB: "
+              f"{naive / ours:.1f}x raw, {(naive - 268) / (ours - 268):.1f}x net of the gradients", flush=True)
+
+
+def sweep(rounds=1, values=5, pairs=16):
+    """Five values of beta over the same pairs: one reference pass for all, against a live reference in every step."""
+    rows = hh_pairs(pairs, 0)
+    chunks = [rows[i:i + 4] for i in range(0, pairs, 4)]
+    ref_model, models = pythia("70m").eval().requires_grad_(False), {n: pythia("70m") for n in ("live", "cached")}
+    optimizers = {name: torch.optim.RMSprop(m.parameters(), lr=0.0) for name, m in models.items()}
+
+    @torch.no_grad()
+    def reference(chunk):
+        (batch,) = pack_pairs(chunk, 10**6)
+        return response_logps(ref_model, batch)[0].view(-1, 2)
+
+    def cached(_):
+        references = [reference(chunk) for chunk in chunks]
+        return [our_step(models["cached"], optimizers["cached"], chunk, ref)[0] for _ in range(values)
+                for chunk, ref in zip(chunks, references)]
+
+    def live(_):
+        return [our_step(models["live"], optimizers["live"], chunk, reference(chunk))[0] for _ in range(values)
+                for chunk in chunks]
+
+    seconds, results = interleave({"live": live, "cached": cached}, rounds)
+    print(f"sweep      70m, {pairs} pairs, {values} values of beta: one cached reference pass against live "
+          f"{ratio(seconds, 'live', 'cached')}  {agree(results, 'live', 'cached')}", flush=True)
+
+
+BENCHMARKS = {f.__name__: f for f in (dpo_step, dpo_memory, sweep)}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["peak_of"]:
+        peak_of(sys.argv[2], int(sys.argv[3]))
+    else:
+        setup(0)
+        torch.set_num_threads(1)
+        print(f"torch {torch.__version__}, one thread; ratios are medians over rounds, with the range")
+        for name in sys.argv[1:] or BENCHMARKS:
+            BENCHMARKS[name]()

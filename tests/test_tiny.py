@@ -146,7 +146,7 @@ def quick(tmp_path, monkeypatch):
     """An empty cache, and a recipe of three training steps."""
     def quick_build(folder):
         build_tiny(folder, steps=3)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(common, "CACHE", tmp_path)
     monkeypatch.setattr(common, "build_tiny", quick_build)
     return tmp_path
 
@@ -214,7 +214,7 @@ def ask():
 
 
 def test_a_killed_build_is_not_taken_for_complete_and_three_askers_build_once(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(common, "CACHE", tmp_path)
     monkeypatch.setattr(common, "build_tiny", fake_build)
     fork = multiprocessing.get_context("fork")
     victim, begin = fork.Process(target=ask), time.time()

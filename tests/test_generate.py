@@ -1,0 +1,300 @@
+import json
+import shutil
+import sys
+
+import dpl
+import generate as method
+import numpy as np
+import pytest
+import torch
+from common import load_tokenizer
+from conftest import ROOT, run
+from generate import Args, compare, main, respond, sampler, scores, summarise, wilson
+from scipy.stats import binomtest
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPTNeoXConfig,
+    GPTNeoXForSequenceClassification,
+    LlamaConfig,
+)
+
+V, END = 61, 0
+PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 40, 22, 1, 60], [4, 4, 4, 30], [9, 9]]
+SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+CONFIGS = {"neox": GPTNeoXConfig(**SHAPE), "llama": LlamaConfig(**SHAPE, num_key_value_heads=2),
+           "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64)}
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param], dtype=torch.float32).eval()
+    for weight in model.parameters():  # the default 0.02 makes every distribution flat
+        weight.data *= 6 if weight.dim() > 1 else 1
+    return model
+
+
+@torch.no_grad()
+def naive(model, prompt, uniforms, adapt):
+    """One response by full forward passes without padding or cache, by the definition of the inverse CDF."""
+    ids = list(prompt)
+    for u in uniforms.tolist():
+        p = adapt(model(torch.tensor([ids]), use_cache=False).logits[:, -1]).double().softmax(-1)[0]
+        ids.append(int((p.cumsum(0) <= u).sum()))
+        if ids[-1] == END:
+            break
+    return ids[len(prompt):]
+
+
+def test_left_padded_greedy_equals_unpadded_greedy(model):
+    greedy = sampler(temperature=0)
+    found = respond(model, PROMPTS, torch.zeros(5, 12), greedy, END, V)
+    assert found == [naive(model, prompt, torch.zeros(12), greedy) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.9, "min_p": 0.02}])
+def test_a_response_depends_on_its_own_prompt_and_uniforms(model, options):
+    # 40 responses, of which most end early, against one by one: the last one ends long after the others left
+    prompts, adapt = PROMPTS * 8, sampler(**options)
+    u = torch.rand(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    found = respond(model, prompts, u, lambda z: adapt(boost(z)), END, V)
+    assert found == [naive(model, prompt, row, lambda z: adapt(boost(z))) for prompt, row in zip(prompts, u)]
+    ended = [ids for ids in found if END in ids]
+    assert len(ended) > 5 and len({len(ids) for ids in found}) > 5 and \
+        all(ids.index(END) == len(ids) - 1 for ids in ended)
+    assert all(len(ids) == 24 for ids in found if END not in ids)
+    part = respond(model, prompts[3:9], u[3:9], lambda z: adapt(boost(z)), END, V)
+    assert part == found[3:9]
+
+
+def boost(logits):
+    """Makes the end-of-text token likely enough that responses end at many different times."""
+    return torch.cat([logits[:, :1] + 2, logits[:, 1:]], 1)
+
+
+def test_no_token_above_the_tokenizer_is_drawn(model):
+    u = torch.rand(400, 5, generator=torch.Generator().manual_seed(0))
+    found = respond(model, PROMPTS[:1] * 400, u, sampler(), -1, 50)  # an embedding of 61 rows, a tokenizer of 50
+    assert max(map(max, found)) < 50 and len(set(sum(found, []))) > 10
+
+
+def test_filters_keep_the_sets_of_their_definitions():
+    p = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]])
+    kept = {(): 5, (("top_k", 2),): 2, (("top_p", 0.6),): 2, (("top_p", 0.9),): 4, (("min_p", 0.3),): 3,
+            (("temperature", 0),): 1, (("temperature", 0), ("top_p", 0.9)): 1}
+    for options, n in kept.items():
+        assert sampler(**dict(options))(p.log()).isfinite().sum() == n, options
+    hot = sampler(temperature=2.0)(p.log()).softmax(-1)  # proportional to the square root
+    torch.testing.assert_close(hot, p.sqrt() / p.sqrt().sum())
+    with pytest.raises(SystemExit, match="top_p"):
+        sampler(top_p=1.5)
+
+
+def test_wilson_interval():
+    for k, n in ((0, 10), (5, 10), (8, 10), (10, 10), (123, 256)):
+        exact = binomtest(k, n).proportion_ci(method="wilson")
+        assert wilson(k, n) == pytest.approx((exact.low, exact.high), abs=1e-6)
+    # by hand, z^2 = 3.8415: k = 0 gives 0 .. z^2 / (n + z^2)
+    assert wilson(0, 10) == pytest.approx((0, 3.841459 / 13.841459), abs=1e-6)
+    assert wilson(2.5, 10)[0] < 0.25 < wilson(2.5, 10)[1]
+
+
+def response_rows(n=6):
+    return [{"row": i // 2, "prompt": f"p{i}", "response": "x" * (i % 3 + 1), "chosen": "xx"} for i in range(n)]
+
+
+def judge_command(tmp_path, body):
+    path = tmp_path / "judge.py"
+    path.write_text("import json, sys\nfor line in sys.stdin:\n    q = json.loads(line)\n    " + body + "\n")
+    return f"{sys.executable} {path}"
+
+
+LONGER = 'n = len(q["a"]) - len(q["b"]); print("A" if n > 0 else "B" if n < 0 else "tie")'
+
+
+def test_command_judge_is_symmetric_under_swap(tmp_path):
+    method.setup(0)
+    args = Args(judge_command=judge_command(tmp_path, LONGER))
+    rows = compare(args, response_rows())
+    assert [row["outcome"] for row in rows] == [-1, 0, 1] * 2
+    swapped = compare(args, [row | {"response": row["other"], "chosen": row["response"]} for row in rows])
+    assert [row["outcome"] for row in swapped] == [1, 0, -1] * 2
+    here, there = summarise(rows), summarise(swapped)
+    assert here["win_rate"] + there["win_rate"] == pytest.approx(1) and here["ties"] == there["ties"] == 2
+    assert here["low"] + there["high"] == pytest.approx(1)
+
+
+def test_a_judge_that_prefers_a_place_makes_ties(tmp_path):
+    method.setup(0)
+    rows = compare(Args(judge_command=judge_command(tmp_path, 'print("A")')), response_rows())
+    summary = summarise(rows)
+    assert summary["ties"] == 6 and summary["win_rate"] == 0.5
+    # "A" in one order and "tie" in the other: half an answer for the response, so a win
+    body = 'print("A" if q["a"] == "x" else "tie")'
+    rows = compare(Args(judge_command=judge_command(tmp_path, body)), response_rows())
+    assert [row["outcome"] for row in rows] == [1, 0, 0] * 2
+
+
+def test_summary_counts_prompts_not_samples():
+    rows = [{"row": i // 4, "outcome": [1, 1, 0, -1][i % 4], "score": 1.0, "other_score": 0.0} for i in range(40)]
+    summary = summarise(rows)
+    assert (summary["wins"], summary["ties"], summary["losses"], summary["prompts"]) == (20, 10, 10, 10)
+    assert summary["win_rate"] == 0.625 and (summary["low"], summary["high"]) == wilson(6.25, 10)
+
+
+@pytest.fixture
+def options(blank):
+    return dict(model=str(blank / "model"), data=str(blank / "pairs.jsonl"), max_new_tokens=8, batch_size=7, seed=3)
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_run_writes_responses_verdicts_and_figure(options, tmp_path):
+    summary = main(Args(**options, samples=2, out=str(tmp_path / "a")))
+    rows, data = lines(tmp_path / "a" / "responses.jsonl"), lines(ROOT / options["data"])
+    data = data[-(len(data) // 20):]  # the test split of a file alone
+    assert [(row["row"], row["sample"]) for row in rows] == [(i, k) for i in range(len(data)) for k in (0, 1)]
+    assert all(rows[2 * i]["prompt"] == row["prompt"] and rows[2 * i]["chosen"] == row["chosen"]
+               for i, row in enumerate(data))
+    assert rows[0]["response"] != rows[1]["response"] and all(row["tokens"] <= 8 for row in rows)
+    assert summary["wins"] + summary["ties"] + summary["losses"] == len(rows) == 2 * summary["prompts"]
+    assert len(lines(tmp_path / "a" / "judged.jsonl")) == len(rows)
+    assert (tmp_path / "a" / "figures" / "scores.png").stat().st_size > 5000 and not (tmp_path / "a/parts").exists()
+
+    same = main(Args(**options, samples=2, out=str(tmp_path / "b"), against=str(tmp_path / "a/responses.jsonl")))
+    assert same["ties"] == len(rows) and same["win_rate"] == 0.5  # the same seed: the same responses
+    again = main(Args(out=str(tmp_path / "a"), responses=str(tmp_path / "a" / "responses.jsonl"), overwrite=True))
+    assert again == summary and lines(tmp_path / "a" / "responses.jsonl") == rows  # judging deletes nothing
+
+
+@pytest.fixture
+def many(options, blank, tmp_path):
+    """All 48 rows as a test split: seven batches."""
+    shutil.copy(blank / "pairs.jsonl", tmp_path / "test.jsonl")
+    return options | {"data": str(tmp_path / "test.jsonl")}
+
+
+def test_a_killed_run_resumes(many, tmp_path, monkeypatch):
+    main(Args(**many, out=str(tmp_path / "whole")))
+    calls = []
+
+    def fail(*inputs):
+        calls.append(inputs)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return respond(*inputs)
+
+    monkeypatch.setattr(method, "respond", fail)
+    with pytest.raises(KeyboardInterrupt):
+        main(Args(**many, out=str(tmp_path / "killed")))
+    assert len(list((tmp_path / "killed" / "parts").glob("*.jsonl"))) == 3
+    assert not (tmp_path / "killed" / "responses.jsonl").exists()
+    with pytest.raises(SystemExit, match="--resume"):
+        main(Args(**many, out=str(tmp_path / "killed")))
+    main(Args(**many, out=str(tmp_path / "killed"), resume=True))
+    assert len(calls) == 8  # four, then the four of seven batches that were missing
+    texts = [(tmp_path / name / "responses.jsonl").read_bytes() for name in ("whole", "killed")]
+    assert texts[0] == texts[1]
+    main(Args(**many, out=str(tmp_path / "killed"), resume=True))
+    assert len(calls) == 8  # nothing left to generate
+    main(Args(**many, out=str(tmp_path / "killed"), overwrite=True))
+    assert len(calls) == 15
+
+
+def test_two_processes_write_what_one_writes(many, tmp_path):
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in many.items()]
+    main(Args(**many, out=str(tmp_path / "one")))
+    done = run("methods/generate.py", *flags, f"--out={tmp_path / 'two'}", processes=2)
+    assert done.stdout.count("win_rate") == 1  # one table
+    for file in ("responses.jsonl", "judged.jsonl"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+
+
+def classifier(folder, blank, labels=1):
+    torch.manual_seed(0)
+    shutil.copytree(blank / "model", folder)
+    config = GPTNeoXConfig.from_pretrained(folder, num_labels=labels)
+    GPTNeoXForSequenceClassification(config).save_pretrained(folder)
+    return folder
+
+
+def test_classifier_scores_the_last_token_of_each_text(blank, tmp_path):
+    method.setup(0)
+    folder = classifier(tmp_path / "reward", blank)
+    questions = [(row["prompt"], row["chosen"][:10 * i], "") for i, row in enumerate(lines(blank / "pairs.jsonl")[:9])]
+    found = scores(Args(judge=str(folder), batch_size=4), questions)
+    model, tokenizer = GPTNeoXForSequenceClassification.from_pretrained(folder).eval(), load_tokenizer(folder)
+    for (prompt, response, _), score in zip(questions, found):
+        hidden = model.gpt_neox(torch.tensor([tokenizer(prompt + (response or " ")).input_ids])).last_hidden_state
+        assert model.score(hidden[0, -1]).item() == pytest.approx(score, abs=1e-5)  # without any padding
+    assert len(set(found)) == 9
+
+
+def test_distributional_reward_model_scores_by_its_mean(blank, tmp_path):
+    options = dict(model=str(blank / "model"), data=str(blank / "pairs.jsonl"), max_steps=2, batch_size=4)
+    dpl.main(dpl.Args(type="mean_and_variance", **options, out=str(tmp_path / "dpl")))
+    row = lines(blank / "pairs.jsonl")[0]
+    found = scores(Args(judge=str(tmp_path / "dpl")), [(row["prompt"], row["chosen"], ""), (row["prompt"], "", "")])
+    model, tokenizer, _ = dpl.load_reward_model(str(tmp_path / "dpl"), "float32")
+    hidden = model.base_model(torch.tensor([tokenizer(row["prompt"] + row["chosen"]).input_ids])).last_hidden_state
+    assert found[0] == pytest.approx(model.score(hidden[0, -1])[0].item(), abs=1e-5)
+    assert np.isfinite(found).all()
+
+
+def test_tiny_model_earns_the_known_mean_reward(tmp_path):
+    # the grammar's mean reward is 0.125 and its standard deviation below 2: 128 responses, four standard errors
+    summary = main(Args(max_new_tokens=64, prompts=128, out=str(tmp_path / "tiny")))
+    assert abs(summary["score"] - 0.125) < 4 * 2 / 128**0.5
+    assert summary["other_score"] > summary["score"] and summary["win_rate"] < 0.5  # readers chose the others
+
+
+def refused(args, *words):
+    with pytest.raises(SystemExit) as stop:
+        main(args)
+    message = str(stop.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_bad_input_ends_in_one_line(options, blank, tmp_path):
+    out = dict(options, out=str(tmp_path / "out"))
+    small = shutil.copytree(blank / "model", tmp_path / "mixed")
+    torch.manual_seed(0)
+    config = GPTNeoXConfig.from_pretrained(small, vocab_size=300)
+    AutoModelForCausalLM.from_config(config).save_pretrained(small)
+    refused(Args(**out | {"model": str(small)}), "400", "300", "do not belong together")
+    assert not (tmp_path / "out" / "responses.jsonl").exists()
+    refused(Args(**out | {"max_new_tokens": 600}, overwrite=True), "reads 512 tokens")
+    refused(Args(**options, top_p=2.0, out=str(tmp_path / "p")), "--top-p")
+    assert not (tmp_path / "p").exists()
+    refused(Args(**out | {"max_new_tokens": 0}), "--max-new-tokens", "at least 1")
+
+    (tmp_path / "empty.jsonl").write_text("")
+    refused(Args(responses=str(tmp_path / "empty.jsonl"), out=str(tmp_path / "e")), "empty.jsonl", "no rows")
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "response": "r"}\n{"prompt": "p"}\n')
+    refused(Args(responses=str(tmp_path / "bad.jsonl"), out=str(tmp_path / "e")), "bad.jsonl", "row 2")
+    refused(Args(responses=str(tmp_path / "none.jsonl"), out=str(tmp_path / "e")), "none.jsonl")
+    assert not (tmp_path / "e").exists()
+
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in response_rows()))
+    judged = dict(responses=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "j"), overwrite=True)
+    refused(Args(**judged, judge_command="echo no model >&2; exit 3"), "exit code 3", "no model")
+    refused(Args(**judged, judge_command="cat"), "12 lines for 12 questions", "line 1 is")
+    refused(Args(**judged, judge_command="echo A"), "1 lines for 12 questions")
+    refused(Args(**judged, judge_command="true"), "0 lines for 12 questions")
+    refused(Args(**judged, against=str(tmp_path / "bad2.jsonl")), "bad2.jsonl")
+    other = [row | {"prompt": "another"} for row in response_rows()]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    refused(Args(**judged, against=str(tmp_path / "other.jsonl")), "other.jsonl", "--data")
+    refused(Args(**judged, judge=str(blank / "model")), "not a reward model")
+    refused(Args(**judged, judge=str(classifier(tmp_path / "two", blank, 2))), "not a reward model")
+    assert not (tmp_path / "j" / "judged.jsonl").exists()
+
+
+def test_command_line(tmp_path):
+    done = run("methods/generate.py", "nonsense", check=False)
+    assert done.returncode == 1 and "choose one of tiny, hh, tldr" in done.stderr and done.stderr.count("\n") == 1
+    done = run("methods/generate.py", "--responses", tmp_path / "x.jsonl", "--out", tmp_path / "o", check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and "x.jsonl" in done.stderr
