@@ -158,8 +158,7 @@ def start_run(args, method):
 def log(out, step, /, **values):
     """Append {"step": step, name: mean over the items of all ranks} to out/metrics.jsonl and return it.
 
-    values: floats, or tensors of this rank's items (any number of them, even none).  The first six are
-    printed.
+    values: floats, or tensors of this rank's items (any number, even none).  The first six are printed.
     """
     items = [torch.as_tensor(v, dtype=torch.float64, device=DEVICE).detach() for v in values.values()]
     totals = torch.stack([torch.stack([v.sum(), v.new_tensor(v.numel())]) for v in items]).cpu()
@@ -294,8 +293,7 @@ def setting(args):
 def plot_curves(out, panels, caption):
     """Draw metrics of out/metrics.jsonl against the step into out/figures/curves.png -> the records, a list.
 
-    panels: (title, unit of the y axis, names of metrics).  Thin lines: training batches; markers: held-out
-    values.
+    panels: (title, unit of the y axis, names of metrics).  Thin lines: training; markers: held-out values.
     """
     records = [json.loads(line) for line in open(out / "metrics.jsonl")]
     if dist.get_rank() == 0:

@@ -2,13 +2,12 @@
 
 Rafailov, Sharma, Mitchell, Ermon, Manning, Finn 2023, https://arxiv.org/abs/2305.18290
 
-Loss (Eq. 7), with implicit rewards r = beta log pi/pi_ref (Eq. 5, where beta log Z(x) cancels in the
-difference):
+Loss (Eq. 7), with implicit rewards beta log pi/pi_ref (Eq. 5, whose beta log Z(x) cancels in the difference):
 
     L = -log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x) )
 
-    python methods/dpo.py                                                  tiny world, about a minute on a
-    laptop python methods/dpo.py --model results/sft --beta 0.5                   from your own SFT run
+    python methods/dpo.py                                     tiny world, about a minute on a laptop
+    python methods/dpo.py --model results/sft --beta 0.5      from your own SFT run
     torchrun --standalone --nproc-per-node 4 methods/dpo.py hh --model results/sft-hh
 
 Presets: tiny (default) | hh: Pythia-2.8B on Anthropic HH | tldr: Pythia-2.8B on TL;DR comparisons.

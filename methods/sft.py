@@ -3,21 +3,18 @@
 The reference policy of Rafailov et al. 2023 (DPO), https://arxiv.org/abs/2305.18290, App. B: maximum
 likelihood of the chosen responses, given their prompts.
 
-    L = - sum_t log pi(y_t | x, y_<t)      summed over the response's tokens, end-of-text included; mean over
-    examples
+    L = - sum_t log pi(y_t | x, y_<t)    over the response's tokens and its end-of-text; mean over examples
 
     python methods/sft.py                                       tiny world, half a minute on a laptop
     python methods/sft.py --data my_rows.jsonl --objective mean
     torchrun --standalone --nproc-per-node 4 methods/sft.py hh
 
-Presets: tiny (default) | hh: Pythia-2.8B on the chosen side of Anthropic HH | tldr: Pythia-2.8B on filtered
-TL;DR.
+Presets: tiny (default) | hh: Pythia-2.8B on the chosen side of Anthropic HH | tldr: on filtered TL;DR.
 
-The sum gives long responses more weight than short ones.  It is the objective of the released code of the
-paper and the default; --objective mean divides by the number of scored tokens of the whole optimiser step,
-the usual language-modelling loss.  Prompts are never scored; --all-turns scores every assistant turn of a
-dialogue. Differs from the released code: TL;DR summaries start with a space, as they do in the preference
-data.
+The sum gives long responses more weight than short ones.  It is the objective of the paper's released code and
+the default; --objective mean divides by the scored tokens of the whole optimiser step, the usual loss of
+language modelling.  Prompts are never scored; --all-turns scores every assistant turn of a dialogue.
+Differs from the released code: TL;DR summaries start with a space, as they do in the preference data.
 """
 
 import sys

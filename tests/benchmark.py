@@ -11,6 +11,7 @@ nothing.  Times are process CPU time, so that other programs on the machine dist
 """
 
 import gc
+import signal
 import statistics
 import subprocess
 import sys
@@ -138,7 +139,7 @@ def agree(results, a, b, what="loss"):
     return f"{what} and gradient norm agree to {worst:.0e}"
 
 
-def dpo_step(pairs=(4, 12), rounds=4):
+def dpo_step(pairs=(4, 12), rounds=2):
     """Pythia-70M shape; weights do not move (learning rate 0), so that the systems' steps compare all along."""
     for n in pairs:
         dpo_step_of(n, rounds)
@@ -235,6 +236,8 @@ if __name__ == "__main__":
         peak_of(sys.argv[2], int(sys.argv[3]))
     else:
         setup(0)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # setup's handlers wait for a training loop
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)
         print(f"torch {torch.__version__}, one thread; ratios are medians over rounds, with the range")
         for name in sys.argv[1:] or BENCHMARKS:
