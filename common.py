@@ -77,7 +77,8 @@ def setup(seed, timeout=1800):
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         patience = datetime.timedelta(seconds=timeout)  # with a rank that keeps the others waiting
         dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", timeout=patience, **alone)
-        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        if CUDA:  # NCCL asks for it; on gloo a rank that leaves before the others would sometimes abort in it
+            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
     for number in (signal.SIGTERM, signal.SIGINT):  # the third quits: torchrun can make two of one Ctrl-C
         signal.signal(number, lambda n, _: os._exit(128 + n) if len(signals) > 1 else signals.append(n))
     torch.manual_seed(seed)
@@ -1048,8 +1049,6 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
         np.save(file := io.BytesIO(), sums.cpu().numpy())
         on_rank0(lambda: (path.parent.mkdir(parents=True, exist_ok=True), write(path, file.getvalue())), path)
     return torch.from_numpy(np.load(path))
-
-# ---- records of a step
 
 def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
     """What every preference method logs of each pair, under names that other libraries use.  -> dict of (B,)

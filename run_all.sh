@@ -8,4 +8,10 @@ run() {
 }
 run methods/sft.py --overwrite
 run methods/dpo.py --overwrite
-run methods/generate.py --overwrite
+run methods/cal_dpo.py --overwrite
+run methods/dpo_gamma.py --overwrite
+run methods/ranking_accuracy.py --overwrite
+run methods/generate.py --model results/dpo --overwrite
+run methods/dpl.py --overwrite
+run methods/twisted_smc.py --overwrite
+run methods/imh_adaptors.py --overwrite

@@ -42,10 +42,10 @@ class Args:
 
     lr: float = 5e-5  # of RMSprop, after warm-up
     batch_size: int = 32  # pairs per optimiser step, over all processes
-    epochs: int = 1
+    epochs: int = 1  # passes over the training pairs
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
-    warmup_steps: int = 10
-    max_grad_norm: float = 10.0
+    warmup_steps: int = 10  # of linear warm-up, then lr is constant
+    max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, sums and loss are float32

@@ -34,7 +34,7 @@ class Args:
     top_k: int = 0  # keep the k likeliest tokens; 0: all
     top_p: float = 1.0  # keep the smallest set of tokens with this probability; 1: all
     min_p: float = 0.0  # keep tokens with this share of the likeliest one's probability; 0: all
-    max_new_tokens: int = 100
+    max_new_tokens: int = 100  # responses end at the end-of-text token or here
     samples: int = 1  # responses per prompt
     prompts: int = 0  # how many, the first of the test split; 0: all
     judge: str = "tiny"  # tiny (the known reward), a reward model's folder or hub id, or none
@@ -126,7 +126,8 @@ def generate(args, adapt, out):
     encoded.sort(key=lambda e: -len(e["prompt_ids"]))  # alike lengths side by side, the most memory first
     context = getattr(model.config, "max_position_embeddings", math.inf)
     longest = len(encoded[0]["prompt_ids"]) + args.max_new_tokens
-    require(longest <= context, f"{args.model} reads {context} tokens, not {longest}: lower --max-prompt-length")
+    require(longest <= context, f"{args.model} reads {context} tokens, not {longest}: "
+            "lower --max-prompt-length")
     items = [(e["row"], k, e["prompt_ids"]) for e in encoded for k in range(args.samples)]
     batches = [items[i:i + args.batch_size] for i in range(0, len(items), args.batch_size)]
     rank, world, parts = dist.get_rank(), dist.get_world_size(), out / "parts"
@@ -155,7 +156,7 @@ def generate(args, adapt, out):
 
 
 def scores(args, questions):
-    """(prompt, response, other) each -> the response's reward: the known one, a classifier's one output, dpl.py's
+    """(prompt, response, other) each -> the response's reward: the known one, a classifier's output, dpl.py's
     mean utility; or the answer of --judge-command: 1 better than the other, 0 tie, -1 worse."""
     if args.judge_command:
         return on_rank0(lambda: ask(args.judge_command, questions), "--judge-command")
@@ -188,7 +189,7 @@ def ask(command, questions):
     lines = [json.dumps(dict(zip(("prompt", "a", "b"), question))) + "\n" for question in questions]
     done = subprocess.run(command, shell=True, input="".join(lines), capture_output=True, text=True)
     said = done.stderr.strip()[-90:]
-    require(done.returncode == 0, f"--judge-command: exit code {done.returncode} {said!r}; try it on one line")
+    require(done.returncode == 0, f"--judge-command: exit code {done.returncode} {said!r}; try it by hand")
     answers = [line.strip().lower() for line in done.stdout.splitlines()]
     wrong = [f"line {i} is {x!r}; " for i, x in enumerate(answers, 1) if x not in ("a", "b", "tie")]
     require(len(answers) == len(lines) and not wrong, f"--judge-command: {len(answers)} lines for "

@@ -11,8 +11,8 @@ likelihood of the chosen responses, given their prompts.
 
 Presets: tiny (default) | hh: Pythia-2.8B on the chosen side of Anthropic HH | tldr: on filtered TL;DR.
 
-The sum gives long responses more weight than short ones.  It is the objective of the paper's released code and
-the default; --objective mean divides by the scored tokens of the whole optimiser step, the usual loss of
+The sum gives long responses more weight than short ones.  It is the default and the objective of the paper's
+released code; --objective mean divides by the scored tokens of the whole optimiser step, the usual loss of
 language modelling.  Prompts are never scored; --all-turns scores every assistant turn of a dialogue.
 Differs from the released code: TL;DR summaries start with a space, as they do in the preference data.
 """
@@ -40,10 +40,10 @@ class Args:
 
     lr: float = 1e-4  # of RMSprop, after warm-up
     batch_size: int = 32  # examples per optimiser step, over all processes
-    epochs: int = 1
+    epochs: int = 1  # passes over the training examples
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
-    warmup_steps: int = 10
-    max_grad_norm: float = 10.0
+    warmup_steps: int = 10  # of linear warm-up, then lr is constant
+    max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, sums and loss are float32

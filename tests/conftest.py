@@ -14,6 +14,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 import common
 
+os.environ["OMP_NUM_THREADS"] = "1"  # their number decides the last bits, and tests compare bytes across processes
+torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -1,0 +1,742 @@
+"""Twisted SMC against enumeration: a world of 27 sequences whose every number is known, and random small language models."""
+
+import itertools
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+import twisted_smc as t
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    PreTrainedTokenizerFast,
+)
+
+LOG_Z = -0.606462821047486  # of world w1; published digits of all values below are 10
+PUBLISHED = dict(atol=6e-11, rtol=0)
+W1, W2 = t.markov_world("w1"), t.markov_world("w2")
+ALL = torch.tensor(list(itertools.product(range(3), repeat=3)))
+B = torch.tensor([[0, 1, 2], [2, 0, 1], [1, 1, 0], [2, 2, 2]])
+NEGATIVES = torch.tensor([[0, 0, 0], [1, 2, 2], [0, 1, 1], [2, 1, 0]])
+
+
+def close(x, y, **tolerance):
+    y = torch.as_tensor(y, dtype=torch.float64)
+    torch.testing.assert_close(torch.as_tensor(x, dtype=torch.float64).reshape(y.shape), y, **(tolerance or PUBLISHED))
+
+
+def table_twist(psi1, psi2, psi3, **kind):
+    """A linear twist on one-hot prefixes is the table of log psi_1 (3,), log psi_2 (3, 3), log psi_3 (9, 3)."""
+    twist = t.Twist(13, 3, **kind).double()
+    twist.layers[0].weight.data = torch.cat([psi1[None], psi2, psi3]).T.contiguous()
+    return twist
+
+
+def w1_twist(**kind):
+    s1, s2, s3 = ALL.double().T
+    psi1 = 0.3 * torch.arange(3.0, dtype=torch.float64) - 0.2
+    psi2 = (0.25 * s1 - 0.15 * s2 + 0.1 * s1 * s2 - 0.1)[::3].view(3, 3)
+    return table_twist(psi1, psi2, (-0.5 + 0.2 * s1 - 0.3 * s2 + 0.35 * s3 - 0.05 * s1 * s3).view(9, 3), **kind)
+
+
+def forced(sequences, twist, together=True, **options):
+    """Particles made to walk these sequences: one run of n particles, or n runs of one."""
+    sequences = sequences[None] if together else sequences[:, None]
+    return t.sample(W1, twist, sequences.shape[1], len(sequences), tau=0.0, retained=sequences, **options)
+
+
+def optimal():
+    E = t.enumerate_sequences(W1, None)
+    return table_twist(E.log_psi_star[0], E.log_psi_star[1].view(3, 3), E.log_psi_star[2].view(9, 3))
+
+
+def expected_bounds(twist, upper=False, scheme="multinomial", tau=2.0, slot=0, **options):
+    """E log Z-hat, E Z-hat and E 1/Z-hat of smc with K = 2 over every path of tokens and ancestors, by scripting its draws."""
+    choices = [9, 4, 9, 4, 9] if not upper else [27, 3, 2, 3, 2, 3]
+    paths = torch.cartesian_prod(*map(torch.arange, choices))
+    N, log_prob, E = len(paths), torch.zeros(len(paths), dtype=torch.float64), t.enumerate_sequences(W1, twist)
+    held, columns, drawn = None, list(paths.T[1:] if upper else paths.T), []
+    if upper:
+        star = paths[:, 0]
+        held, log_prob = ALL[star][:, None], E.log_sigma[star].clone()
+
+    def draw(scores, u):
+        column, log_q = columns[2 * len(drawn)], scores.log_softmax(-1)
+        drawn.append(column)
+        tokens = torch.stack([column * 0, column] if upper else [column // 3, column % 3], 1).view(-1)
+        log_q = log_q.gather(1, tokens[:, None])[:, 0]
+        log_prob.add_(log_q.view(N, 2)[:, 1 if upper else slice(None)].view(N, -1).sum(-1))
+        return tokens, log_q
+
+    def resampler(log_w, u, scheme, kept):
+        column, now = columns[2 * len(drawn) - 1], t.ess(log_w) < tau * 2
+        log_w = log_w.log_softmax(-1)
+        parents = torch.stack([column * 0, column] if upper else [column // 2, column % 2], 1)
+        law = log_w.gather(1, parents)[:, 1:] if upper else log_w.gather(1, parents)
+        law = law.sum(-1)
+        if scheme == "systematic":  # K = 2: particle 0 has two offspring with chance 2 w_0 - 1, none with 1 - 2 w_0
+            w0 = log_w[:, 0].exp()
+            law = torch.stack([2 * w0 - 1, 1 - (2 * w0 - 1).abs(), w0 * 0, 1 - 2 * w0], 1).clamp(min=0)
+            law = law.gather(1, column[:, None])[:, 0].log()
+        log_prob.add_(torch.where(now, law, -math.log(choices[-2])))
+        return parents, kept
+
+    S = t.sample(W1, twist, 2, N, retained=held, draw=draw, resampler=resampler, tau=tau, scheme=scheme,
+                 **({"first": True} | options))
+    p = log_prob.exp()
+    p = p / p.sum()  # resampling steps that did not happen were counted several times
+    return [(p * x).sum().item() for x in (S.log_Z, S.log_Z.exp(), (-S.log_Z).exp())]
+
+
+# ---- the world, its optimal twists and proposals
+
+
+def test_exact_values_of_w1():
+    E = t.enumerate_sequences(W1, w1_twist())
+    close(E.log_Z, LOG_Z, atol=1e-14, rtol=0)
+    sigma = E.log_sigma.exp().view(3, 3, 3)
+    close(sigma.sum((1, 2)), [0.4047050567, 0.3318468215, 0.2634481218])
+    close(sigma.sum(2), [[0.2535617553, 0.1189530748, 0.0321902266], [0.0658933371, 0.1781613178, 0.0877921666],
+                         [0.0676260108, 0.0693444940, 0.1264776170]])
+    close(E.log_psi_star[0].exp(), [0.4413520721, 0.6031605810, 0.7182599556])
+    close(E.log_psi_star[1].exp(), [[0.4608706359, 0.4324152051, 0.3510512899], [0.5988344760, 0.6476475109, 0.5318997678],
+                                    [0.7374970853, 0.7562380460, 0.6896523456]])
+    close(E.log_psi_star[2].exp()[[0, 1, 2, 24, 25, 26]], [0.3775406688, 0.5249791875, 0.7685247835, 0.3543436938,
+                                                           0.6224593312, 0.8909031788])
+    close([E.kl_q_sigma, E.kl_sigma_q, E.kl_prior], [0.0114111236, 0.0106221917, 0.0566322729])
+    prior = t.enumerate_sequences(W1, None)
+    close([prior.kl_q_sigma, prior.kl_sigma_q, prior.kl_prior], [0.0745873108, 0.0686885802, 0.0])
+
+
+def test_proposal_and_its_normalisers():
+    S = forced(ALL, w1_twist())
+    q = S.log_q[0].exp().view(3, 3, 3, 3)
+    close(q[:, 0, 0, 0], [0.3938926465, 0.3190196749, 0.2870876786])
+    close(q[:, :, 0, 1], [[0.6435736598, 0.2769644912, 0.0794618489], [0.2111785379, 0.5021980977, 0.2866233645],
+                          [0.2346529391, 0.2466838526, 0.5186632083]])
+    norm = S.log_norm[0].view(3, 3, 3, 3)
+    close(norm[:, 0, 0, 0], [0.0385296970] * 3)
+    close(norm[:, 0, 0, 1], [-0.1701068328, 0.0956134397, 0.4633533502])
+    close(norm[:, :, 0, 2], [[-0.2953499764, -0.3854697140, -0.6227456950], [-0.1284280788, -0.2482415917, -0.4955193082],
+                             [0.0398312896, -0.1098491603, -0.3668425444]])
+    Z = [(S.log_p[0, ::9 // 3**i, :i + 1].sum(-1) + S.log_psi[0, ::9 // 3**i, i]).exp().sum() for i in range(3)]
+    close(Z, [1.0392815915, 1.0697664073, 0.7428737759])
+    E = t.enumerate_sequences(W1, w1_twist())
+    log_w = E.log_p + E.log_phi - E.log_q
+    F_q, G_q, reward = (log_w * E.log_q.exp()).sum(), (log_w * E.log_sigma.exp()).sum(), (E.log_phi * E.log_q.exp()).sum()
+    close([F_q, G_q, reward], [-0.6178739446, -0.5958406294, -0.5612416718])
+    close(F_q, reward - E.kl_prior, atol=1e-14, rtol=0)
+
+
+def test_conditional_world_w2():
+    E = [t.enumerate_sequences(W2, None, torch.tensor([[o]])) for o in range(3)]
+    Z = torch.tensor([math.exp(e.log_Z) for e in E], dtype=torch.float64)
+    close(Z, [0.376, 0.358, 0.266], atol=1e-14, rtol=0)
+    close((Z * Z.log()).sum(), -1.0877889338)  # minus the entropy of o
+    close(torch.stack([e.log_psi_star[0].exp() for e in E], 1), [[0.445, 0.355, 0.2], [0.295, 0.385, 0.32], [0.325, 0.325, 0.35]])
+    close(E[0].log_psi_star[1].exp().view(3, 3)[0], [0.6, 0.2, 0.25])
+    close(torch.stack([e.log_sigma.exp().view(3, 3).sum(1) for e in E], 1)[:2],
+          [[0.5917553191, 0.4958100559, 0.3759398496], [0.2353723404, 0.3226256983, 0.3609022556]])
+    close([e.kl_q_sigma for e in E], [0.1272862862, 0.0417187171, 0.2075467228])
+    close([e.kl_sigma_q for e in E], [0.1231091702, 0.0423980658, 0.1813988389])
+    means = [sum(z * getattr(e, name) for z, e in zip(Z, E)) for name in ("kl_q_sigma", "kl_sigma_q")]
+    close(means, [0.1180023726, 0.1097196467])
+    torch.manual_seed(0)  # BDMC: pairs (s, o) are joint draws, so the error of a frequency is at most 0.5 / 100; 4.5 sigma
+    s, o = t.exact_samples(W2, 10_000)
+    close((o == torch.arange(3)).double().mean(0), Z, atol=0.0225, rtol=0)
+    close((s[o[:, 0] == 0, 0] == 0).double().mean(), 0.5917553191, atol=0.036, rtol=0)
+
+
+# ---- SMC
+
+
+@pytest.mark.parametrize("lower, upper, options", [
+    (-0.6117904948, -0.6012977774, dict(tau=0.0)),
+    (-0.6422783563, -0.5723795128, dict(tau=0.0, proposal="base")),
+    (-0.6130455569, -0.6000860753, {}),
+    (-0.6431532012, -0.5713837376, dict(proposal="base")),
+    (-0.6422813195, -0.5722962749, dict(proposal="base", tau=0.95)),
+    (-0.6117904948, -0.6012977774, dict(tau=0.95)),
+    (-0.6118798199, None, dict(scheme="systematic")),
+])
+def test_expected_bounds_by_enumeration(lower, upper, options):
+    mean, Z, _ = expected_bounds(w1_twist(), **options)
+    close(mean, lower)
+    close(Z, math.exp(LOG_Z), atol=1e-14, rtol=0)
+    if upper:
+        mean, _, inverse = expected_bounds(w1_twist(), upper=True, **options)
+        close(mean, upper)
+        close(inverse, math.exp(-LOG_Z), atol=1e-13, rtol=0)
+
+
+def test_expected_bounds_with_optimal_twists():
+    for upper in (False, True):
+        close(expected_bounds(optimal(), upper)[0], LOG_Z, atol=1e-14, rtol=0)
+    close([expected_bounds(optimal(), upper, proposal="base")[0] for upper in (False, True)], [-0.6421439711, -0.5724827668])
+    torch.manual_seed(0)
+    close(t.sample(W1, optimal(), 5, 7).log_Z, [LOG_Z] * 7, atol=1e-14, rtol=0)  # in every run
+
+
+def test_no_resampling_after_the_first_step_by_default_under_the_twist():
+    # w_1 is one number for all particles there; the estimate is unbiased either way
+    skipped, always = (expected_bounds(w1_twist(), first=first) for first in (None, True))
+    close([skipped[1], always[1]], [math.exp(LOG_Z)] * 2, atol=1e-14, rtol=0)
+    assert skipped[0] < LOG_Z and skipped[0] != always[0]
+
+
+def test_iwae_bounds_of_several_K():
+    for twist, proposal, lower, upper in (
+            (w1_twist(), "twist", [-0.6178739446, -0.6117904948, -0.6099453833, -0.6090506745],
+             [-0.5958406294, -0.6012977774, -0.6030479638, -0.6039118497]),
+            (None, "base", [-0.6810501319, -0.6422783563, -0.6298786794, -0.6238330951],
+             [-0.5377742408, -0.5723795128, -0.5838493686, -0.5895509373])):
+        S, E = forced(ALL, twist, proposal=proposal), t.enumerate_sequences(W1, twist)
+        for K in range(1, 5):
+            every = torch.cartesian_prod(*[torch.arange(27)] * K).view(-1, K)
+            log_Z_hat = S.log_w[0][every].logsumexp(-1) - math.log(K)
+            close((E.log_q[every].sum(-1).exp() * log_Z_hat).sum(), lower[K - 1])
+            weight = E.log_sigma[every[:, 0]] + E.log_q[every[:, 1:]].sum(-1)
+            close((weight.exp() * log_Z_hat).sum(), upper[K - 1])
+            assert lower[K - 1] >= lower[max(K - 2, 0)] and upper[K - 1] <= upper[max(K - 2, 0)]
+    close((-0.6090506745 - 0.6039118497) / 2, -0.6064812621)
+
+
+def test_dpg_twists_are_no_targets():  # Prop. E.2: q = sigma exactly, yet every-step SMC is loose
+    E, c = t.enumerate_sequences(W1, None), torch.tensor([[1.0], [4.0], [0.25]], dtype=torch.float64)
+    twist = table_twist(E.log_psi_star[0], E.log_psi_star[1].view(3, 3) + c.log(), E.log_psi_star[2].view(9, 3))
+    assert t.enumerate_sequences(W1, twist).kl_q_sigma == pytest.approx(0, abs=1e-14)
+    close(expected_bounds(twist, tau=0.0)[0], LOG_Z, atol=1e-14, rtol=0)
+    lower, Z, _ = expected_bounds(twist)
+    close([lower, Z, expected_bounds(twist, upper=True)[0]], [-0.6694385297, math.exp(LOG_Z), -0.5305429729])
+
+
+@pytest.mark.parametrize("proposal, increments, running", [
+    ("twist", [[0.0385296970, 0.0385296970], [0.0633533502, 0.0633533502], [-0.7248927221, -0.7823620676]],
+     [0.0385296970, 0.1018830472, -0.6513315637]),
+    ("base", [[-0.2, 0.4], [0.05, 0.1], [-0.5150435618, -0.6155195232]], [0.1443407699, 0.2196532374, -0.3443669082]),
+])
+def test_scripted_run(proposal, increments, running):
+    tokens, parents, seen = iter([[0, 2], [1, 2], [2, 2]]), iter([[1, 1], [0, 1]]), []
+
+    def draw(scores, u):
+        now = torch.tensor(next(tokens))
+        return now, scores.log_softmax(-1).gather(1, now[:, None])[:, 0]
+
+    def resampler(log_w, u, scheme, slot):
+        seen.append(log_w[0])
+        return torch.tensor([next(parents)]), slot
+
+    S = t.sample(W1, w1_twist(), 2, draw=draw, resampler=resampler, proposal=proposal, first=True)
+    close(torch.stack([*seen, S.log_w[0]]), increments)
+    close(torch.stack([x.logsumexp(-1) - math.log(2) for x in [*seen, S.log_w[0]]]).cumsum(0), running)
+    close(S.log_Z, [running[-1]])
+    assert S.tokens.tolist() == [[[2, 1, 2], [2, 2, 2]]]
+    assert S.lineage.tolist() == [[[1, 0, 0], [1, 1, 1]]]
+    if proposal == "base":
+        close(S.ess[0, 0], 1.8435506876)
+
+
+@pytest.mark.parametrize("scheme", ["multinomial", "stratified", "systematic"])
+def test_resampling_law(scheme):
+    """Offspring counts have mean K w; with a retained particle every slot's law is the scheme's, conditionally on it."""
+    torch.manual_seed(0)
+    log_w = torch.tensor([0.1, 0.45, 0.0, 0.3, 0.15], dtype=torch.float64).log().repeat(40_000, 1)
+    parents, home = t.resample(log_w, torch.rand(40_000, 6, dtype=torch.float64), scheme)
+    offspring = (parents[..., None] == torch.arange(5)).sum(1).double()
+    # a count's standard deviation is below 1.2, so that of a mean is below 0.006: 5 sigma, error chance 5e-6 for all
+    close(offspring.mean(0), 5 * log_w[0].exp(), atol=0.03, rtol=0)
+    assert home is None and not (parents == 2).any()
+    if scheme == "systematic":
+        assert ((offspring - 5 * log_w.exp()).abs() < 1).all()
+    # retaining particle j with chance w_j gives back the unconditional law of the offspring of all
+    j = torch.multinomial(log_w.exp(), 1)
+    parents, home = t.resample(log_w, torch.rand(40_000, 6, dtype=torch.float64), scheme, j)
+    assert (parents.gather(1, home) == j).all()
+    again = (parents[..., None] == torch.arange(5)).sum(1).double()
+    # E over j ~ w of the conditional mean is K E[o_k o_j] / (K w_j) summed over j: sum_j E[o_k o_j] / K = E o_k
+    close(again.mean(0), 5 * log_w[0].exp(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("scheme", ["multinomial", "stratified", "systematic"])
+@pytest.mark.parametrize("tau", [2.0, 0.9])
+def test_unbiased_and_upper_bound_identity(scheme, tau):
+    """E Z-hat = Z and, with an exact sample retained, E 1/Z-hat = 1/Z; 4.5 sigma, error chance 7e-6 each."""
+    torch.manual_seed(1)
+    N, twist = 8000, w1_twist()
+    twist.layers[0].weight.data *= 3  # bad twists: uneven weights
+    E = t.enumerate_sequences(W1, twist)
+    star = ALL[torch.multinomial(E.log_sigma.exp(), N, replacement=True)][:, None]
+    for held, sign in ((None, 1), (star, -1)):
+        ratio = (sign * (t.sample(W1, twist, 4, N, scheme=scheme, tau=tau, first=True, retained=held).log_Z - LOG_Z)).exp()
+        assert abs(ratio.mean() - 1) < 4.5 * ratio.std() / math.sqrt(N)
+
+
+def test_log_Z_bounds_are_ordered():
+    torch.manual_seed(2)  # means of 4000 runs; the gaps of K = 2 are 0.005 to 0.035, standard errors below 0.002
+    E = t.enumerate_sequences(W1, w1_twist())
+    exact = ALL[torch.multinomial(E.log_sigma.exp(), 4000, replacement=True)]
+    bounds, _, _ = t.log_Z_bounds(lambda K, N, **options: t.sample(W1, None, K, N, proposal="base", **options), exact, 2)
+    mean = {name: bounds[name].mean().item() for name in bounds}
+    assert mean == pytest.approx(dict(sis_lower=-0.64228, sis_upper=-0.57238, smc_lower=-0.64228, smc_upper=-0.57238), abs=0.012)
+    assert max(mean["sis_lower"], mean["smc_lower"]) < LOG_Z < min(mean["sis_upper"], mean["smc_upper"])
+    only, _, _ = t.log_Z_bounds(lambda K, N, **options: t.sample(W1, None, K, N, **options), 3, 2)
+    assert set(only) == {"sis_lower", "smc_lower"} and len(only["smc_lower"]) == 3
+
+
+def test_invariances():
+    def run(scale=(0.0, 0.0, 0.0), shift=0.0, **options):
+        torch.manual_seed(3)
+        twist, world = w1_twist(), SimpleNamespace(**vars(W1))
+        twist.layers[0].weight.data += torch.tensor(scale, dtype=torch.float64).repeat_interleave(torch.tensor([1, 3, 9]))
+        world.log_phi = lambda s, o: W1.log_phi(s, o) + shift
+        return t.sample(world, twist, 6, 5, **({"tau": 0.7, "proposal": "base"} | options)).log_Z
+
+    close(run((1.0, -2.0, 0.0)), run(), atol=1e-13, rtol=0)  # constants in psi_t cancel
+    close(run((0.0, 0.0, 5.0), proposal="twist"), run(proposal="twist"), atol=1e-13, rtol=0)  # and psi_T is never a target
+    close(run(shift=math.log(3)), run() + math.log(3), atol=1e-13, rtol=0)
+    alone = t.sample(W1, w1_twist(), 1, 27, retained=ALL[:, None])  # K = 1: log w of the sequence, whatever tau is
+    close(alone.log_Z, forced(ALL, w1_twist()).log_w[0], atol=1e-13, rtol=0)
+
+
+def test_zero_potentials_and_weights():
+    torch.manual_seed(4)
+    world = SimpleNamespace(**vars(W1))
+    world.log_phi = lambda s, o: torch.full(s.shape[:2], -torch.inf)
+    S = t.sample(world, w1_twist(), 4, 3)
+    assert (S.log_Z == -torch.inf).all() and not S.ess.isnan().any()
+    step = W1.start(20, 50)  # psi_t(0) = 0: under p0 as proposal such particles die and never come back
+    S = t.smc(lambda last, ancestors: (step(last, ancestors)[1], torch.tensor([[-torch.inf, 0.0, 0.0]]).double().repeat(1000, 1)),
+              lambda s: W1.log_phi(s, None), 3, 50, 20, proposal="base")
+    assert torch.isfinite(S.log_Z).all() and (S.tokens[..., 0] != 0).all()
+    assert t.ess(torch.full((4,), -torch.inf)) == 0 and t.ess(torch.tensor([1e4, -1e4])) == 1
+    close(t.ess(torch.zeros(7, dtype=torch.float64)), 7, atol=1e-12, rtol=0)
+
+
+def test_absorbing_end_token():
+    """Token 2 ends a sequence: p0 of the padded sequences sums to one, and Z-hat has the mean of the sum of p0 phi."""
+    world = SimpleNamespace(**vars(W1), )
+    world.eos = 2
+    S = t.sample(world, w1_twist(), 1, 27, retained=ALL[:, None], tau=0.0)
+    late = torch.tensor([any(a == 2 != b for a, b in zip(s, s[1:])) for s in ALL.tolist()])
+    p = S.log_p[:, 0].sum(-1).exp()
+    assert (p[late] == 0).all() and S.log_w[~late].isfinite().all()
+    close(p.sum(), 1, atol=1e-14, rtol=0)
+    A, first = [[0.6, 0.3, 0.1], [0.2, 0.5, 0.3]], [0.5, 0.3, 0.2]
+    by_hand = [math.prod([first[s[0]]] + [A[a][b] for a, b in zip(s, s[1:]) if a != 2]) for s in ALL[~late].tolist()]
+    close(p[~late], by_hand, atol=1e-14, rtol=0)
+    ended = ALL[:, 1] == 2
+    close(S.log_psi[~late & ended, 0, 2], S.log_psi[~late & ended, 0, 1], atol=0, rtol=0)
+    close(t.log_psi(world, w1_twist(), S)[~late].detach(), S.log_psi[~late], atol=1e-14, rtol=0)
+    close(t.log_q(world, w1_twist(), S)[~late].detach(), S.log_q[~late], atol=1e-13, rtol=0)
+    Z = (p * W1.log_phi(ALL, None).exp()).sum()
+    torch.manual_seed(5)
+    estimates = t.sample(world, w1_twist(), 3, 6000, tau=2.0, scheme="stratified").log_Z.exp()
+    assert abs(estimates.mean() - Z) < 4.5 * estimates.std() / math.sqrt(6000)  # error chance 7e-6
+
+
+# ---- losses
+
+
+def gradient(loss, twist):
+    """d loss / d log psi_1 (3,), log psi_2 (9,), log psi_3 (9, 3)"""
+    grad, = torch.autograd.grad(loss, twist.layers[0].weight)
+    return grad.T[0], grad.T[1:4].flatten(), grad.T[4:]
+
+
+EXPECTED = {  # value; gradients of log psi_1, log psi_2, log psi_3 at [0, 0, :] and [2, 2, :]; norm of the last table
+    "ctl": (0.0092428371, [-0.0036041367, -0.0042757155, 0.0078798523],
+            [0.0000621249, -0.0032505183, -0.0002866734, -0.0002431758, -0.0077323283, 0.0002172711, 0.0007002153, 0.0013190415,
+             0.0092140430],
+            [0.0074448613, 0.0058752832, 0.0023473627], [0.0001551889, -0.0023601860, -0.0088623972], 0.0168416871),
+    "rl": (0.1144922889, [-0.0078497992, 0.0009329327, -0.0121253108],
+           [0.0330140069, 0.0098526470, 0.0046478767, 0.0125051533, 0.0371947729, 0.0332543088, 0.0161754091, 0.0264323057,
+            0.0860496196],
+           [0.0391747849, 0.0289872056, 0.0128486797], [0.0060023121, 0.0005498396, -0.0049544322], 0.0597495061),
+    "rl p0": (0.1101400727, [-0.0099643891, 0.0008773121, -0.0084471134],
+              [0.0390699953, 0.0135469714, 0.0074248565, 0.0111371232, 0.0348241592, 0.0327311585, 0.0120056237, 0.0186616387,
+               0.0577895030],
+              [0.0568892381, 0.0296637996, 0.0092656493], [0.0056247992, 0.0004012831, -0.0028160159], 0.0761091872),
+    "sixo": (1.3791741635, [0.0008541341, -0.0000467968, 0.0046708499],
+             [0.0031305332, -0.0003996995, 0.0002645752, 0.0005884999, -0.0019611519, 0.0011086186, 0.0009317435, 0.0011773121,
+              0.0048318297],
+             [-0.0032064231, -0.0016456423, -0.0008464029], [-0.0008533720, -0.0025642804, -0.0074697327], 0.0138434361),
+    "fudge": (0.6768062017, [0.0014689884, -0.0078181393, -0.0079714864],
+              [0.0014150177, 0.0002704147, 0.0008376842, -0.0012280926, -0.0061334162, -0.0005820711, -0.0023134904,
+               -0.0024266469, -0.0022397671],
+              [0.0, -0.0018722710, -0.0021869079], [-0.0001877622, -0.0019424880, -0.0073456196], 0.0132768256),
+    "dpg": (0.0035407306, [-0.0036041367, -0.0042757155, 0.0078798523],
+            [0.0022985864, -0.0022880482, -0.0000105382, 0.0013951965, -0.0038361585, 0.0024409620, -0.0019357116, -0.0014520321,
+             0.0033877437],
+            [-0.0002159150, 0.0004397037, -0.0002237888], [0.0021380712, 0.0001858854, -0.0023239566], 0.0069028790),
+}
+
+
+def population_loss(name, twist):
+    """The loss's expectation, over all 27 sequences with their probabilities as weights."""
+    E, S = t.enumerate_sequences(W1, twist), forced(ALL, twist)
+    psi, sigma, q, p = t.log_psi(W1, twist, S), E.log_sigma.exp(), E.log_q.exp(), E.log_p.exp()
+    targets = torch.cat([S.log_norm[..., 1:], S.log_phi[..., None]], -1)[0]
+    if name == "ctl":
+        return t.ctl_loss(psi, sigma[None], psi, (S.log_p.sum(-1, keepdim=True) + S.log_psi).softmax(1))[0]
+    if name == "rl":
+        return (q * t.rl_loss(psi[0, :, None], targets[:, None])).sum()
+    if name == "rl p0":
+        return (p * t.rl_loss(psi[0, :, None], targets[:, None])).sum()
+    if name == "sixo":
+        return (p * t.sixo_loss(psi[0, :, None], (sigma / p)[:, None], psi[0, :, None])).sum()
+    if name == "fudge":
+        return (p * t.fudge_loss(psi[0, :, None], E.log_phi.exp()[:, None, None])).sum()
+    return t.dpg_loss(t.log_q(W1, twist, S), sigma[None])[0] + (sigma * E.log_sigma).sum() / 3
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_population_values_and_gradients(name):
+    twist = w1_twist()
+    loss, (value, psi1, psi2, head, tail, norm) = population_loss(name, twist), EXPECTED[name]
+    g1, g2, g3 = gradient(loss, twist)
+    if name == "ctl":  # the loss is a surrogate: its value is the KLs' only in its gradient
+        S, E = forced(ALL, twist), t.enumerate_sequences(W1, twist)
+        log_pi = (S.log_p.cumsum(-1) + S.log_psi)[0]
+        kls = []
+        for i, n in enumerate((9, 3, 1)):
+            sigma, pi = E.log_sigma.view(-1, n).logsumexp(-1), log_pi[::n, i].log_softmax(0)
+            kls.append((sigma.exp() * (sigma - pi)).sum())
+        close(kls, [0.0014026932, 0.0048795039, 0.0214463143])
+        loss = sum(kls) / 3
+        close(torch.stack([g1.sum(), g2.sum(), g3.sum()]), [0, 0, 0], atol=1e-15, rtol=0)
+    if name == "dpg":
+        close(g3.sum(-1), [0.0] * 9, atol=1e-15, rtol=0)
+    close(loss.detach(), value)
+    close(g1, psi1)
+    close(g2, psi2)
+    close(g3[0], head)
+    close(g3[8], tail)
+    close(g3.norm(), norm)
+
+
+def test_gradients_vanish_at_the_optimum():
+    for name in ("ctl", "rl", "dpg"):
+        twist = optimal()
+        assert max(g.abs().max() for g in gradient(population_loss(name, twist), twist)) < 1e-15
+    for name, change in (("sixo", lambda x: x - LOG_Z), ("fudge", lambda x: x - (-x.exp()).log1p())):  # psi*/Z; its logit
+        twist = optimal()
+        twist.layers[0].weight.data = change(twist.layers[0].weight.data)
+        assert max(g.abs().max() for g in gradient(population_loss(name, twist), twist)) < 1e-15
+
+
+def test_fixed_batch():
+    twist, S, N = w1_twist(), forced(B, w1_twist()), forced(NEGATIVES, w1_twist())
+    psi, W = t.log_psi(W1, twist, S), S.log_w.softmax(-1)
+    close(S.log_w, [[-0.4045348003, -0.5760716926, -0.8851991209, -0.6804790204]])
+    close(W, [[0.3105978882, 0.2616380916, 0.1920651795, 0.2356988407]])
+    close([S.log_Z.item(), S.log_w.mean().item()], [-0.6215729939, -0.6365711585])
+    close(S.log_phi, [[-0.4374879505, -0.1677860294, -1.1711006659, -0.1155195232]])
+    log_w_psi = (S.log_p - S.log_q).cumsum(-1) + S.log_psi
+    close(log_w_psi, [[[0.0385296970, 0.0684228643, -0.0670468498], [0.0385296970, 0.1018830472, -0.2582856632],
+                       [0.0385296970, 0.0341431368, -0.3140984549], [0.0385296970, 0.1018830472, -0.7649594972]]])
+    leaf = psi.detach().requires_grad_()
+    loss = t.ctl_loss(leaf, W, leaf, log_w_psi.softmax(1))
+    close(loss.detach(), [0.0088176411])
+    close(torch.autograd.grad(loss.sum(), leaf)[0],
+          [[[-0.0201992961, -0.0209089039, 0.0038329048], [-0.0038793639, -0.0017775944, 0.0014642897],
+            [0.0193116068, 0.0158176758, 0.0198415335], [0.0047670531, 0.0068688225, -0.0251387280]]])
+    close(t.rl_loss(psi, torch.cat([S.log_norm[..., 1:], S.log_phi[..., None]], -1)).detach(), [0.1314900735])
+    close(t.sixo_loss(psi, W, t.log_psi(W1, twist, N)).detach(), [1.3255800725])
+    close(t.fudge_loss(t.log_psi(W1, twist, N), N.log_phi.exp()[..., None]).detach(), [0.6908955051])
+    nll = t.dpg_loss(t.log_q(W1, twist, S), W)
+    close(nll.detach(), [1.0889125065])
+    every = twist(S.states)  # the paper's surrogate: log psi of the token minus its mean under q
+    mean = ((W1.head(S.states) + every).softmax(-1).detach() * every).sum(-1)
+    surrogate = -(W[..., None] * (psi - mean)).sum(1).mean()
+    close(surrogate.detach(), -0.0405266480)
+    for a, b in zip(gradient(nll.sum(), twist), gradient(surrogate, twist)):
+        close(a, b, atol=1e-15, rtol=0)
+
+
+def test_ppo_by_hand():
+    advantages, returns, whitened = t.gae(*(torch.tensor(x, dtype=torch.float64) for x in ([-0.1, 0.2, 1.0], [0.3, 0.1, 0.4])))
+    close(advantages, [0.7165, 1.07, 0.6])
+    close(returns, [1.0165, 1.17, 1.0])
+    close(whitened, [-0.3227697309, 1.1215226726, -0.7987529417], atol=1e-8, rtol=0)  # 1e-8 under the root
+    one = lambda *x: torch.tensor([x], dtype=torch.float64)
+    # ratios 2 and 0.5 with advantages 1, 1: max(-2, -1.2) and max(-0.5, -0.8), mean -0.85; values 1 and 0 for returns 0, 0,
+    # old values 0: 0.5 * 1 and 0, times 0.1 and averaged: 0.025
+    loss = t.ppo_loss(one(math.log(2), -math.log(2)), one(0, 0), one(1, 1), one(1, 0), one(0, 0), one(0, 0))
+    close(loss, -0.825, atol=1e-14, rtol=0)
+
+
+def test_fudge_labels_and_the_released_off_by_one():
+    """The label of s_{1:t} has mean psi*_t, or, in the released code, psi*_{t-1}, which forgets s_t."""
+    torch.manual_seed(6)
+    E, n = t.enumerate_sequences(W1, None), 4000
+    psi = [torch.full((27,), LOG_Z, dtype=torch.float64).exp()]
+    psi += [x.exp().repeat_interleave(27 // len(x)) for x in E.log_psi_star]
+    for legacy in (False, True):
+        labels = t.fudge_labels(W1, ALL.repeat(n, 1), legacy=legacy).view(n, 27, 3)
+        truth = torch.stack(psi[:3] if legacy else psi[1:], -1)
+        # labels lie in [0.2, 0.9], so a mean's standard error is below 0.35 / sqrt(4000) = 0.0055; 5 sigma for 81 means
+        close(labels.mean(0), truth, atol=0.0277, rtol=0)
+    twist, sigma = w1_twist(), E.log_sigma.exp()
+    logits = t.log_psi(W1, twist, forced(ALL, twist))[0, :, None]
+    for columns, expected in ((psi[:3], [-0.01283053, -0.00224517, 0.00469038]),
+                              (psi[1:], [0.00118901, -0.00864808, -0.01050037])):
+        loss = (sigma * t.fudge_loss(logits, torch.stack(columns, -1)[:, None])).sum()
+        grad, = torch.autograd.grad(loss, twist.layers[0].weight, retain_graph=True)
+        close(grad.T[0], expected, atol=6e-9, rtol=0)
+
+
+@pytest.mark.parametrize("learner", t.LEARNERS)
+def test_learns_the_optimal_twists(learner):
+    """Thousand-particle updates on w1 bring both KLs from above 0.05 to below 0.004, whichever learner."""
+    torch.manual_seed(7)
+    twist = t.Twist(13, 3, log_sigmoid=learner == "fudge").double()
+    optimizer, before = torch.optim.Adam(twist.parameters(), lr=0.05), t.enumerate_sequences(W1, twist)
+    for step in range(80):
+        optimizer.param_groups[0]["lr"] = 0.08 * (1 - step / 80)
+        loss = t.learner_loss(learner, W1, twist, 1000)
+        for _ in range(4 if learner == "ppo" else 1):
+            optimizer.zero_grad()
+            loss().backward()
+            optimizer.step()
+    after = t.enumerate_sequences(W1, twist)
+    assert min(before.kl_q_sigma, before.kl_sigma_q) > 0.05 and max(after.kl_q_sigma, after.kl_sigma_q) < 0.004
+    if learner not in ("dpg", "ppo"):  # whose twists are free up to a factor for every prefix
+        distance = lambda E: sum((a - b).var() for a, b in zip(E.log_psi_star, E.log_psi))
+        assert distance(after) < 0.1 * distance(before)
+
+
+# ---- language models
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A random GPT-NeoX of two layers in float64 with a byte-level BPE that has seen a few words."""
+    torch.manual_seed(8)
+    path = tmp_path_factory.mktemp("lm")
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(["a fox met a monster", "the cat met the dog"], trainers.BpeTrainer(
+        vocab_size=290, special_tokens=["<|end|>"], initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|end|>", pad_token="<|end|>")
+    config = GPTNeoXConfig(vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+                           max_position_embeddings=64, initializer_range=0.5)
+    GPTNeoXForCausalLM(config).save_pretrained(path / "model")  # 300 rows for fewer tokens, as padded embeddings have
+    GPTNeoXForCausalLM(config).save_pretrained(path / "policy")
+    judge = LlamaConfig(vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    for labels in (1, 2, 3):
+        judge.num_labels, judge.pad_token_id = labels, 0
+        LlamaForSequenceClassification(judge).save_pretrained(path / f"judge{labels}")
+    for name in ("model", "policy", "judge1", "judge2", "judge3"):
+        tokenizer.save_pretrained(path / name)
+    (path / "own.py").write_text("import math\ndef short(tokens, texts):\n    return [-0.1 * len(x) for x in texts]\n"
+                                 "short.log_bound = 0.0\ndef broken(tokens, texts):\n    return [math.nan] * len(texts)\n"
+                                 "def zero(tokens, texts):\n    return [-math.inf] * len(texts)\nzero.log_bound = 0.0\n")
+    return path
+
+
+def small(folder, out, **options):
+    return t.Args(**(dict(model=str(folder / "model"), potential=f"{folder}/own.py:short", T=4, K=6, exact=12, bound_K=(2, 5),
+                         runs=3, max_steps=2, eval_every=2, prompts=("a fox",), out=str(out)) | options))
+
+
+@pytest.mark.parametrize("options", [dict(), dict(twist="body"), dict(twist="body-mlp", potential="infilling", c=2),
+                                     dict(prompts=("a fox met", "the", "a monster dog")), dict(stop_at_eos=True, twist="linear")],
+                         ids=["head", "body", "infilling", "prompts", "eos"])
+def test_cache_follows_resampling(folder, options):
+    """After resampling at every step, the stored log-probs, twists and hidden states equal one teacher-forced pass."""
+    torch.manual_seed(9)
+    t.setup(0)
+    args = small(folder, "", T=7, **options)
+    model, tokenizer = t.load_model(args.model, "float64"), t.load_tokenizer(args.model)
+    world = t.lm_world(model, tokenizer, args)
+    twist = t.make_twist(args, "ctl", world, model).double()
+    if twist.body is not None:
+        twist.body.double()
+    for layer in twist.layers:
+        layer.weight.data *= 2  # uneven weights: much resampling
+    o = torch.randint(len(tokenizer), (3, 2)) if args.c else None
+    world.eos = 5 if args.stop_at_eos else None  # a token that is common enough
+    S = t.sample(world, twist, 8, 3, o, scheme="multinomial", first=True)
+    assert (S.lineage.diff(dim=-1) != 0).any() and S.tokens.max() < len(tokenizer)
+    tolerance = dict(atol=2e-5, rtol=1e-5)  # hidden states and logits pass through float32
+    for n, k in itertools.product(range(3), range(8)):
+        prompt = tokenizer(args.prompts[n % len(args.prompts)]).input_ids
+        ids = torch.tensor([prompt + S.tokens[n, k].tolist()])
+        logits = model(ids).logits[0, len(prompt) - 1:-1, :len(tokenizer)]
+        log_p = logits.log_softmax(-1).gather(1, S.tokens[n, k][:, None])[:, 0]
+        live = torch.tensor([world.eos not in S.tokens[n, k, :i].tolist() for i in range(7)])
+        torch.testing.assert_close(S.log_p[n, k][live], log_p[live], **tolerance)
+        assert (S.log_p[n, k][~live] == 0).all()
+        z = (twist.body or model).base_model(ids).last_hidden_state[0, len(prompt) - 1:-1]
+        torch.testing.assert_close(S.z[n, k][live].double(), z[live], **tolerance)
+        e = None if o is None else (twist.body or model).base_model(o[n:n + 1]).last_hidden_state[0, -1]
+        psi = twist(z, e)
+        torch.testing.assert_close(S.log_psi[n, k][live], psi.gather(1, S.tokens[n, k][:, None])[live, 0], atol=1e-4, rtol=1e-4)
+        norm = (logits + psi).logsumexp(-1) - logits.logsumexp(-1)
+        torch.testing.assert_close(S.log_norm[n, k][live], norm[live], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(t.log_psi(world, twist, S), S.log_psi, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(t.log_q(world, twist, S).double(), S.log_q, atol=1e-4, rtol=1e-4)
+    if o is not None:  # phi = p0(o | s_{1:T})
+        ids = torch.tensor([prompt + S.tokens[2, 7].tolist() + o[2].tolist()])
+        log_p = model(ids).logits[0, -3:-1, :len(tokenizer)].log_softmax(-1).gather(1, o[2][:, None]).sum()
+        torch.testing.assert_close(S.log_phi[2, 7], log_p, **tolerance)
+
+
+def test_prompts_do_not_meet(folder):
+    """Runs with several prompts, by the same uniforms, equal runs with one prompt each."""
+    t.setup(0)
+    prompts = ("a fox met", "the")
+    uniforms = torch.rand(4, 2 * 5, dtype=torch.float64)
+
+    def run(prompts, uniforms):
+        args, step = small(folder, "", prompts=prompts), iter(uniforms)
+        world = t.lm_world(t.load_model(args.model, "float64"), t.load_tokenizer(args.model), args)
+        return t.sample(world, None, 5, len(prompts), tau=0.0, draw=lambda scores, u: t.sample_tokens(scores, next(step)))
+
+    both = run(prompts, uniforms)
+    for n in range(2):
+        alone = run(prompts[n:n + 1], uniforms[:, 5 * n:5 * n + 5])
+        assert torch.equal(alone.tokens[0], both.tokens[n])
+        torch.testing.assert_close(alone.log_Z[0], both.log_Z[n], atol=1e-5, rtol=0)  # float32 scores
+
+
+def test_rejection_sampling_is_exact(folder):
+    """Bounded potentials, beta other than 1: log-weights of exact samples have mean G_q >= log Z, by importance sampling."""
+    t.setup(0)
+    torch.manual_seed(10)
+    args = small(folder, "", T=2, beta=2.0)
+    world = t.lm_world(t.load_model(args.model), t.load_tokenizer(args.model), args)
+    s, o = t.exact_samples(world, 3000)
+    S = t.sample(world, None, 20_000, tau=0.0)
+    W = S.log_w[0].softmax(-1)
+    for token in S.tokens[0, :, 0].mode().values, S.tokens[0, :, 1].mode().values:
+        truth, found = (W * (S.tokens[0] == token).any(-1)).sum(), (s == token).any(-1).double().mean()
+        assert o is None and abs(truth - found) < 4.5 * 0.5 * math.sqrt(1 / 3000 + 1 / t.ess(S.log_w[0]))  # 7e-6
+
+
+@pytest.mark.parametrize("options", [
+    dict(), dict(twist="linear", stop_at_eos=True, proposal="base"), dict(potential="infilling", c=2, conditions=3, K=2),
+    dict(twist="body-mlp", potential="infilling", c=1, conditions=2, K=2, legacy_fudge=True),
+    dict(prompts=("a fox met", "the"), train_on_exact=True, beta=0.5),
+    dict(potential="continuation", continuation=" dog", tau=0.5),
+], ids=["own", "eos", "infilling", "body", "prompts", "continuation"])
+def test_every_learner_runs(folder, tmp_path, options, capsys):
+    records = t.main(small(folder, tmp_path / "run", show=2, **options))
+    assert set(records) == {(learner, 0) for learner in t.LEARNERS}
+    for history in records.values():
+        assert [h["step"] for h in history] == [0, 2] and history[0]["kl_prior"] != history[1]["kl_prior"]
+        assert all(math.isfinite(h[name]) for h in history for name in ("kl_q_sigma", "kl_sigma_q", "log_Z", "smc_upper_5"))
+    table = (tmp_path / "run/table.md").read_text()
+    assert "nan" not in table and table in capsys.readouterr().out and len(table.splitlines()) == 9
+    assert r"\pm" in (tmp_path / "run/table.tex").read_text()
+    assert (tmp_path / "run/figures/twisted_smc.png").stat().st_size > 10_000
+
+
+def test_resume_is_bit_for_bit(folder, tmp_path):
+    options = dict(learner="ppo", max_steps=4, eval_every=2)
+    whole = t.main(small(folder, tmp_path / "whole", **options))["ppo", 0]
+    t.main(small(folder, tmp_path / "parts", **options | dict(max_steps=2)))
+    (tmp_path / "parts/ppo-seed0/evaluation/2.json").rename(tmp_path / "gone")  # a resumed run needs its checkpoint alone
+    t.main(small(folder, tmp_path / "parts", **options, resume=True))
+    same = [json.loads((tmp_path / name / "ppo-seed0/evaluation/4.json").read_text()) for name in ("whole", "parts")]
+    first, second = ({k: v for k, v in h.items() if k != "seconds"} for h in same)
+    assert first == second
+    assert whole[-1]["F_q"] == same[1]["F_q"]
+
+
+def test_policy_is_evaluated_with_both_bounds(folder, tmp_path):
+    """KL(q | sigma) of a policy is log Z - E_q log p0 phi / q: against a direct computation with full passes."""
+    args = small(folder, tmp_path / "run", learner="policy", policy=str(folder / "policy"), T=2, exact=800, bound_K=(400,),
+                 runs=4)
+    record = t.main(args)["policy", 0][-1]
+    model, policy, tokenizer = t.load_model(args.model), t.load_model(args.policy), t.load_tokenizer(args.model)
+    prompt, V = tokenizer("a fox").input_ids, len(tokenizer)
+    pairs = torch.cartesian_prod(torch.arange(V), torch.arange(V))
+    log_p, log_q = (torch.stack([m(torch.cat([torch.tensor(prompt).expand(V, -1), torch.arange(V)[:, None]], 1)).logits
+                                 [:, len(prompt) - 1:, :V].log_softmax(-1)]).double()[0] for m in (model, policy))
+    log_p, log_q = (x[0, 0][:, None] + x[:, 1] for x in (log_p, log_q))
+    texts = tokenizer.batch_decode(torch.cat([torch.tensor(prompt).expand(V * V, -1), pairs], 1), skip_special_tokens=True)
+    log_phi = -0.1 * torch.tensor([len(x) for x in texts], dtype=torch.float64).view(V, V)
+    log_Z = (log_p + log_phi).logsumexp((0, 1))
+    sigma, w = log_p + log_phi - log_Z, log_p + log_phi - log_q
+    # F_q and G_q are means over 1600 and 800 independent values
+    for name, law in (("F_q", log_q.exp()), ("G_q", sigma.exp())):
+        mean = (law * w).sum()
+        error = ((law * (w - mean) ** 2).sum() / (1600 if name == "F_q" else 800)).sqrt()
+        assert abs(record[name] - mean) < 4.5 * error  # error chance 7e-6
+    assert record["sis_lower_400"] - 0.2 < log_Z < record["sis_upper_400"] + 0.2
+
+
+def test_world_mode_prints_exact_values_beside_estimates(tmp_path, capsys):
+    for world, log_Z in (("w1", LOG_Z), ("w2", -1.0877889338)):
+        args = t.replace(t.PRESETS["world"], world=world, learner="dpg", max_steps=64, out=str(tmp_path / world))
+        last = t.main(args)["dpg", 0][-1]
+        assert last["exact_log_Z"] == pytest.approx(log_Z, abs=1e-9) and last["exact_kl_q_sigma"] < 0.03
+        assert abs(last["kl_q_sigma"] - last["exact_kl_q_sigma"]) < 0.02  # 100 runs of 64: error 0.003
+    assert "exact kl q ‖ σ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, words", [
+    (dict(potential="own.py:none"), "no file"), (dict(potential="{folder}/own.py:none"), "no function none"),
+    (dict(potential="{folder}/own.py:broken"), "nan"), (dict(potential="{folder}/own.py:zero"), "zero everywhere"),
+    (dict(potential="{folder}/own.py:zero", exact=0, learner="rl"), "zero on all"),
+    (dict(potential="horror"), "choose"), (dict(potential="class"), "--classifier"),
+    (dict(potential="class", classifier="{folder}/judge3", label=3), "3 labels"),
+    (dict(potential="class", classifier="{folder}/judge1", label=2), "1 labels"),
+    (dict(potential="threshold", classifier="{folder}/judge3"), "3 labels"),
+    (dict(potential="reward", classifier="{folder}/judge2"), "2 labels"),
+    (dict(potential="infilling"), "--c 0"), (dict(potential="infilling", c=3, continuation=" dog"), "--c is 3"),
+    (dict(potential="continuation"), "--continuation"), (dict(prompts=("a fox", "the cat met the dog" * 20)), "prompt 1"),
+    (dict(prompts=("",)), "prompt 0"), (dict(K=1), "--K 1"), (dict(beta=-1.0), "--beta"), (dict(bound_K=(0,)), "--bound-K"),
+    (dict(train_on_exact=True, exact=0), "--exact"), (dict(learner="policy"), "--policy"),
+])
+def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, options, words):
+    monkeypatch.setattr(t.exact_samples, "__defaults__", (1000, 3))  # patience: three batches
+    options = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in options.items()}
+    with pytest.raises(SystemExit) as stop:
+        t.main(small(folder, tmp_path / "run", **options))
+    assert words in str(stop.value) and "\n" not in str(stop.value)
+
+
+@pytest.mark.parametrize("name, potential", [("judge1", "class"), ("judge3", "class"), ("judge1", "reward"),
+                                             ("judge2", "threshold")])
+def test_classifier_potentials(folder, name, potential):
+    """The potential of decoded texts equals the classifier's output one text at a time; thresholds have their floor."""
+    t.setup(0)
+    args = small(folder, "", classifier=str(folder / name), potential=potential, beta=2.0, label=min(1, int(name[-1]) - 1))
+    model, tokenizer = t.load_model(args.model), t.load_tokenizer(args.model)
+    world = t.lm_world(model, tokenizer, args)
+    tokens = torch.randint(1, len(tokenizer), (2, 3, 4))
+    judge = LlamaForSequenceClassification.from_pretrained(folder / name)
+    values = []
+    for ids in tokens.view(6, 4):
+        text = tokenizer.decode(tokenizer("a fox").input_ids + ids.tolist(), skip_special_tokens=True)
+        logits = judge(**tokenizer(text, return_tensors="pt")).logits[0].double()
+        log_class = logits.log_softmax(0)[args.label] if len(logits) > 1 else F.logsigmoid(-logits[0])
+        threshold = ((logits[-1] - logits[0] < 0) + 1e-16).log()
+        values.append({"reward": 2 * logits[0], "threshold": threshold, "class": 2 * log_class}[potential])
+    torch.testing.assert_close(world.log_phi(tokens).flatten(), torch.stack(values).detach().double(), atol=1e-5, rtol=0)
+
+
+def test_threshold_without_hits_changes_nothing():
+    """Particles that all miss the set carry no information: zero gradient, not a pull towards p0."""
+    world = SimpleNamespace(**vars(W1))
+    world.floor, world.log_phi = 1e-16, lambda s, o: torch.full(s.shape[:2], math.log(1e-16), dtype=torch.float64)
+    for learner in ("ctl", "sixo", "dpg"):
+        twist = w1_twist()
+        t.learner_loss(learner, world, twist, 10)().backward()
+        assert (twist.layers[0].weight.grad == 0).all()
+
+
+def test_presets_are_the_papers():
+    updates = {name: t.PRESETS[name].max_steps for name in t.PRESETS}
+    assert updates["toxicity"] == updates["sentiment"] == 2**11 and updates["toxicity-v1"] == updates["sentiment-v1"] == 2**12
+    assert (updates["infilling"], updates["infilling-v1"]) == (5500, 6000)
+    assert (updates["infilling-2-1"], updates["infilling-2-1-v1"]) == (2**13, 2**14)
+    assert all(len(preset.lrs) == len(t.LEARNERS) for preset in t.PRESETS.values())
