@@ -264,7 +264,7 @@ def score(name, items, out, args):
 
 
 def read_records(path):
-    """The records of a file by (item, response), the first of duplicates; a line torn by a kill is cut off."""
+    """The records of a file by (item, response), a line torn by a kill is cut off."""
     lines = path.read_bytes().splitlines(True) if path.exists() else []
     if lines and not lines[-1].endswith(b"\n"):
         path.write_bytes(b"".join(lines := lines[:-1]))
