@@ -77,12 +77,21 @@ def setup(seed, timeout=1800):
         alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         patience = datetime.timedelta(seconds=timeout)  # with a rank that keeps the others waiting
         dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", timeout=patience, **alone)
-        if CUDA:  # NCCL asks for it; on gloo a rank that leaves before the others would sometimes abort in it
-            atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
+        atexit.register(leave)
     for number in (signal.SIGTERM, signal.SIGINT):  # the third quits: torchrun can make two of one Ctrl-C
         signal.signal(number, lambda n, _: os._exit(128 + n) if len(signals) > 1 else signals.append(n))
     torch.manual_seed(seed)
     return DEVICE
+
+
+def leave():
+    """End the group at exit, all ranks together: gloo's threads may abort a process that skips either."""
+    if dist.is_initialized():
+        try:
+            dist.monitored_barrier(timeout=datetime.timedelta(seconds=30))
+        except RuntimeError:
+            pass  # another rank is gone: torchrun ends the job
+        dist.destroy_process_group()
 
 
 def stop_requested():

@@ -18,7 +18,7 @@ import cal_dpo
 import dpo
 import dpo_gamma
 import sft
-from common import load_model, load_pairs, load_tokenizer, pack_pairs, read_rows, response_logps, setup
+from common import load_model, load_pairs, load_tokenizer, pack_pairs, read_rows, response_logps
 from common import tiny_reward, tokenize_pairs
 from generate import respond, sampler
 
@@ -73,7 +73,7 @@ def plot(args, curves):
     from matplotlib.figure import Figure
     figure = Figure((13, 4), layout="constrained")
     figure.suptitle("Tiny world, not the papers' setting; held-out chosen (blue), rejected (orange); a line a seed", size=9)
-    for axis, name in zip(figure.subplots(1, 3), METHODS):
+    for axis, name in zip(figure.subplots(1, 3, sharey=True), METHODS):
         for steps, chosen, rejected in curves[name]:
             axis.plot(steps, chosen, "C0.-", steps, rejected, "C1.-")
         axis.set(title=name, xlabel="optimiser step", ylabel="log pi/pi_ref (nats)")
@@ -84,12 +84,10 @@ def plot(args, curves):
 def main(args):
     results, curves = {}, {}
     for seed in args.seeds:
-        setup(seed)
         start = train(Path(args.out, f"sft-{seed}"), lambda **a: sft.main(sft.Args(**a)), seed=seed)
-        test = load_pairs("tiny", "test")
-        rows = [encoded | {"prompt": test[encoded["row"]]["prompt"]}
-                for encoded in tokenize_pairs(test, load_tokenizer(str(start)))]
-        base = [row["reward"] for row in sample(start, rows, args.samples, seed)]
+        encoded = tokenize_pairs(test := load_pairs("tiny", "test"), load_tokenizer(str(start)))
+        rows = [row | {"prompt": test[row["row"]]["prompt"]} for row in encoded]
+        base = np.array([row["reward"] for row in sample(start, rows, args.samples, seed)])
         for name, method in METHODS.items():
             folder = Path(args.out, f"{name.replace(', beta ', '-')}-{seed}")
             train(folder, method, model=str(start), seed=seed)
@@ -98,20 +96,20 @@ def main(args):
                                 for side in ("chosen", "rejected"))
             curves.setdefault(name, []).append(([r["step"] for r in held_out], chosen, rejected))
             drawn = sample(folder, rows, args.samples, seed)
-            rewards, rivals = (np.array(x) for x in ([row["reward"] for row in drawn], base))
-            wins = (rewards > rivals).mean() + (rewards == rivals).mean() / 2
+            rewards = np.array([row["reward"] for row in drawn])
+            wins = (rewards > base).mean() + (rewards == base).mean() / 2
             kl = (scores(folder, drawn) - scores(start, drawn)).mean().item()
             results.setdefault("SFT (the start)", []).append(
-                [rivals.mean(), 0.5, 0, 0, held_out[0]["eval_ranking_accuracy"], 0])
+                [base.mean(), 0.5, 0, 0, held_out[0]["eval_ranking_accuracy"], 0])
             results.setdefault(name, []).append(
                 [rewards.mean(), wins, chosen[-1], rejected[-1], held_out[-1]["eval_ranking_accuracy"], kl])
     lines = [("method", *COLUMNS), ("---",) * (len(COLUMNS) + 1)]
     for name, values in results.items():
         lines.append([name, *(f"{m:.3f} ± {s:.3f}" for m, s in zip(np.mean(values, 0), np.std(values, 0)))])
-    lines = [f"| {' | '.join(line)} |" for line in lines]
     risen = [name for name, values in results.items() if np.mean(values, 0)[2] > 0]  # a claim of the Cal-DPO paper
-    lines += ["", f"Tiny world, {args.samples} responses a prompt, KL and log-ratios to SFT in nats, mean ± sd over seeds "
-              f"{args.seeds}; the chosen log-ratio ends above 0 under {', '.join(risen) or 'no method'}."]
+    lines = [f"| {' | '.join(line)} |" for line in lines] + [
+        "", f"Tiny world, {args.samples} responses a prompt, KL and log-ratios to SFT in nats, mean ± sd over seeds "
+        f"{args.seeds}; the chosen log-ratio ends above 0 under {', '.join(risen) or 'no method'}."]
     print("\n".join(lines))
     Path(args.out, "table.md").write_text("\n".join(lines) + "\n")
     plot(args, curves)

@@ -79,7 +79,7 @@ def test_common_has_its_sections():
     sections = re.findall(r"^# ---- (.+)$", text, flags=re.M)
     assert sections == ["processes", "models", "the tiny world", "data", "tokenization", "log-probabilities", "sampling"]
     assert [n for n, line in enumerate(text.splitlines(), 1) if len(line) > 110] == []
-    assert len(text.splitlines()) <= 1150
+    assert len(text.splitlines()) <= 1160
 
 
 def test_requirements_are_pinned():
