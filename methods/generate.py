@@ -75,8 +75,8 @@ from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
 from common import (decode_step, load_model, load_pairs, load_tokenizer, model_folder, on_rank0, prefill,
-                    read_rows, reorder, require, row_texts, sample_tokens, setup, start_run, stay_in_place,
-                    stop_requested, tiny_reward, tokenize_pairs, words, write)
+                    read_rows, reorder, require, row_texts, sample_tokens, setting, setup, start_run,
+                    stay_in_place, stop_requested, tiny_reward, tokenize_pairs, words, write)
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -268,7 +268,7 @@ def main(args):
         axis.set(xlabel="the judge's score", ylabel="responses",
                  title="win rate {win_rate:.3f} [{low:.3f}, {high:.3f}]".format(**summary))
         axis.legend()
-        figure.suptitle(title, fontsize=9)
+        figure.suptitle(f"{title}\n{setting(args)}", fontsize=8)
         (out / "figures").mkdir(exist_ok=True)
         figure.savefig(out / "figures" / "scores.png", dpi=120)
     return summary

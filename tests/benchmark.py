@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 from common import pack_pairs, response_logps, setup
 from dpo import dpo_loss
+from generate import respond
 
 SHAPES = {"14m": (128, 6, 4), "70m": (512, 6, 8), "160m": (768, 12, 12)}  # width, layers, heads
 
@@ -229,7 +230,27 @@ def sweep(rounds=1, values=5, pairs=16):
           f"{ratio(seconds, 'live', 'cached')}  {agree(results, 'live', 'cached', 'losses')}", flush=True)
 
 
-BENCHMARKS = {f.__name__: f for f in (dpo_step, dpo_memory, sweep)}
+def generate(rounds=1, new=32):
+    """Pythia-14M shape, sampling without adaptor: 32 prompts at once, against the library's batch and one by one."""
+    model, prompts = pythia("14m").eval(), [row["prompt_ids"][:20] for row in hh_pairs(200, 0)]
+    prompts = [ids for ids in prompts if len(ids) == 20][:32]
+    settings = dict(do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+    library = lambda ids: model.generate(torch.tensor(ids), attention_mask=torch.ones(len(ids), 20).long(), **settings)
+
+    def ours(i):
+        uniforms = torch.rand(32, new, generator=torch.Generator().manual_seed(i))
+        return len(respond(model, prompts, uniforms, lambda logits: logits, -1, None))
+
+    with torch.no_grad():
+        seconds, _ = interleave({"ours": ours, "batch": lambda i: len(library(prompts)),
+                                 "one by one": lambda i: [library([ids]) for ids in prompts[:8]] and 8}, rounds)
+    seconds["one by one"] = [4 * t for t in seconds["one by one"]]  # a quarter of the prompts is run
+    for name in ("batch", "one by one"):
+        print(f"generate   14m, 32 prompts x {new} tokens: ours against the library, {name:10} "
+              f"{ratio(seconds, name, 'ours')}  {32 * new * rounds / sum(seconds['ours']):6.0f} tokens/s", flush=True)
+
+
+BENCHMARKS = {f.__name__: f for f in (dpo_step, dpo_memory, sweep, generate)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peak_of"]:
