@@ -527,13 +527,15 @@ def tiny_folder():
 
 # ---- data
 
-HUB = {  # name: hub id, configuration, its splits for "train" and "test"
-    "hh": ("Anthropic/hh-rlhf", None, "train", "test"),
-    "tldr": ("openai/summarize_from_feedback", "comparisons", "train", "validation"),
-    "tldr-sft": ("UCL-DARK/openai-tldr-filtered", None, "train", "test"),
-    "shp": ("stanfordnlp/SHP", None, "train", "test"),
-    "se": ("HuggingFaceH4/stack-exchange-preferences", None, "train", "train"),
-    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", None, "train_prefs", "test_prefs")}
+HUB = {  # name: hub id, options of load_dataset, its splits for "train" and "test"
+    "hh": ("Anthropic/hh-rlhf", {}, "train", "test"),
+    **{f"hh-{part}": ("Anthropic/hh-rlhf", {"data_dir": part}, "train", "test") for part in (
+        "helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")},
+    "tldr": ("openai/summarize_from_feedback", {"name": "comparisons"}, "train", "validation"),
+    "tldr-sft": ("UCL-DARK/openai-tldr-filtered", {}, "train", "test"),
+    "shp": ("stanfordnlp/SHP", {}, "train", "test"),
+    "se": ("HuggingFaceH4/stack-exchange-preferences", {}, "train", "train"),
+    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", {}, "train_prefs", "test_prefs")}
 HUMAN, ASSISTANT, CUE = "\n\nHuman:", "\n\nAssistant:", "\nTL;DR:"
 DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet)(\.gz)?$")
 
@@ -581,10 +583,10 @@ def load_pairs(name, split, pairs=True):
 
 def hub_rows(name, split):
     import datasets
-    hub_id, config, *splits = HUB.get(name, (name, None, "train", "test"))
+    hub_id, options, *splits = HUB.get(name, (name, {}, "train", "test"))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not a line for each retry
     try:
-        data = datasets.load_dataset(hub_id, config, split=splits[split == "test"])
+        data = datasets.load_dataset(hub_id, split=splits[split == "test"], **options)
     except Exception as error:  # noqa: BLE001 (no network, no such data set, no such split: many types)
         raise SystemExit(f"data {hub_id} is not a local path and not to be had from the hub ("
                          f"{str(error).splitlines()[0]}); give a file, or a folder of such files") from None
@@ -1063,13 +1065,15 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
     """What every preference method logs of each pair, under names that other libraries use.  -> dict of (B,)
 
     Implicit rewards are beta log pi/pi_ref in nats; a tie is wrong: equal models have reward accuracy 0.
+    Pairs that the reference ranks right are kept or lost, those it ranks wrong are fixed or missed.
     """
     chosen, rejected = (x.detach() for x in (chosen_logps, rejected_logps))
     r_chosen, r_rejected = beta * (chosen - ref_chosen_logps), beta * (rejected - ref_rejected_logps)
+    before, now = ref_chosen_logps > ref_rejected_logps, chosen > rejected
     return {"rewards/chosen": r_chosen, "rewards/rejected": r_rejected,
             "rewards/margins": r_chosen - r_rejected, "rewards/accuracies": (r_chosen > r_rejected).float(),
-            "ranking_accuracy": (chosen > rejected).float(),
-            "logps/chosen": chosen, "logps/rejected": rejected}
+            "ranking_accuracy": now.float(), "logps/chosen": chosen, "logps/rejected": rejected,
+            "kept": before & now, "lost": before & ~now, "fixed": ~before & now, "missed": ~before & ~now}
 
 
 # ---- sampling

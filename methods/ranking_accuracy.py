@@ -23,7 +23,7 @@ import json
 import math
 import sys
 from collections import Counter, defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from typing import Literal
@@ -38,6 +38,7 @@ class Args:
     betas: tuple[float, ...] = (0.01, 0.1, 1.0, 5.0, 10.0)  # of the idealised accuracy; App. C.4
     gammas: tuple[float, ...] = (0.0, 0.5, 1.5, 2.0)  # of R*(beta, gamma), beside 1; from the paper's sweep
     proportion: float = 0.75  # alpha of pairs with neither p_chosen nor votes; released code
+    smoothing: float = 0.0  # added to both counts of votes; 0.5: alpha = (k + 1/2) / (n + 1)
     epsilon: float = 0.001  # alpha is kept in [epsilon, 1 - epsilon]; App. C.4
 
     model: tuple[str, ...] = ()  # run or model folders, hub ids; empty: tiny and the runs on it in results/
@@ -57,7 +58,7 @@ class Args:
     legacy_dead_zone: bool = False  # R*: ratios within 5 % of 1 are ties
     legacy_votes: bool = False  # draw --sample before rows are grouped to items: single votes of Alpaca Farm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; log-sum-exp is float32, sums are float64
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: near ties are scored again in float32
     seed: int = 0  # of the bootstrap
     out: str = ""  # run folder; empty: results/ranking_accuracy
     resume: bool = False  # continue the run in the run folder; what has its records is not scored again
@@ -127,6 +128,10 @@ def ipo_threshold(ref_log_ratio, tau):
     return torch.where(optimum >= 0, optimum**2, -math.inf)
 
 
+FLIPS = "kept", "lost", "fixed", "missed"  # right or wrong under the reference, then under the policy
+SPAN = "min", "median", "max"
+
+
 def competition_ranks(scores):
     """1 = best; equals share the smallest rank: 3, 3, 1 -> 1, 1, 3.  n numbers or tuples -> list of n"""
     return [1 + sum(other > score for other in scores) for score in scores]
@@ -149,6 +154,18 @@ def bootstrap_interval(values, items, seed, resamples=1000):
     return np.quantile([total / count for total, count in draws], [0.025, 0.975]).tolist()
 
 
+def calibration(alpha, p, bins=10, quantiles=False):
+    """Distances of probabilities p from shares alpha, (B,) each; the first three of any positive numbers.
+
+    -> mean (p - alpha)^2, mean |log p - log alpha|, |difference of means|, expected calibration error
+    """
+    alpha, p = (np.maximum(np.asarray(x, float), 1e-300) for x in (alpha, p))
+    edges = np.linspace(0, 1, bins + 1) if not quantiles else np.quantile(p, np.linspace(0, 1, bins + 1))
+    gaps = np.bincount(np.searchsorted(edges[1:-1], p), p - alpha)  # sum in each bin
+    return [float(x) for x in (np.mean((p - alpha) ** 2), np.mean(abs(np.log(p / alpha))),
+                               abs(np.mean(p) - np.mean(alpha)), abs(gaps).sum() / len(p))]
+
+
 def load_items(name, args):
     """Data -> [{"prompt", "responses": n, "ranks": n, 1 = best, "share": of votes for the first or None}]."""
     def draw(rows):  # the same ones as in the released code
@@ -163,19 +180,20 @@ def load_items(name, args):
         found = [*judged(draw(rows) if args.legacy_votes else rows, args.lists)]
     except (KeyError, TypeError, ValueError) as error:
         raise SystemExit(f"{name}: a row is not what its columns promise ({error!r}); see --help") from None
-    for prompt, responses, scores, votes in found:
+    for prompt, responses, scores, votes in found:  # "counts" are smoothed, "shares" are alpha itself
+        extra = args.smoothing * (votes == "counts")
         reason = ("no votes" if votes and not sum(scores) else "fewer than two" if len(responses) < 2 else
                   "a score is missing" if len(scores) != len(responses) or None in scores else
                   "empty response" if not all(words(response).strip() for response in responses) else "")
         dropped.update([reason] if reason else [])
         kept += [] if reason else [dict(prompt=prompt, responses=responses, ranks=competition_ranks(scores),
-                                        share=scores[0] / sum(scores) if votes else None)]
+                                        share=(scores[0] + extra) / (sum(scores) + 2 * extra) if votes else None)]
     report(f"{name}: items", len(kept), dropped)
     return kept if args.legacy_votes else draw(kept)
 
 
 def judged(rows, lists):
-    """(prompt, responses, scores (more is better), whether these are votes) of rows of any kind."""
+    """(prompt, responses, scores (more is better), their kind if "counts" or "shares" of votes) of any rows."""
     polls, posts = defaultdict(lambda: [0, 0]), defaultdict(dict)
     for row in rows:
         if "preference" in row:  # Alpaca Farm: a row is a vote, 1 or 2
@@ -187,15 +205,16 @@ def judged(rows, lists):
             found = row.get("completions", row.get("answers"))
             scores = [one.get("overall_score", one.get("pm_score")) for one in found]
             texts = [one.get("response", one.get("text")) for one in found]
-            yield row.get("instruction", row.get("question")), texts, scores, False
+            yield row.get("instruction", row.get("question")), texts, scores, None
         elif "rejected" not in row or lists and "responses" in row:
             scores = row.get("scores") or row.get("rewards") or [-rank for rank in row.get("ranks") or ()]
-            yield row["prompt"], row["responses"], scores, False
+            yield row["prompt"], row["responses"], scores, None
         else:
-            votes = row.get("votes") if (p := row.get("p_chosen")) is None else [p, 1 - p]
-            yield row["prompt"], [row["chosen"], row["rejected"]], [*(votes or (1, 0))], bool(votes)
-    yield from ((prompt, pair, votes, True) for (prompt, *pair), votes in polls.items())
-    yield from ((prompt, [*found], [*found.values()], False) for (_, prompt), found in posts.items())
+            p, kind = row.get("p_chosen"), "counts" if row.get("votes") else None
+            votes, kind = (row.get("votes") or (1, 0), kind) if p is None else ((p, 1 - p), "shares")
+            yield row["prompt"], [row["chosen"], row["rejected"]], [*votes], kind
+    yield from ((prompt, pair, votes, "counts") for (prompt, *pair), votes in polls.items())
+    yield from ((prompt, [*found], [*found.values()], None) for (_, prompt), found in posts.items())
 
 
 def encode(tokenizer, item, args, limit):
@@ -260,7 +279,17 @@ def score(name, items, out, args):
     found = {i: all_n for i, all_n in found.items() if all(r and math.isfinite(r["logp"]) for r in all_n)}
     cut = sum(record["cut"] for all_n in found.values() for record in all_n)
     report(f"{name}: items scored", len(found), +dropped, f"; responses cut {cut}")
+    if args.dtype == "bfloat16" and (near := [i for i, records in found.items() if near_tie(records)]):
+        exact = score(name, [items[i] for i in near], out, replace(args, dtype="float32"))
+        found |= {near[k]: records for k, records in exact.items()}
     return found
+
+
+def near_tie(records):
+    """Whether bfloat16 may have decided a ranking: two log-probs per token are within 0.01 nats, or two sums
+    are within 0.01 nats for each token (rounding moves the mean of a text by about 0.005)."""
+    pairs = [*combinations([(r["logp"], r["tokens"]) for r in records], 2)]
+    return any(abs(a / n - b / m) < 0.01 or abs(a - b) < 0.01 * max(n, m) for (a, n), (b, m) in pairs)
 
 
 def read_records(path):
@@ -288,6 +317,7 @@ def measure(items, records, args):
              for i, found in records.items() if len(found) > 2]
     out = dict(items=len(records), pairs=int(strict.sum()), ties=int((~strict).sum()), lists=len(lists),
                item=item[strict], alpha=0.5 + abs(alpha[strict] - 0.5), chance=0.5,
+               label=np.where(np.isnan(share), 1, 0.5 + abs(alpha - 0.5))[strict],
                shorter=(side * (tokens[0] - tokens[1]) < 0)[strict].mean())
     for form, scores in ("R", logps), ("R~", logps / tokens):
         delta = side * (scores[0] - scores[1])  # y_w, the majority's choice (Def. 2.1), over y_l
@@ -325,43 +355,60 @@ def show(lines, args):
         found = zip(line["item"][k], c[k], loss_threshold(c[k], beta, gamma))
         print(f"{title:8}" + ", ".join(f"item {i:.0f} (c {x:.1f}, loss <= {y:.3g})" for i, x, y in found))
     for form in "R*", "R~*":
-        print(f"\n{form}, gamma down, beta across:" + "".join(f"{beta:8}" for beta in args.betas))
+        print(f"\n{form}, gamma down, beta across:" + "".join(f"{x:8}" for x in (*args.betas, *SPAN)))
         for gamma, values in zip(gammas, line[form]):
-            print(f"{gamma:28}" + "".join(f"{100 * value:8.1f}" for value in values))
-    head = "R low high R~ low high chance short. R*own R*med R~*med lost flip. /wrong Eq.14 R~".split()
+            span = min(values), np.median(values), max(values)
+            print(f"{gamma:28}" + "".join(f"{100 * value:8.1f}" for value in (*values, *span)))
+    head = "R low high R~ low high chance short. R*own MSE ECE lost fixed /wrong Eq.14 R~".split()
     print("\n" + " " * 32 + "".join(f"{h:>7}" for h in head) + "   (exact: then r, rho, tau of R and R~)")
     for line in lines:
         for kind in [kind for kind in ("", " exact") if "R" + kind in line]:
             row = [x for f in ("R" + kind, "R~" + kind) for x in (line[f], *line[f + " interval"])]
             row += [line["chance" + kind], line["shorter" + kind]] + ([
                 *line["R correlations"], *line["R~ correlations"]] if kind else [
-                line["R* own"], np.median(line["R*"][0]), np.median(line["R~*"][0]), *line["flips"][1:3],
+                line["R* own"], *line["calibration"][::3], *line["flips"][1:3],
                 line["flips"][2] / max(sum(line["flips"][2:]), 1e-9), line["R Eq. 14"], line["R~ Eq. 14"]])
             name = f"{line['data']}: {line['model']}{kind}"[-32:]
             print(f"{name:32}" + "".join(f"{100 * x:7.1f}" for x in row))
 
 
 def plot(out):
-    """figures/ranking.png from metrics.jsonl: Fig. 1 with the ranges of Table 1, Fig. 2, Fig. 3."""
+    """From metrics.jsonl: ranking.png (Fig. 1 over Table 1) and, of each policy, flips.png (Fig. 2, Fig. 3)."""
     from matplotlib.figure import Figure
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    dots, flips, scatter = Figure(figsize=(17, 3 + len(rows) / 2), layout="constrained").subplots(1, 3)
+    where = "tiny world, not the paper's setting" if {row["data"] for row in rows} == {"tiny"} else "see config.json"
+    dots = Figure(figsize=(10, 2.5 + len(rows) / 2), layout="constrained").subplots()
     for y, row in enumerate(rows):
-        for form, color, dy in ("R", "C0", -0.1), ("R~", "C1", 0.1):
+        for form, color, dy in ("R", "C0", -0.12), ("R~", "C1", 0.12):
             (low, high), value, ideal = row[form + " interval"], row[form], row[form + "*"][0]
-            dots.plot([min(ideal), np.median(ideal), max(ideal)], [y + dy] * 3, "|-", color=color, alpha=0.5)
-            dots.errorbar(value, y + dy, xerr=[[value - low], [high - value]], fmt="o", color=color)
-        dots.plot(row["shorter"], y, "kx")
-        flips.barh([y] * 4, row["flips"], left=np.cumsum([0, *row["flips"][:3]]), color=[*"gycr"])
-    c, delta, beta, gamma = np.array(row["c"]), np.array(row["R delta"]), row["beta"], row["gamma"]
-    scatter.scatter(c, loss_threshold(delta + gamma * c, beta), s=9, c=np.where(delta >= 0, "g", "r"))
-    scatter.plot(np.sort(c), loss_threshold(np.sort(c), beta, gamma), "k--")
-    for axis, title in ((dots, "Fig. 1: R (blue), R~ (orange), shorter wins (x); bars: R*, R~*"),
-                        (flips, "Fig. 2: still right, lost, flipped, still wrong")):
-        axis.set(xlabel="share of pairs", yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5), title=title,
-                 yticklabels=[f"{row['data']}: {row['model']}"[-32:] for row in rows])
-    scatter.set(xlabel="c (nats)", ylabel="loss (nats)", yscale="log", title=f"Fig. 3: {row['model']}")
+            dots.plot([min(ideal), np.median(ideal), max(ideal)], [y + dy] * 3, "|-", color=color, alpha=0.5,
+                      ms=9, label=f"{form}*: min, median, max over beta" * (y == 0))
+            dots.errorbar(value, y + dy, xerr=[[value - low], [high - value]], fmt="o", color=color,
+                          label=f"{form}, 95 % interval" * (y == 0))
+        dots.plot(row["shorter"], y, "kx", label="shorter wins" * (y == 0))
+    dots.axvline(0.5, color="k", lw=0.5)
+    dots.set(xlabel="share of pairs ranked right", yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5),
+             yticklabels=[f"{row['data']}: {row['model']}"[-32:] for row in rows],
+             title=f"Ranking accuracy as in Fig. 1, idealised as in Table 1: {where}")
+    dots.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     dots.figure.savefig(out / "figures" / "ranking.png", dpi=110)
+    if policies := [row for row in rows if row["model"] != row["reference"]]:
+        axes = Figure(figsize=(3.3 * len(policies), 6.5), layout="constrained").subplots(2, len(policies), squeeze=False)
+        for (top, bottom), row in zip(axes.T, policies):
+            steps, *shares = zip(*row["curve"])
+            top.stackplot(steps, shares, labels=FLIPS, colors=["C2", "C1", "C0", "C3"], alpha=0.7)
+            top.set(title=row["model"][-28:], xlabel="optimiser step", ylabel="share of pairs", ylim=(0, 1))
+            c, delta = np.array(row["c"]), np.array(row["R delta"])
+            loss = loss_threshold(delta + row["gamma"] * c, row["beta"]).numpy()
+            for right, color, label in (delta >= 0, "C0", "ranked right"), (delta < 0, "C3", "ranked wrong"):
+                bottom.scatter(c[right], loss[right], 8, color, label=label, alpha=0.6)
+            c.sort()
+            bottom.plot(c, loss_threshold(c, row["beta"], row["gamma"]), "k--", label="Theorem 4.1")
+            bottom.set(xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", ylabel="loss, nats", yscale="log")
+        axes[0, 0].legend(fontsize=8, loc="lower left")
+        axes[1, 0].legend(fontsize=8)
+        axes[0, 0].figure.suptitle(f"Rankings before and after as in Fig. 2 (held-out pairs of the run), Fig. 3: {where}")
+        axes[0, 0].figure.savefig(out / "figures" / "flips.png", dpi=110)
 
 
 def main(args):
@@ -386,8 +433,14 @@ def main(args):
         for name, line in zip(scored, new):
             beta, gamma = (flags.get(name, {}).get(k, getattr(args, k)) for k in ("beta", "gamma"))
             ideal["R* own"] = idealized_ranking_accuracy(-c, alpha, beta, gamma).mean().item()
+            p = torch.sigmoid(torch.as_tensor(beta * (line["R delta"] + gamma * c)))  # BT: y_w beats y_l
+            p, label = (np.concatenate([x, 1 - x]) for x in (p, line["label"]))  # as either of two responses
             four = [np.mean(((c <= 0) == a) & ((line["R delta"] >= 0) == b)) for a in (1, 0) for b in (1, 0)]
-            line.update(ideal, data=data, model=name, beta=beta, gamma=gamma, c=c, flips=four)
+            run = Path(name, "metrics.jsonl")
+            steps = [json.loads(x) for x in open(run)] if run.is_file() else []
+            curve = [[x["step"], *(x["eval_" + k] for k in FLIPS)] for x in steps if "eval_kept" in x]
+            line.update(ideal, data=data, model=name, reference=models[0], beta=beta, gamma=gamma, c=c, flips=four,
+                        calibration=calibration(label, p), curve=curve or [[0, np.mean(c <= 0), 0, 0, np.mean(c > 0)], [1, *four]])
         show(new, args)
         lines += new
     if lines:

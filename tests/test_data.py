@@ -233,6 +233,8 @@ def test_sft_rows_and_ranked_responses(tmp_path):
 
 
 HUB = {("Anthropic/hh-rlhf", None, "test"): [{"chosen": TALK + " a", "rejected": TALK + " b"}],
+       ("Anthropic/hh-rlhf", "harmless-base", "test"): [
+           {"chosen": TALK + " c", "rejected": TALK + " d"}, {"chosen": TALK + " e", "rejected": TALK + " f"}],
        ("openai/summarize_from_feedback", "comparisons", "validation"): [
            {"info": {"subreddit": "x", "title": "T", "post": post}, "choice": 0,
             "summaries": [{"text": "a"}, {"text": "b"}]} for post in ("P", None)],
@@ -249,12 +251,12 @@ HUB = {("Anthropic/hh-rlhf", None, "test"): [{"chosen": TALK + " a", "rejected":
 
 
 def test_hub_names(monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "load_dataset", lambda name, config=None, split=None:
-                        datasets.Dataset.from_list(HUB[name, config, split]))
-    names = "hh tldr tldr-sft shp se ultrafeedback someone/pairs".split()
+    monkeypatch.setattr(datasets, "load_dataset", lambda path, name=None, data_dir=None, split=None:
+                        datasets.Dataset.from_list(HUB[path, name or data_dir, split]))
+    names = "hh hh-harmless-base tldr tldr-sft shp se ultrafeedback someone/pairs".split()
     kept = {name: load_pairs(name, "test") for name in names}
     assert {name: len(rows) for name, rows in kept.items()} == {
-        "hh": 1, "tldr": 1, "tldr-sft": 1, "shp": 1, "se": 3, "ultrafeedback": 1, "someone/pairs": 4}
+        "hh": 1, "hh-harmless-base": 2, "tldr": 1, "tldr-sft": 1, "shp": 1, "se": 3, "ultrafeedback": 1, "someone/pairs": 4}
     assert "tldr test: kept 1, dropped 1 (null post: 1)\n" in capsys.readouterr().out
     assert kept["ultrafeedback"][0]["score_chosen"] == 8.5 and kept["ultrafeedback"][0]["prompt"] == CHAT
     train = load_pairs("se", "train")

@@ -90,6 +90,9 @@ def test_pipeline_from_logits_to_loss():
     metrics = pair_metrics(*logps, 0.1)
     rewards = [metrics["rewards/chosen"].tolist(), metrics["rewards/rejected"].tolist()]
     assert rewards == [pytest.approx([.15097229, -.13710757], abs=1e-6), pytest.approx([.03526623, .20126130], abs=1e-6)]
+    four = pair_metrics(*torch.tensor([[1., 0, 1, 0, 0], [0, 1, 0, 1, 0], [1, 1, 0, 0, 0], [0, 0, 1, 1, 0]]), 0.1)
+    pairs = [[name for name in ("kept", "lost", "fixed", "missed") if four[name][i]] for i in range(5)]
+    assert pairs == [["kept"], ["lost"], ["fixed"], ["missed"], ["missed"]]  # a tie is wrong, before and now
 
 
 def test_optimiser_steps():
