@@ -900,21 +900,21 @@ class HeadLogps(torch.autograd.Function):
 
     The naive form holds several fp32 copies of the logits.  Here they exist once, in compute dtype, and
     backward turns them into their own gradient, d logit = grad (onehot - softmax).  Where they would exceed
-    LOGITS_BYTES, they are made in chunks of 512 rows, forward and again backward.
+    LOGITS_BYTES, and in scoring, they are made in chunks of 512 rows, forward and again backward.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
-        fits = len(hidden) * weight.shape[0] * weight.element_size() <= LOGITS_BYTES
-        ctx.rows, ctx.kept, logps, log_norms = max(1, len(hidden)) if fits else 512, None, [], []
+        logits_bytes = len(hidden) * weight.shape[0] * weight.element_size()
+        fits = hidden.requires_grad and logits_bytes <= LOGITS_BYTES  # without a gradient none need be kept
+        ctx.rows, logps, log_norms = max(1, len(hidden)) if fits else 512, [], []
         for h, t in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
             logits = F.linear(h, weight, bias)
             for z, target in _blocks(logits, t):
                 log_p = torch.log_softmax(z, -1, dtype=torch.float32)
                 logps.append(log_p.gather(1, target[:, None])[:, 0])
                 log_norms.append(z[:, 0].float() - log_p[:, 0])
-        if fits and any(ctx.needs_input_grad):
-            ctx.kept = logits
+        ctx.kept = logits if fits else None
         ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(log_norms))
         return torch.cat(logps)
 

@@ -129,7 +129,6 @@ def ipo_threshold(ref_log_ratio, tau):
 
 
 FLIPS = "kept", "lost", "fixed", "missed"  # right or wrong under the reference, then under the policy
-SPAN = "min", "median", "max"
 
 
 def competition_ranks(scores):
@@ -180,20 +179,20 @@ def load_items(name, args):
         found = [*judged(draw(rows) if args.legacy_votes else rows, args.lists)]
     except (KeyError, TypeError, ValueError) as error:
         raise SystemExit(f"{name}: a row is not what its columns promise ({error!r}); see --help") from None
-    for prompt, responses, scores, votes in found:  # "counts" are smoothed, "shares" are alpha itself
-        extra = args.smoothing * (votes == "counts")
+    for prompt, responses, scores, votes in found:
+        k = args.smoothing * (votes == "counts")  # "shares" are alpha itself
         reason = ("no votes" if votes and not sum(scores) else "fewer than two" if len(responses) < 2 else
                   "a score is missing" if len(scores) != len(responses) or None in scores else
                   "empty response" if not all(words(response).strip() for response in responses) else "")
         dropped.update([reason] if reason else [])
         kept += [] if reason else [dict(prompt=prompt, responses=responses, ranks=competition_ranks(scores),
-                                        share=(scores[0] + extra) / (sum(scores) + 2 * extra) if votes else None)]
+                                        share=(scores[0] + k) / (sum(scores) + 2 * k) if votes else None)]
     report(f"{name}: items", len(kept), dropped)
     return kept if args.legacy_votes else draw(kept)
 
 
 def judged(rows, lists):
-    """(prompt, responses, scores (more is better), their kind if "counts" or "shares" of votes) of any rows."""
+    """(prompt, responses, scores (more is better), "counts" or "shares" if of votes) of rows of any kind."""
     polls, posts = defaultdict(lambda: [0, 0]), defaultdict(dict)
     for row in rows:
         if "preference" in row:  # Alpaca Farm: a row is a vote, 1 or 2
@@ -210,9 +209,9 @@ def judged(rows, lists):
             scores = row.get("scores") or row.get("rewards") or [-rank for rank in row.get("ranks") or ()]
             yield row["prompt"], row["responses"], scores, None
         else:
-            p, kind = row.get("p_chosen"), "counts" if row.get("votes") else None
-            votes, kind = (row.get("votes") or (1, 0), kind) if p is None else ((p, 1 - p), "shares")
-            yield row["prompt"], [row["chosen"], row["rejected"]], [*votes], kind
+            p, votes = row.get("p_chosen"), row.get("votes")
+            scores, kind = (votes or (1, 0), votes and "counts") if p is None else ((p, 1 - p), "shares")
+            yield row["prompt"], [row["chosen"], row["rejected"]], [*scores], kind
     yield from ((prompt, pair, votes, "counts") for (prompt, *pair), votes in polls.items())
     yield from ((prompt, [*found], [*found.values()], None) for (_, prompt), found in posts.items())
 
@@ -286,8 +285,7 @@ def score(name, items, out, args):
 
 
 def near_tie(records):
-    """Whether bfloat16 may have decided a ranking: two log-probs per token are within 0.01 nats, or two sums
-    are within 0.01 nats for each token (rounding moves the mean of a text by about 0.005)."""
+    """Whether bfloat16 (whose rounding moves a text's mean by 0.005 nats) may have decided its ranking."""
     pairs = [*combinations([(r["logp"], r["tokens"]) for r in records], 2)]
     return any(abs(a / n - b / m) < 0.01 or abs(a - b) < 0.01 * max(n, m) for (a, n), (b, m) in pairs)
 
@@ -355,7 +353,8 @@ def show(lines, args):
         found = zip(line["item"][k], c[k], loss_threshold(c[k], beta, gamma))
         print(f"{title:8}" + ", ".join(f"item {i:.0f} (c {x:.1f}, loss <= {y:.3g})" for i, x, y in found))
     for form in "R*", "R~*":
-        print(f"\n{form}, gamma down, beta across:" + "".join(f"{x:8}" for x in (*args.betas, *SPAN)))
+        print(f"\n{form}, gamma down, beta across:" +
+              "".join(f"{x:>8}" for x in (*args.betas, "min", "median", "max")))
         for gamma, values in zip(gammas, line[form]):
             span = min(values), np.median(values), max(values)
             print(f"{gamma:28}" + "".join(f"{100 * value:8.1f}" for value in (*values, *span)))
@@ -373,18 +372,19 @@ def show(lines, args):
 
 
 def plot(out):
-    """From metrics.jsonl: ranking.png (Fig. 1 over Table 1) and, of each policy, flips.png (Fig. 2, Fig. 3)."""
+    """From metrics.jsonl: ranking.png (Fig. 1 over Table 1) and, of each policy, flips.png (Fig. 2 and 3)."""
     from matplotlib.figure import Figure
     rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    where = "tiny world, not the paper's setting" if {row["data"] for row in rows} == {"tiny"} else "see config.json"
+    where = "tiny world, not the paper's" if {row["data"] for row in rows} == {"tiny"} else "see config.json"
     dots = Figure(figsize=(10, 2.5 + len(rows) / 2), layout="constrained").subplots()
     for y, row in enumerate(rows):
         for form, color, dy in ("R", "C0", -0.12), ("R~", "C1", 0.12):
             (low, high), value, ideal = row[form + " interval"], row[form], row[form + "*"][0]
             dots.plot([min(ideal), np.median(ideal), max(ideal)], [y + dy] * 3, "|-", color=color, alpha=0.5,
-                      ms=9, label=f"{form}*: min, median, max over beta" * (y == 0))
+                      label=f"{form}*: min, median, max over beta" * (y == 0))
             dots.errorbar(value, y + dy, xerr=[[value - low], [high - value]], fmt="o", color=color,
                           label=f"{form}, 95 % interval" * (y == 0))
+        dots.plot(row["R* own"], y - 0.12, "D", color="C0", mfc="w", label="R* at its own beta" * (y == 0))
         dots.plot(row["shorter"], y, "kx", label="shorter wins" * (y == 0))
     dots.axvline(0.5, color="k", lw=0.5)
     dots.set(xlabel="share of pairs ranked right", yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5),
@@ -392,23 +392,27 @@ def plot(out):
              title=f"Ranking accuracy as in Fig. 1, idealised as in Table 1: {where}")
     dots.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     dots.figure.savefig(out / "figures" / "ranking.png", dpi=110)
-    if policies := [row for row in rows if row["model"] != row["reference"]]:
-        axes = Figure(figsize=(3.3 * len(policies), 6.5), layout="constrained").subplots(2, len(policies), squeeze=False)
-        for (top, bottom), row in zip(axes.T, policies):
-            steps, *shares = zip(*row["curve"])
-            top.stackplot(steps, shares, labels=FLIPS, colors=["C2", "C1", "C0", "C3"], alpha=0.7)
-            top.set(title=row["model"][-28:], xlabel="optimiser step", ylabel="share of pairs", ylim=(0, 1))
-            c, delta = np.array(row["c"]), np.array(row["R delta"])
-            loss = loss_threshold(delta + row["gamma"] * c, row["beta"]).numpy()
-            for right, color, label in (delta >= 0, "C0", "ranked right"), (delta < 0, "C3", "ranked wrong"):
-                bottom.scatter(c[right], loss[right], 8, color, label=label, alpha=0.6)
-            c.sort()
-            bottom.plot(c, loss_threshold(c, row["beta"], row["gamma"]), "k--", label="Theorem 4.1")
-            bottom.set(xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", ylabel="loss, nats", yscale="log")
-        axes[0, 0].legend(fontsize=8, loc="lower left")
-        axes[1, 0].legend(fontsize=8)
-        axes[0, 0].figure.suptitle(f"Rankings before and after as in Fig. 2 (held-out pairs of the run), Fig. 3: {where}")
-        axes[0, 0].figure.savefig(out / "figures" / "flips.png", dpi=110)
+    if not (policies := [row for row in rows if row["model"] != row["reference"]]):
+        return
+    figure = Figure(figsize=(3.3 * len(policies), 6.5), layout="constrained")
+    axes = figure.subplots(2, len(policies), squeeze=False)
+    for (top, bottom), row in zip(axes.T, policies):
+        steps, *shares = zip(*row["curve"])
+        top.stackplot(steps, shares, labels=FLIPS, colors=["C2", "C1", "C0", "C3"], alpha=0.7)
+        top.set(title=row["model"][-28:], ylabel="share of pairs", ylim=(0, 1), xlabel="optimiser step")
+        if len(steps) == 2:
+            top.set(xticks=steps, xticklabels=["before", "after"], xlabel="training")
+        c, delta = np.array(row["c"]), np.array(row["R delta"])
+        loss = loss_threshold(delta + row["gamma"] * c, row["beta"]).numpy()
+        for right, color, label in (delta >= 0, "C0", "ranked right"), (delta < 0, "C3", "ranked wrong"):
+            bottom.scatter(c[right], loss[right], 8, color, label=label, alpha=0.6)
+        c.sort()
+        bottom.plot(c, loss_threshold(c, row["beta"], row["gamma"]), "k--", label="Theorem 4.1")
+        bottom.set(xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", ylabel="loss, nats", yscale="log")
+    for axis in axes[:, 0]:
+        axis.legend(fontsize=8, loc="lower left")
+    figure.suptitle(f"As in Fig. 2 (held-out pairs of a run, of others the pairs below) and Fig. 3: {where}")
+    figure.savefig(out / "figures" / "flips.png", dpi=110)
 
 
 def main(args):
@@ -439,8 +443,9 @@ def main(args):
             run = Path(name, "metrics.jsonl")
             steps = [json.loads(x) for x in open(run)] if run.is_file() else []
             curve = [[x["step"], *(x["eval_" + k] for k in FLIPS)] for x in steps if "eval_kept" in x]
-            line.update(ideal, data=data, model=name, reference=models[0], beta=beta, gamma=gamma, c=c, flips=four,
-                        calibration=calibration(label, p), curve=curve or [[0, np.mean(c <= 0), 0, 0, np.mean(c > 0)], [1, *four]])
+            line.update(ideal, data=data, model=name, reference=models[0], beta=beta, gamma=gamma, c=c,
+                        flips=four, calibration=calibration(label, p),
+                        curve=curve or [[0, np.mean(c <= 0), 0, 0, np.mean(c > 0)], [1, *four]])
         show(new, args)
         lines += new
     if lines:

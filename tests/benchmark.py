@@ -230,6 +230,51 @@ def sweep(rounds=1, values=5, pairs=16):
           f"{ratio(seconds, 'live', 'cached')}  {agree(results, 'live', 'cached', 'losses')}", flush=True)
 
 
+@torch.no_grad()
+def score_sums(model, rows, system):
+    """Summed log-probs of all responses: one forward each, padded batches of 16 in file order, or ours.  -> list"""
+    if system == "ours":
+        batches = pack_pairs(rows, 8192)
+        sums = torch.cat([response_logps(model, batch)[0] for batch in batches]).view(-1, 2)
+        return sums[np.argsort([i for batch in batches for i in batch["index"]])].flatten().tolist()
+    singles = [dict(prompt_ids=row["prompt_ids"], responses=[r]) for row in rows for r in row["responses"]]
+    size = 1 if system == "loop" else 16
+    return [x for i in range(0, len(singles), size) for x in naive_logps(model, singles[i:i + size]).tolist()]
+
+
+def score(rounds=1):
+    """Scoring HH-like pairs, as methods/ranking_accuracy.py does, against the loop and against padded batches of 16."""
+    for shape, pairs, systems in (("70m", 24, ("loop", "ours")), ("14m", 16, ("loop", "padded", "ours"))):
+        rows, model = hh_pairs(pairs, 0), pythia(shape).eval().requires_grad_(False)
+        half = pythia(shape).eval().requires_grad_(False).bfloat16()
+        seconds, results = interleave({name + kind: lambda _, m=m, name=name: score_sums(m, rows, name)
+                                       for name in systems for kind, m in (("", model), (" bf16", half))}, rounds)
+        real = rounds * sum(2 * len(row["prompt_ids"]) + sum(map(len, row["responses"])) for row in rows)
+        for naive in systems[:-1]:
+            for kind in ("", " bf16"):
+                ours = "ours" + kind
+                print(f"score      {shape}, {pairs} pairs: {ours:9} against {naive + kind:11} "
+                      f"{ratio(seconds, naive + kind, ours)}  {real / sum(seconds[ours]):6.0f} real tokens/s  "
+                      f"{agree(results, 'loop', ours, 'log-probs')} with the loop in fp32", flush=True)
+    added = {name: float(subprocess.run([sys.executable, __file__, "score_peak_of", name], capture_output=True,
+                                        text=True, check=True).stdout.split()[-1]) for name in systems}
+    print("score      14m, 64 pairs: " + ", ".join(f"{name} adds {mib:.0f} MiB" for name, mib in added.items()) +
+          f": {added['loop'] / added['ours']:.1f}x and {added['padded'] / added['ours']:.1f}x less", flush=True)
+
+
+def score_peak_of(system):
+    """In a fresh process: MiB that scoring 64 pairs adds at its peak."""
+    setup(0)
+    torch.set_num_threads(1)
+    model = pythia("14m").eval().requires_grad_(False)
+    score_sums(model, hh_pairs(1, 1), system)
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    score_sums(model, hh_pairs(64, 0), system)
+    print(memory("VmHWM") - before)
+
+
 def generate(rounds=1, new=32):
     """Pythia-14M shape, sampling without adaptor: 32 prompts at once, against the library's batch and one by one."""
     model, prompts = pythia("14m").eval(), [row["prompt_ids"][:20] for row in hh_pairs(200, 0)]
@@ -250,11 +295,13 @@ def generate(rounds=1, new=32):
               f"{ratio(seconds, name, 'ours')}  {32 * new * rounds / sum(seconds['ours']):6.0f} tokens/s", flush=True)
 
 
-BENCHMARKS = {f.__name__: f for f in (dpo_step, dpo_memory, sweep, generate)}
+BENCHMARKS = {f.__name__: f for f in (dpo_step, dpo_memory, sweep, score, generate)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peak_of"]:
         peak_of(sys.argv[2], int(sys.argv[3]))
+    elif sys.argv[1:2] == ["score_peak_of"]:
+        score_peak_of(sys.argv[2])
     else:
         setup(0)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # setup's handlers wait for a training loop

@@ -12,6 +12,7 @@ import pytest
 import ranking_accuracy as ra
 import scipy.stats
 import torch
+from common import response_logps
 from ranking_accuracy import Args
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -108,6 +109,25 @@ def test_published_mean_correlations(scores, pearson, kendall):
     assert ra.rank_correlations(HUMAN[2], ranks[2]) is None
     ranks[2] = [1, 1.001]
     close(np.mean([ra.rank_correlations(h, r) for h, r in zip(HUMAN, ranks)], 0)[[0, 2]], [pearson, kendall])
+
+
+def test_published_distances():
+    e, p = [2, 1, 4, 3], [2, 1, 3, 4]
+    close(ra.calibration(e, p)[:3], [0.5, 0.143841, 0])
+    labels, p = [1, 0, 1, 0], [0.8, 0.3, 0.6, 0.4]
+    assert ra.calibration(labels, p)[3] == pytest.approx(0.325)  # each in a bin of its own: .2, .3, .4, .4
+    assert ra.calibration(labels, p, bins=2, quantiles=True)[3] == pytest.approx(0.325)  # {.3, .4} .35, {.6, .8} .3
+
+
+def test_calibration_against_its_definition():
+    # sum over bins of the share of pairs in it times |mean alpha - mean p|; of a calibrated p it vanishes as 1/sqrt(n)
+    rng = np.random.default_rng(0)
+    p, alpha = rng.uniform(size=(2, 500))
+    bins = np.minimum((10 * p).astype(int), 9)
+    expected = sum(np.mean(bins == b) * abs(alpha[bins == b].mean() - p[bins == b].mean()) for b in range(10))
+    assert ra.calibration(alpha, p)[3] == pytest.approx(expected)
+    labels = rng.uniform(size=100_000) < (p := rng.uniform(size=100_000))
+    assert ra.calibration(labels, p)[3] < 0.01  # ten bins of 10,000: mean 0.004; above 0.01 below once in 10^6
 
 
 def test_bootstrap_covers():
@@ -227,6 +247,9 @@ def test_raw_and_normalised_differ_on_the_bigram():
     w, l = (bigram_logp(POLICY, PROMPT, y) for y in (CHOSEN, REJECTED))
     close([w, l, w / 3, l / 5], [-7.623465320327, -11.286157151497, -2.541155106776, -2.257231430299], 1e-11)
     assert ra.ranking_accuracy(w, l) == 1 and ra.ranking_accuracy(w / 3, l / 5) == 0
+    for response, expected in ((CHOSEN, -0.276256651285), (REJECTED, -1.136077933356)):  # sum of log(1 - p)
+        logps = [bigram_logp(POLICY, [*PROMPT, *response[:t]], [y]) for t, y in enumerate(response)]
+        close(sum(math.log1p(-math.exp(logp)) for logp in logps), expected, 1e-11)
     w, l = (bigram_logp(REFERENCE, PROMPT, y) for y in (CHOSEN, REJECTED))
     close([w, l, w / 3, l / 5], [-4.079912330813, -6.413257392452, -1.359970776938, -1.282651478490], 1e-11)
     assert ra.ranking_accuracy(w, l) == 1 and ra.ranking_accuracy(w / 3, l / 5) == 0
@@ -426,6 +449,32 @@ def test_constant_logits(tmp_path, world):
     assert found["R~ Eq. 14"] < 1 and found["R~"] == 1 and found["R~ model ties"] == len(items)
 
 
+def test_published_perplexities_of_constant_logits(tmp_path):
+    ra.setup(0)
+    # Logits (2, 1, 0) whatever comes before, no BOS, prompt of two tokens; the fourth token has no mass (e^-80).
+    model = ra.load_model(save_bigram(tmp_path / "model", torch.tensor([2.0, 1, 0, -80]).expand(4, 4)))
+    rows = [dict(prompt_ids=[2, 2], responses=[response]) for response in ([1, 0], [1, 0, 1], [1, 0])]
+    sums, tokens = zip(*(response_logps(model, batch) for batch in ra.pack_pairs(rows, 100)))
+    assert torch.cat(tokens).tolist() == [2, 3, 2]
+    close(torch.exp(-torch.cat(sums).double() / torch.cat(tokens)), [2.478382090561, 2.927862489744, 2.478382090561])
+
+
+def test_near_ties_of_bfloat16_are_scored_again(tmp_path):
+    # Rankings must not depend on the precision: of all responses of up to three tokens, neighbours in likelihood
+    table = POLICY * 1.0123  # bfloat16 rounds these logits
+    model = save_bigram(tmp_path / "model", table)
+    responses = [[*y] for n in (1, 2, 3) for y in itertools.product((1, 2, 3), repeat=n)]
+    responses.sort(key=lambda y: bigram_logp(table, [1], y))
+    items = [item([1], *pair) for pair in zip(responses, responses[1:])] + [item([1], responses[0], responses[-1])]
+    options = dict(append_eos=False)
+    exact, found = (scored(model, items, tmp_path / dtype, dtype=dtype, **options) for dtype in ("float32", "bfloat16"))
+    again = {i for i in exact if all(abs(a["logp"] - b["logp"]) < 1e-5 for a, b in zip(found[i], exact[i]))}
+    assert again >= {i for i, (a, b) in exact.items() if abs(a["logp"] - b["logp"]) < 0.005} and len(items) - 1 not in again
+    for form in (lambda r: r["logp"]), (lambda r: r["logp"] / r["tokens"]):
+        orders = [[np.sign(form(a) - form(b)) for a, b in scores.values()] for scores in (exact, found)]
+        assert orders[0] == orders[1]
+
+
 def test_killed_run_goes_on(world, tmp_path, monkeypatch, capsys):
     items = ra.load_items(world["data"], Args())
     whole = scored(world["ref"], items, tmp_path)
@@ -520,6 +569,19 @@ def test_alpaca_farm_votes(tmp_path):
         "p": ([1, 2], 2 / 3), "q": ([1, 1], 0.5), "r": ([2, 1], 0.0)}
 
 
+def test_smoothed_votes_and_simulated_proportions(tmp_path):
+    found = items_of(tmp_path, votes("p", 2, 1, 1) + votes("q", 2), smoothing=0.5)
+    assert [i["share"] for i in found] == [2.5 / 4, 0.5 / 2]  # (k + 1/2) / (n + 1)
+    pair = dict(prompt="p", chosen="a", rejected="b")
+    found = items_of(tmp_path, [pair | dict(p_chosen=0.8, votes=[1, 2])], smoothing=0.5)
+    assert found[0]["share"] == 0.8  # a known probability is left alone
+    items = items_of(tmp_path, [pair, pair | dict(chosen="c")])
+    records = {i: [dict(logp=-n, tokens=n) for n in (2, 1)] for i in (0, 1)}
+    line = ra.measure([items[0], dict(items[1], ranks=[2, 1])], records, Args(proportion=0.6))
+    close(line["alpha"], [0.6, 0.6])  # of y_w, whichever of the two it is
+    assert line["R"] == 0.5 and line["label"].tolist() == [1, 1]
+
+
 def test_votes_are_drawn_whole_unless_legacy(tmp_path):
     # 649 pairs of 4 votes, 1000 of them drawn: an item keeps 1.8 votes on average, some none; drawing pairs keeps all
     rows = [row for i in range(649) for row in votes(f"x{i:03}", *np.random.default_rng(i).integers(1, 3, 4).tolist())]
@@ -600,6 +662,26 @@ def test_run_against_enumeration(world, tmp_path, capsys):
     assert (tmp_path / "run" / "figures" / "ranking.png").stat().st_size > 10_000
 
 
+def test_figure_2_follows_the_evaluations_of_a_run(world, tmp_path):
+    policy = tmp_path / "policy"
+    policy.mkdir()
+    (policy / "model").symlink_to(world["policy"])
+    (policy / "config.json").write_text(json.dumps(dict(beta=0.5, gamma=2.0)))
+    shares = [(0, 0.5, 0.0, 0.0, 0.5), (4, 0.25, 0.25, 0.5, 0.0)]
+    (policy / "metrics.jsonl").write_text("".join(
+        json.dumps(dict(step=step, **dict(zip(("eval_kept", "eval_lost", "eval_fixed", "eval_missed"), four)))) + "\n" +
+        json.dumps(dict(step=step, loss=1.0)) + "\n" for step, *four in shares))
+    ref, run_line = run(world, tmp_path / "run", model=(world["ref"], str(policy)))
+    assert run_line["curve"] == [list(x) for x in shares] and (run_line["beta"], run_line["gamma"]) == (0.5, 2.0)
+    known = pytest.approx([np.mean([0.5 * (d + 2 * c) > 0 for d, c in zip(run_line["R delta"], run_line["c"])])])
+    p = 1 / (1 + np.exp(-0.5 * (run_line["R delta"] + 2 * run_line["c"])))
+    assert [np.mean(p > 0.5)] == known
+    label = [max(r["p_chosen"], 1 - r["p_chosen"]) for r in world["rows"]]
+    assert run_line["calibration"][0] == pytest.approx(np.mean((p - label) ** 2))
+    assert ref["curve"][1][1:] == pytest.approx([np.mean(ref["c"] <= 0), 0, 0, np.mean(ref["c"] > 0)])
+    assert (tmp_path / "run" / "figures" / "flips.png").stat().st_size > 10_000
+
+
 def test_another_beta_needs_no_model(world, tmp_path, monkeypatch):
     before = run(world, tmp_path / "run")
     monkeypatch.setattr(ra, "load_model", None)
@@ -609,7 +691,7 @@ def test_another_beta_needs_no_model(world, tmp_path, monkeypatch):
 
 def test_what_theorem_4_1_prints(capsys):
     # c = 50, 10, -5: one of three above 46.0; at c = 50 gamma 46.0017 / 50 = 0.92 is enough; IPO: c > 5 = 1 / (2 * 0.1) twice
-    line = dict(c=np.array([50.0, 10.0, -5.0]), item=np.array([7, 8, 9]), data="d", model="m", chance=0.5, shorter=0.5,
+    line = dict(calibration=[0.1] * 4, c=np.array([50.0, 10.0, -5.0]), item=np.array([7, 8, 9]), data="d", model="m", chance=0.5, shorter=0.5,
                 flips=[0.5] * 4, items=3, pairs=3, ties=0)
     line |= {"R": 0.5, "R~": 0.5, "R interval": [0.4, 0.6], "R~ interval": [0.4, 0.6], "R*": [[0.5] * 5] * 5,
              "R~*": [[0.5] * 5] * 5, "R* own": 0.5, "R Eq. 14": 0.5, "R~ Eq. 14": 0.5}
