@@ -907,16 +907,18 @@ class HeadLogps(torch.autograd.Function):
     def forward(ctx, hidden, weight, bias, targets):
         logits_bytes = len(hidden) * weight.shape[0] * weight.element_size()
         fits = hidden.requires_grad and logits_bytes <= LOGITS_BYTES  # without a gradient none need be kept
-        ctx.rows, logps, log_norms = max(1, len(hidden)) if fits else 512, [], []
-        for h, t in zip(hidden.split(ctx.rows), targets.split(ctx.rows)):
+        ctx.rows, logits = max(1, len(hidden)) if fits else 512, None
+        logps, log_norms = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
+        for h, *rows in zip(*(x.split(ctx.rows) for x in (hidden, targets, logps, log_norms))):
+            del logits
             logits = F.linear(h, weight, bias)
-            for z, target in _blocks(logits, t):
+            for z, target, logp, log_norm in _blocks(logits, *rows):
                 log_p = torch.log_softmax(z, -1, dtype=torch.float32)
-                logps.append(log_p.gather(1, target[:, None])[:, 0])
-                log_norms.append(z[:, 0].float() - log_p[:, 0])
+                logp.copy_(log_p.gather(1, target[:, None])[:, 0])
+                log_norm.copy_(z[:, 0].float() - log_p[:, 0])
         ctx.kept = logits if fits else None
-        ctx.save_for_backward(hidden, weight, bias, targets, torch.cat(log_norms))
-        return torch.cat(logps)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_norms)
+        return logps
 
     @staticmethod
     @torch.autograd.function.once_differentiable

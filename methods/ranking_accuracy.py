@@ -14,7 +14,8 @@ Chen, Malladi, Zhang, Chen, Zhang, Ranganath, Cho 2024, https://arxiv.org/abs/24
 Presets, with the paper's 1000 items: fig1, fig1-train (data that has no test split), table1 (votes).
 Data: pairs, with "votes" (two counts) or "p_chosen" if alpha is known; "responses" with "scores" or "ranks";
 rows of UltraFeedback, StackExchange, SHP, Alpaca Farm cross-annotations.
-One pass writes a line per response to records-*.jsonl; all numbers are arithmetic on these lines.
+One pass writes a line per response to records-*.jsonl; all numbers are arithmetic on these lines: the tables,
+figures/ranking.png (Fig. 1 and Table 1) and flips.png (Fig. 2 from the run's metrics.jsonl, Fig. 3).
 The released code (angie-chen55/pref-learning-ranking-acc) differs as the --legacy flags say; they restore it.
 """
 
@@ -340,6 +341,11 @@ def measure(items, records, args):
     return out
 
 
+def named(line):
+    """Data and model of a line, at most the last two parts of their paths."""
+    return ": ".join("/".join(Path(line[name]).parts[-2:])[-24:] for name in ("data", "model"))
+
+
 def show(lines, args):
     """Print the tables of one data set, in percent, and what Theorem 4.1 says before any training."""
     (line, *_), beta, gamma, gammas = lines, args.beta, args.gamma, (1.0, *args.gammas)
@@ -359,7 +365,7 @@ def show(lines, args):
             span = min(values), np.median(values), max(values)
             print(f"{gamma:28}" + "".join(f"{100 * value:8.1f}" for value in (*values, *span)))
     head = "R low high R~ low high chance short. R*own MSE ECE lost fixed /wrong Eq.14 R~".split()
-    print("\n" + " " * 32 + "".join(f"{h:>7}" for h in head) + "   (exact: then r, rho, tau of R and R~)")
+    print("\n" + " " * 50 + "".join(f"{h:>7}" for h in head) + "   (exact: then r, rho, tau of R and R~)")
     for line in lines:
         for kind in [kind for kind in ("", " exact") if "R" + kind in line]:
             row = [x for f in ("R" + kind, "R~" + kind) for x in (line[f], *line[f + " interval"])]
@@ -367,8 +373,7 @@ def show(lines, args):
                 *line["R correlations"], *line["R~ correlations"]] if kind else [
                 line["R* own"], *line["calibration"][::3], *line["flips"][1:3],
                 line["flips"][2] / max(sum(line["flips"][2:]), 1e-9), line["R Eq. 14"], line["R~ Eq. 14"]])
-            name = f"{line['data']}: {line['model']}{kind}"[-32:]
-            print(f"{name:32}" + "".join(f"{100 * x:7.1f}" for x in row))
+            print(f"{named(line) + kind:50}" + "".join(f"{100 * x:7.1f}" for x in row))
 
 
 def plot(out):
@@ -388,7 +393,7 @@ def plot(out):
         dots.plot(row["shorter"], y, "kx", label="shorter wins" * (y == 0))
     dots.axvline(0.5, color="k", lw=0.5)
     dots.set(xlabel="share of pairs ranked right", yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5),
-             yticklabels=[f"{row['data']}: {row['model']}"[-32:] for row in rows],
+             yticklabels=[named(row) for row in rows],
              title=f"Ranking accuracy as in Fig. 1, idealised as in Table 1: {where}")
     dots.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     dots.figure.savefig(out / "figures" / "ranking.png", dpi=110)
@@ -399,7 +404,7 @@ def plot(out):
     for (top, bottom), row in zip(axes.T, policies):
         steps, *shares = zip(*row["curve"])
         top.stackplot(steps, shares, labels=FLIPS, colors=["C2", "C1", "C0", "C3"], alpha=0.7)
-        top.set(title=row["model"][-28:], ylabel="share of pairs", ylim=(0, 1), xlabel="optimiser step")
+        top.set(title=named(row), ylabel="share of pairs", ylim=(0, 1), xlabel="optimiser step")
         if len(steps) == 2:
             top.set(xticks=steps, xticklabels=["before", "after"], xlabel="training")
         c, delta = np.array(row["c"]), np.array(row["R delta"])
@@ -411,7 +416,7 @@ def plot(out):
         bottom.set(xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", ylabel="loss, nats", yscale="log")
     for axis in axes[:, 0]:
         axis.legend(fontsize=8, loc="lower left")
-    figure.suptitle(f"As in Fig. 2 (held-out pairs of a run, of others the pairs below) and Fig. 3: {where}")
+    figure.suptitle(f"As Fig. 2 (held-out pairs)\nand Fig. 3 (scored pairs)\n({where})", fontsize=9)
     figure.savefig(out / "figures" / "flips.png", dpi=110)
 
 

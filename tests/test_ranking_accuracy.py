@@ -691,8 +691,8 @@ def test_another_beta_needs_no_model(world, tmp_path, monkeypatch):
 
 def test_what_theorem_4_1_prints(capsys):
     # c = 50, 10, -5: one of three above 46.0; at c = 50 gamma 46.0017 / 50 = 0.92 is enough; IPO: c > 5 = 1 / (2 * 0.1) twice
-    line = dict(calibration=[0.1] * 4, c=np.array([50.0, 10.0, -5.0]), item=np.array([7, 8, 9]), data="d", model="m", chance=0.5, shorter=0.5,
-                flips=[0.5] * 4, items=3, pairs=3, ties=0)
+    line = dict(c=np.array([50.0, 10.0, -5.0]), item=np.array([7, 8, 9]), data="d", model="m", chance=0.5, shorter=0.5,
+                calibration=[0.1] * 4, flips=[0.5] * 4, items=3, pairs=3, ties=0)
     line |= {"R": 0.5, "R~": 0.5, "R interval": [0.4, 0.6], "R~ interval": [0.4, 0.6], "R*": [[0.5] * 5] * 5,
              "R~*": [[0.5] * 5] * 5, "R* own": 0.5, "R Eq. 14": 0.5, "R~ Eq. 14": 0.5}
     ra.show([line], Args())
