@@ -45,15 +45,10 @@ from torch.distributed.checkpoint import state_dict as dsd
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    PreTrainedTokenizerFast,
+    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
+    GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 )
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -176,10 +171,16 @@ def log(out, step, /, **values):
     line = {"step": step} | dict(zip(values, (totals[:, 0] / totals[:, 1]).tolist()))
     if dist.get_rank() == 0:
         shown = (f"{name} {line[name]:<#9.4g}" for name in [*values][:6])
-        print(f"step {step:6d}", *shown, sep="  ", flush=True)
+        with tqdm.external_write_mode():  # above the bar, if there is one
+            print(f"step {step:6d}", *shown, sep="  ", flush=True)
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
     return line
+
+
+def progress(steps):
+    """Go through the steps, with a bar on rank 0 where stderr is a terminal."""
+    return tqdm(steps, disable=True if dist.get_rank() else None)
 
 
 def checkpoints(out):

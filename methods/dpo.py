@@ -31,7 +31,7 @@ import tyro
 @dataclass
 class Args:
     beta: float = 0.1  # strength of the KL constraint, Eq. 3; 0.1 in App. B
-    label_smoothing: float = 0.0  # probability that a label is flipped (conservative DPO); 0 is Eq. 7
+    label_smoothing: float = 0.0  # probability that a label is flipped (conservative DPO)
 
     model: str = "tiny"  # initial policy: tiny, a local or run folder, or a hub id
     ref_model: str = ""  # frozen reference; empty: the initial policy
@@ -82,9 +82,9 @@ import torch.nn.functional as F
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
 from common import (
     batch_order, clip_gradients, load_checkpoint, load_model, load_pairs, load_tokenizer, log, merge,
-    optimiser_steps, pack_pairs, pair_metrics, plot_curves, print_evaluations, reference_logps,
-    response_logps, save_checkpoint, save_model, setting, setup, speed, start_run, stop_requested,
-    stop_unless_finite, subset, tokenize_pairs
+    optimiser_steps, pack_pairs, pair_metrics, plot_curves, print_evaluations, progress,
+    reference_logps, response_logps, save_checkpoint, save_model, setting, setup, speed, start_run,
+    stop_requested, stop_unless_finite, subset, tokenize_pairs
 )
 
 
@@ -147,7 +147,7 @@ def main(args):
     clipped = state.get("clipped", 0)  # steps whose gradient was clipped so far
     eval_steps, save_steps = (max(1, n // args.batch_size) for n in (args.eval_every, args.save_every))
 
-    for step in range(start, steps):
+    for step in progress(range(start, steps)):
         if step % eval_steps == 0:
             log(out, step, **evaluate(model, test, ref_test, args))
         started, metrics = time.time(), []

@@ -87,7 +87,7 @@ from transformers import AutoConfig
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
 from common import (hub_rows, load_model, load_pairs, load_tokenizer, model_folder, on_rank0, pack_pairs,
-                    read_rows, report, row_texts, setup, start_run, token_logps, words)
+                    progress, read_rows, report, row_texts, setup, start_run, token_logps, words)
 
 
 def ranking_accuracy(chosen_logps, rejected_logps):
@@ -254,7 +254,7 @@ def score(name, items, out, args):
     path = out / f"records-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
     done, tokenizer = on_rank0(lambda: read_records(path), f"{path} damaged, delete it"), load_tokenizer(name)
     limit = args.max_length or getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", 1024)
-    for start in range(0, len(items), 512):
+    for start in progress(range(0, len(items), 512)):
         rows, mine, parts = [], {}, [None] * world
         for i, item in enumerate(items[start:start + 512], start):
             missing = any((i, j) not in done for j in range(len(item["responses"])))

@@ -80,8 +80,9 @@ import torch.distributed as dist
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
 from common import (
     batch_order, clip_gradients, every_turn, load_checkpoint, load_model, load_pairs, load_tokenizer, log,
-    merge, optimiser_steps, pack_pairs, plot_curves, print_evaluations, response_logps, save_checkpoint,
-    save_model, setting, setup, speed, start_run, stop_requested, stop_unless_finite, subset, tokenize_pairs
+    merge, optimiser_steps, pack_pairs, plot_curves, print_evaluations, progress, response_logps,
+    save_checkpoint, save_model, setting, setup, speed, start_run, stop_requested, stop_unless_finite, subset,
+    tokenize_pairs
 )
 
 
@@ -138,7 +139,7 @@ def main(args):
     clipped = state.get("clipped", 0)  # steps whose gradient was clipped so far
     eval_steps, save_steps = (max(1, n // args.batch_size) for n in (args.eval_every, args.save_every))
 
-    for step in range(start, steps):
+    for step in progress(range(start, steps)):
         if step % eval_steps == 0:
             log(out, step, **evaluate(model, test, args))
         started, metrics = time.time(), []
