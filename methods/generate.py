@@ -71,12 +71,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
-from tqdm import tqdm
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
 from common import (decode_step, load_model, load_pairs, load_tokenizer, model_folder, on_rank0, prefill,
-                    read_rows, reorder, require, row_texts, sample_tokens, setting, setup, start_run,
-                    stay_in_place, stop_requested, tiny_reward, tokenize_pairs, words, write)
+                    progress, read_rows, reorder, require, row_texts, sample_tokens, setting, setup,
+                    start_run, stay_in_place, stop_requested, tiny_reward, tokenize_pairs, words, write)
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
@@ -132,7 +131,7 @@ def generate(args, adapt, out):
     batches = [items[i:i + args.batch_size] for i in range(0, len(items), args.batch_size)]
     rank, world, parts = dist.get_rank(), dist.get_world_size(), out / "parts"
     on_rank0(lambda: parts.mkdir(exist_ok=True), parts)
-    for first in tqdm(range(0, len(batches), world), "batches", disable=rank > 0 or None):
+    for first in progress(range(0, len(batches), world)):
         if stop_requested():
             raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
         path = parts / f"{first + rank:06d}.jsonl"
