@@ -15,10 +15,9 @@ Eq. 5  IMH               from y propose y' ~ q, move with probability min(1, w(y
     python methods/imh_adaptors.py all rlhf    presets: tiny (default), rlhf, dpo (the paper's 7B models)
     python methods/imh_adaptors.py imh --csv data_dpo         the authors' scored corpora, by their columns
 
-In the released code (each a --legacy flag here) the accept test is a one-element tuple, so all proposals are
-accepted; the implicit reward is log p - log p_+, the negative of Eq. 1's; the prior does not see the prompt;
-a token's log-prob is clamped at -25. Its target is --target aligned, its chains are --pooled, the library's
-top-k 50 joins every adaptor (here: top_p090,top_k=50). Here log q is kept from sampling.
+In the released code (--legacy flags here) the accept test is a one-element tuple, so all are accepted; the
+implicit reward is log p - log p_+, the negative of Eq. 1's; the prior does not see the prompt; log-probs of
+tokens are clamped at -25. Its target is aligned, pooled; top-k 50 joins every adaptor (top_p090,top_k=50).
 """
 
 import json
@@ -30,6 +29,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -37,21 +37,21 @@ import tyro
 @dataclass
 class Args:
     sampling_types: tuple[str, ...] = ("ancestral_strict", "top_k50", "top_k30", "top_p095", "top_p090",
-                                       "typical_p090", "eta_n00009")  # or specs such as top_p=0.8,min_p=0.1
-    temperatures: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)  # each with every sampling type
+                                       "typical_p090", "eta_n00009", "greedy")  # or top_p=0.8,min_p=0.1
+    temperatures: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)  # each with every sampling type but greedy
     prompts: int = 1000  # distinct prompts of the test split, drawn at random
     samples: int = 2  # responses per prompt and setting
-    template: str = "{}"  # around the prompt; other than {}: around the first human turn of a dialogue
+    template: str = "{}"  # around the prompt; other than {}: around the first turn, to its first blank line
     reward: str = "tiny"  # tiny (the known one), implicit, or a sequence classification model
     beta: float = 0.5  # KL weight of Eq. 1: of the implicit reward, of --target posterior and of enumerate
     also: tuple[str, ...] = ()  # further adaptors under which every response is scored, in the same pass
     adaptor: str = "top_k=2"  # of enumerate: a name, or key=value,key=value
-    target: str = "global"  # of IMH: global, aligned (p_+ on q's support, whatever T) or posterior
+    target: Literal["global", "aligned", "posterior"] = "global"  # of IMH; aligned: on q's support, any T
     pooled: bool = False  # one chain over all prompts, which weighs a prompt by its normaliser
     chain_length: int = 1000  # proposals per chain, drawn with replacement from the stored draws
     burn_in: int = 100  # steps left out
     thin: int = 1  # every thin-th step is kept
-    corpus_size: int = 200  # strings of a corpus, for the ellipses and the typicality filter
+    corpus_size: int = 200  # strings of a corpus, for the figures and the typicality filter
     eps: float = 0.25  # typical corpus: mean log p_+ within eps standard errors of its expectation
     csv: str = ""  # folder of the authors' scored CSVs, read by imh and figures instead of the scores
     legacy_accept_all: bool = False  # imh: every proposal is accepted
@@ -63,7 +63,7 @@ class Args:
     ref_model: str = "tiny"  # prior p: the model p_+ was trained from
     data: str = "tiny"  # prompts: tiny, hh, a file, a folder or a hub id
     max_length: int = 256  # tokens of prompt and response together
-    max_prompt_length: int = 128  # longer prompts are left out
+    max_prompt_length: int = 255  # longer prompts are left out
     batch_size: int = 64  # responses sampled side by side
     tokens_per_microbatch: int = 8192  # memory knob of scoring: packed tokens per forward pass and process
     dtype: str = "float32"  # bfloat16 can move tokens across a kept set's edge when they are scored again
@@ -73,14 +73,13 @@ class Args:
     overwrite: bool = False  # replace what is in the run folder
 
 
-PAPER = dict(data="hh", dtype="bfloat16", max_prompt_length=255)  # and the defaults: 1000 prompts x 2 samples
 PRESETS = {
-    "tiny": Args(sampling_types=("ancestral_strict", "top_k=5", "top_p090", "typical_p090"),
+    "tiny": Args(sampling_types=("ancestral_strict", "top_k=5", "top_p090", "typical_p090", "greedy"),
                  temperatures=(0.5, 1.0, 1.5), prompts=32, samples=8, max_length=128),
-    "rlhf": Args(model="ethz-spylab/rlhf-7b-harmless", ref_model="meta-llama/Llama-2-7b-hf", **PAPER,
-                 reward="ethz-spylab/reward_model", template="Human: {} Assistant:"),
+    "rlhf": Args(model="ethz-spylab/rlhf-7b-harmless", ref_model="meta-llama/Llama-2-7b-hf", data="hh",
+                 reward="ethz-spylab/reward_model", template="Human: {} Assistant:", dtype="bfloat16"),
     "dpo": Args(model="kaist-ai/janus-dpo-7b", ref_model="kaist-ai/janus-7b", reward="implicit", beta=1.0,
-                template="[INST] Human: {} Assistant:[/INST]", **PAPER)}  # prior: where DPO started from
+                template="[INST] Human: {} Assistant:[/INST]", data="hh", dtype="bfloat16")}  # its prior
 COMMANDS = ("all", "toy", "enumerate", "generate", "score", "imh", "figures")
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -98,48 +97,48 @@ from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
 from common import (decode_step, load_model, load_pairs, load_tokenizer, model_folder, on_rank0, pack_pairs,
-                    prefill, read_rows, reorder, require, response_logps, sample_tokens, setup, start_run,
-                    stay_in_place, stop_requested, tiny_reward, write)
+                    prefill, read_rows, reorder, require, response_logps, sample_tokens, setting, setup,
+                    start_run, stay_in_place, stop_requested, tiny_reward, write)
 
 SAMPLING_TYPES = {  # the released code's names; what is absent is off
-    "ancestral_strict": {}, "ancestral": dict(top_k=50), "top_k50": dict(top_k=50), "top_k30": dict(top_k=30),
-    "top_p095": dict(top_p=0.95), "top_p090": dict(top_p=0.90), "typical_p090": dict(typical_p=0.90),
-    "eta_n00009": dict(eta_cutoff=0.0009), "greedy": dict(top_k=1)}
+    "ancestral_strict": "top_k=0", "ancestral": "top_k=50", "top_k50": "top_k=50", "top_k30": "top_k=30",
+    "top_p095": "top_p=0.95", "top_p090": "top_p=0.9", "typical_p090": "typical_p=0.9",
+    "eta_n00009": "eta_cutoff=0.0009", "greedy": "top_k=1"}
 ORDER = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # the library's
 
 
 def parse_adaptor(spec, vocabulary=math.inf):
     """An adaptor by the library's generate() keywords, from such a dict, "name", "key=value,..." or both;
-    absent, top_k=0, top_p=1: off.  SystemExit: unknown, or out of range, as top_k above the vocabulary."""
+    top_k=0, top_p=1, temperature=1: off.  SystemExit: unknown, or out of range, as top_k above vocabulary."""
     if not isinstance(spec, dict):
-        name, *rest = spec.split(",")
-        pairs = [part.split("=") for part in (rest if name in SAMPLING_TYPES else [name, *rest])]
+        pairs = [SAMPLING_TYPES.get(part, part).split("=") for part in spec.split(",")]
         require(all(len(pair) == 2 and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", pair[1]) for pair in pairs),
                 f"adaptor {spec!r}: write one of {', '.join(SAMPLING_TYPES)}, or key=number,...")
-        spec = SAMPLING_TYPES.get(name, {}) | {key: float(value) for key, value in pairs}
+        spec = {key: float(value) for key, value in pairs}
     for key, value in spec.items():
         require(key in ("temperature", *ORDER), f"adaptor: no {key!r}: use temperature, {', '.join(ORDER)}")
         high = {"temperature": math.inf, "top_k": vocabulary}.get(key, 1)
-        require(0 < value <= high and not (key == "top_k" and value % 1) or (key, value) == ("top_k", 0),
-                f"adaptor: {key}={value:g} keeps nothing, or means nothing: choose 0 < {key} <= {high}"
-                + ", a whole number of tokens of the vocabulary" * (key == "top_k"))
-    return {key: value for key, value in spec.items() if (key, value) not in (("top_k", 0), ("top_p", 1))}
+        require(0 < value <= high and (key != "top_k" or value % 1 == 0) or (key, value) == ("top_k", 0),
+                f"adaptor: {key}={value:g} keeps nothing, or is not a number of tokens: 0 < {key} <= {high}")
+    return {k: v for k, v in spec.items() if v != dict(top_k=0, top_p=1, temperature=1).get(k)}
 
 
 def kept_set(log_pi, name, x):
     """The tokens S(pi) an adaptor keeps.  Log-probs (..., V), -inf: dropped before -> booleans (..., V)"""
-    H = lambda: torch.special.entr(log_pi.exp()).sum(-1, keepdim=True)  # the entropy
-    if name == "top_k":
-        cutoff = log_pi.topk(int(x), -1).values[..., -1:]
-        above, equal = log_pi > cutoff, log_pi == cutoff
-        return above | equal & (equal.cumsum(-1) <= x - above.sum(-1, keepdim=True))
-    if name in ("top_p", "typical_p"):  # least mass x of the likeliest or most typical tokens
-        key = -log_pi if name == "top_p" else (-log_pi - H()).abs()
-        pairs = key.float().view(torch.int32).long() << 32 | torch.arange(key.shape[-1], device=key.device)
-        order = (torch.from_numpy(np.sort(pairs)) if pairs.is_cpu else pairs.sort().values) & 0xFFFFFFFF
-        pi = log_pi.gather(-1, order).exp()
-        kept = pi.cumsum(-1, dtype=torch.float64) - pi < max(x - 1e-6, 1e-9)  # the one that reaches x is kept
-        return torch.zeros_like(kept).scatter(-1, order, kept)
+    H, V = lambda: torch.special.entr(log_pi.exp()).sum(-1, keepdim=True), log_pi.shape[-1]  # the entropy
+    if name in ("top_k", "top_p", "typical_p"):  # x tokens, or least mass x, of the likeliest or most typical
+        key = (-log_pi - H()).abs() if name == "typical_p" else -log_pi
+        order = key.float().view(torch.int32).long().bitwise_left_shift_(32)  # of (key, index), as one number
+        order.bitwise_or_(torch.arange(V, device=key.device))
+        reached = math.inf if name == "top_k" else max(x - 1e-6, 1e-9)
+        for n in [int(x)] if name == "top_k" else [min(1024, V), V]:  # all are sorted if 1024 hold less
+            first = (torch.from_numpy(np.sort(np.partition(order, n - 1)[..., :n])) if order.is_cpu
+                     else order.topk(n, largest=False).values)
+            mass = log_pi.gather(-1, first & 0xFFFFFFFF).exp().cumsum(-1, dtype=torch.float64)
+            if (mass[..., -1] >= reached).all():
+                break
+        last = torch.searchsorted(mass, torch.full_like(mass[..., :1], reached)).clamp(max=n - 1)
+        return order <= first.gather(-1, last)  # the token that reaches x is kept
     log_cutoff = {"min_p": math.log(x) + log_pi.amax(-1, keepdim=True), "epsilon_cutoff": math.log(x),
                   "eta_cutoff": (math.log(x) / 2 - H()).clamp(max=math.log(x))}[name]  # min(x, sqrt(x) e^-H)
     return (log_pi >= log_cutoff - 1e-6).scatter(-1, log_pi.argmax(-1, keepdim=True), True)
@@ -153,44 +152,45 @@ def adapt(logits, adaptor):
     adaptor = parse_adaptor(adaptor, logits.shape[-1])
     log_p_plus = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     log_a = log_p_plus / adaptor.get("temperature", 1.0)
+    log_q = log_a.log_softmax(-1) if "temperature" in adaptor else log_a
     for name in [name for name in ORDER if name in adaptor]:
-        log_a = log_a.masked_fill(~kept_set(log_a.log_softmax(-1), name, adaptor[name]), -math.inf)
-    log_Z = log_a.logsumexp(-1)
+        log_a = log_a.masked_fill(~kept_set(log_q, name, adaptor[name]), -math.inf)
+        log_q = log_a.log_softmax(-1)
+    log_Z = log_a.amax(-1) - log_q.amax(-1)  # read off the likeliest token; logsumexp is slow on -inf
     require(log_Z.isfinite().all(), f"adaptor {adaptor} keeps nothing at {(~log_Z.isfinite()).sum()} of "
             f"{log_Z.numel()} positions: the logits there are -inf or nan; check the model and --dtype")
-    return log_a - log_Z[..., None], log_Z
+    return log_q, log_Z
 
 
 def imh_chain(log_w, log_u):
-    """Which draw is held at each step, Eq. 5; chains side by side.  (..., N), (..., N) -> (..., N) indices
-    log_w[i] = log target(y_i) - log q(y_i), up to a constant; log_u[i]: log of a uniform.  Draw 0 starts; a
-    rejection repeats the held draw; log_u = -inf accepts whatever has a weight."""
-    steps_w, steps_u = (torch.as_tensor(x).movedim(-1, 0).contiguous() for x in (log_w, log_u))
-    held, log_w_held = torch.zeros(steps_w.shape, dtype=torch.long, device=steps_w.device), steps_w[0]
-    for i in range(1, len(steps_w)):
-        accept = steps_u[i] < steps_w[i] - log_w_held
-        held[i] = torch.where(accept, i, held[i - 1])
-        log_w_held = torch.where(accept, steps_w[i], log_w_held)
+    """The draw held at each step of Eq. 5, for chains side by side.  (..., N), (..., N) -> indices (..., N)
+    log_w = log target - log q of the draws, + constant; log_u: of uniforms, -inf accepts any weight."""
+    log_w, log_u = (torch.as_tensor(x).movedim(-1, 0).contiguous() for x in (log_w, log_u))
+    held, state = torch.zeros(log_w.shape, dtype=torch.long, device=log_w.device), torch.zeros_like(log_w[0])
+    low, steps = torch.finfo(log_w.dtype).min / 4, torch.arange(len(log_w)).to(log_w)
+    log_w_held, accept = log_w[0].clamp(min=low), torch.empty_like(log_w[0])
+    for i in range(1, len(log_w)):
+        proposed = log_w[i].clamp(min=low)  # finite, as lerp needs
+        torch.lt(log_u[i].clamp(min=low / 2), proposed - log_w_held, out=accept)  # 1. or 0.
+        log_w_held.lerp_(proposed, accept)  # a choice without branches: a random mask costs a CPU dearly
+        held[i] = state.lerp_(steps[i], accept)
     return held.movedim(0, -1)
 
 
-def pool_diagnostics(log_w, counts):
-    """IMH that proposes uniformly from stored draws tends to self-normalised importance sampling (SNIS).
-    (P, M) log-weights of P pools, -inf beside a pool's counts (P,) draws -> SNIS weights (P, M); of each pool
-    log Z = log mean w, w* = max w / mean w, gap 1 / w*, ESS per draw, acceptance in the limit (or nan)."""
-    w_bar = log_w.double().softmax(-1)
-    w = w_bar.sort(-1, descending=True).values
-    pairs = (w * (2 * torch.arange(w.shape[-1], device=w.device) + 1)).sum(-1)  # sum_ij min(w_i, w_j)
-    return w_bar, dict(log_Z=log_w.logsumexp(-1) - counts.log(), w_star=counts * w[..., 0], gap=1 / (
-        counts * w[..., 0]), ess=1 / w.square().sum(-1) / counts, accept_limit=pairs / counts)
+def pool_diagnostics(log_w):
+    """What IMH over N stored draws tends to: self-normalised importance sampling.  (N,) log-weights -> SNIS
+    weights (N,); log Z = log mean w, w* = max w / mean w, gap = 1 / w*, ESS per draw, acceptance."""
+    w_bar, N = torch.as_tensor(log_w).softmax(0).numpy(), len(log_w)
+    pairs = np.sort(w_bar)[::-1] @ (2 * np.arange(N) + 1)  # sum_ij min(w_i, w_j)
+    return w_bar, dict(log_Z=np.logaddexp.reduce(log_w) - math.log(N), w_star=N * w_bar.max(),
+                       gap=1 / (N * w_bar.max()), ess=1 / (w_bar @ w_bar) / N, accept_limit=pairs / N)
 
 
 def autocorrelation_time(x):
     """1 + 2 sum_k rho_k, up to the first negative rho_k.  (P, N) chains -> (P,); nan for a constant chain."""
-    x, N = x - x.mean(-1, keepdim=True), x.shape[-1]
-    rho = torch.fft.irfft(torch.fft.rfft(x, 2 * N).abs().square())[..., :N]
-    rho = rho / torch.where(x.abs().amax(-1, keepdim=True) > 1e-12, rho[..., :1], math.nan)
-    return 2 * (rho * (rho < 0).cumsum(-1).eq(0)).sum(-1) - 1
+    x, N = x - x[..., :1], x.shape[-1]  # exactly 0 in a constant chain
+    rho = torch.fft.irfft(torch.fft.rfft(x - x.mean(-1, keepdim=True), 2 * N).abs().square())[..., :N]
+    return 2 * (rho / rho[..., :1] * (rho < 0).cumsum(-1).eq(0)).sum(-1) - 1
 
 
 def correlations(x, y):
@@ -201,18 +201,15 @@ def correlations(x, y):
     return [float(np.corrcoef(*pair)[0, 1]) if usable else math.nan for pair in ((x, y), ranks)]
 
 
-def scatter(out, name, panels, xlabel="log p (prior)", ylabel="reward"):
-    """panels: {title: {label: (x, y), or (x, y, covariance) for an ellipse of one standard deviation}}"""
-    figure = plt.figure(figsize=(5 * len(panels), 5), layout="constrained")
-    circle = np.stack([f(np.linspace(0, 2 * math.pi, 60)) for f in (np.cos, np.sin)])
-    for axis, (title, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for i, (label, (x, y, *cov)) in enumerate(series.items()):
-            axis.scatter(x, y, s=20 if cov else 4, alpha=0.7, color=plt.cm.tab20(i % 20), label=label)
-            for values, vectors in map(np.linalg.eigh, cov):
-                ring = [[x], [y]] + vectors * np.sqrt(values.clip(0)) @ circle
-                axis.plot(*ring, color=plt.cm.tab20(i % 20))
+def scatter(out, name, note, panels, xlabel, ylabel):
+    """panels: {title: {label: (n, 2) points}}, all with the same labels -> out/figures/name.png"""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels) + 2, 4.5), layout="constrained")
+    for axis, (title, series) in zip(np.atleast_1d(axes), panels.items()):
+        for i, (label, xy) in enumerate(series.items()):
+            axis.plot(*np.transpose(xy), "o^s"[i // 20 % 3], ms=2, color=plt.cm.tab20(i % 20), label=label)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, frameon=False)
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, markerscale=3)
+    figure.suptitle(f"as {name}.png of the released code; {note}", fontsize=8)
     Path(out, "figures").mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(out, "figures", f"{name}.png"), dpi=130)
     plt.close(figure)
@@ -234,15 +231,17 @@ def toy(args):
     typical = means[abs(means.sum(1) + H) < 0.001]  # Eq. 1: the sum is the corpus's mean log p_+
     bins = np.histogram_bin_edges(typical[:, 0], 10)[1:-1].searchsorted(typical[:, 0], "right")
     even = [typical[bins == k][stream.randint(0, (bins == k).sum(), 100)] for k in range(10)]
-    shown = {"strings": (log_p, r), "corpora": means.T, "typical corpora": typical.T,
-             "typical, stratified": np.concatenate(even).T}  # 100 per tenth of the range, as released
-    found = {name: (len(x), *correlations(x, y)) for name, (x, y) in shown.items()}
-    lines = (f"  {k:20s} n {n:5d}  Pearson {a:+.4f}  Spearman {b:+.4f}" for k, (n, a, b) in found.items())
-    print(f"toy: E r {p_plus @ r:.4f} = -H(p_+) {-H:.4f} - E log p {p_plus @ log_p:.4f}", *lines, sep="\n")
-    scatter(out, "toy-distributions", {name: {"": (range(1000), x)} for name, x in (
-        ("aligned p_+", p_plus), ("prior p", np.exp(log_p)), ("reward r", r))}, "string", "")
-    scatter(out, "toy-string-correlation", {"strings": {"": shown.pop("strings")}})
-    scatter(out, "toy-correlations", {f"{k}: {found[k][1]:+.2f}": {"": x} for k, x in shown.items()})
+    shown = {"strings": np.stack([log_p, r], 1), "corpora": means, "typical corpora": typical,
+             "typical, stratified": np.concatenate(even)}  # 100 per tenth of the range, as released
+    found = {name: (len(points), *correlations(*points.T)) for name, points in shown.items()}
+    print(f"toy: E r {p_plus @ r:.4f} = -H(p_+) {-H:.4f} - E log p {p_plus @ log_p:.4f}")
+    for name, (n, pearson, spearman) in found.items():
+        print(f"  {name:20s} n {n:5d}  Pearson {pearson:+.4f}  Spearman {spearman:+.4f}")
+    bars = {k: {"strings": [*enumerate(x)]} for k, x in (("p_+", p_plus), ("p", np.exp(log_p)), ("r", r))}
+    dots = [(f"{k}: Pearson {found[k][1]:+.2f}", {"one each": points}) for k, points in shown.items()]
+    scatter(out, "toy-distributions", "1000 strings", bars, "string", "value")
+    scatter(out, "toy-string-correlation", "1000 strings", dict(dots[:1]), "log p (nats)", "r")
+    scatter(out, "toy-correlations", "means of 100,000", dict(dots[1:]), "mean log p (nats)", "mean r")
     return found
 
 
@@ -273,14 +272,13 @@ def enumerate_world(args):
         steps.append([x.item() for x in ((powers - target).abs().sum(1).max() / 2, law @ r, law @ log_p)])
         print("{:3d} steps: worst total variation {:.8f}   E r {:.8f}   E log p {:.8f}".format(n, *steps[-1]))
         law, powers = law @ P, powers @ P
-    print(f"the target: E r {target @ r:.8f}   E log p {target @ log_p:.8f}", flush=True)
     return dict(log_p=log_p, r=r, log_p_plus=log_p_plus, log_Z=log_Z, log_q=log_q, log_kept=log_kept, P=P,
                 target=target, spectrum=spectrum, w_star=w_star, accept=accept, steps=steps)
 
 
 def write_chunks(out, jobs, fresh):
-    """Each rank writes the rows of its share of jobs, {path: function} alike on all ranks, unless the path is
-    there; a chunk is whole or absent and depends on its own job only.  fresh: delete the old chunks first."""
+    """Each rank writes the rows of its share of jobs, {path: function} alike on all ranks, unless they are
+    there; a chunk is whole or absent and depends on its own job only.  fresh: delete old chunks first."""
     on_rank0(lambda: [shutil.rmtree(path) for path in out.glob("*/") if fresh].clear(), f"{out}: not emptied")
     rank, world = dist.get_rank(), dist.get_world_size()
     for first in range(0, len(jobs), world):
@@ -299,9 +297,11 @@ def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
     found, rows = [[] for _ in uniforms], torch.arange(len(uniforms), device=uniforms.device)
     cache, _, logits = prefill(model, prompts, uniforms.shape[1], copies)
     for t in range(uniforms.shape[1]):
-        blocks = logits[:, :len(tokenizer)].float().split(1 + 2**19 // len(tokenizer))  # cache-sized
-        log_q, log_Z = map(torch.cat, zip(*(adapt(block, adaptor) for block in blocks)))
-        tokens, log_q = sample_tokens(log_q, uniforms[rows, t])
+        drawn, n = [], 1 + 2**19 // len(tokenizer)  # rows of logits that stay in a CPU core's cache
+        for block, u in zip(logits[:, :len(tokenizer)].float().split(n), uniforms[rows, t].split(n)):
+            log_q, log_Z = adapt(block, adaptor)
+            drawn.append((*sample_tokens(log_q, u), log_Z))
+        tokens, log_q, log_Z = map(torch.cat, zip(*drawn))
         for row, *values in zip(*(x.tolist() for x in (rows, tokens, log_q, log_Z))):
             found[row].append(values)
         slots = stay_in_place((tokens != tokenizer.eos_token_id).nonzero()[:, 0])
@@ -314,19 +314,18 @@ def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
 def generate(args):
     """Writes out/samples/<setting>/<chunk>.json: prompts, responses, token ids, tokens' log q as sampled."""
     device, tokenizer = setup(args.seed), load_tokenizer(args.model)
-    specs = [f"{kind},temperature={T:g}" for kind in args.sampling_types for T in args.temperatures]
+    specs = dict.fromkeys("greedy" if kind == "greedy" else f"{kind},temperature={T:g}"  # greedy: once
+                          for kind in args.sampling_types for T in args.temperatures)
     adaptors = [parse_adaptor(spec, len(tokenizer)) for spec in specs]
-    texts = [row["prompt"] for row in load_pairs(args.data, "test")]
-    if args.template != "{}":  # as in the paper: the first human turn up to its first blank line
-        texts = [args.template.format(x.split("Human:", 1)[-1].strip().split("\n\n")[0]) for x in texts]
-    rows = [(tokenizer(text).input_ids, text) for text in dict.fromkeys(texts)]
-    rows = [row for row in rows if 0 < len(row[0]) <= min(args.max_prompt_length, args.max_length - 1)]
-    require(rows, f"{args.data}: no prompt of up to {args.max_prompt_length} tokens; --max-prompt-length")
+    turn = lambda x: x if args.template == "{}" else x.split("Human:", 1)[-1].strip().split("\n\n")[0]
+    texts = [args.template.format(turn(row["prompt"])) for row in load_pairs(args.data, "test")]
+    longest = min(args.max_prompt_length, args.max_length - 1)
+    rows = [(ids, x) for x in dict.fromkeys(texts) if 0 < len(ids := tokenizer(x).input_ids) <= longest]
+    require(rows, f"{args.data}: no prompt of up to {longest} tokens; --max-prompt-length, --max-length")
     out = start_run(args, "imh_adaptors") / "samples"
-    chosen = np.random.default_rng(args.seed).permutation(len(rows))[:args.prompts]
-    rows = sorted((rows[i] for i in chosen), key=lambda row: len(row[0]))  # about equal lengths share a chunk
+    rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))[:args.prompts]]
+    rows.sort(key=lambda row: len(row[0]))  # about equal lengths share a chunk
     model, n, m = load_model(args.model, args.dtype), max(1, args.batch_size // args.samples), args.samples
-
     def draw(i, k):
         prompts, texts = zip(*rows[k:k + n])
         shape = len(prompts) * m, args.max_length - len(prompts[-1])
@@ -361,23 +360,22 @@ def score(args):
     specs = {path: [parse_adaptor(spec, len(tokenizer)) for spec in (path.parent.name, *args.also)]
              for path in sorted(folder.glob("*/*.json"))}
     require(specs, f"{folder}: no <setting>/<chunk>.json; first run generate with this --out")
+    judge = lambda row: tiny_reward(row["prompt"], row["text"])
     if args.reward not in ("tiny", "implicit"):
-        reader, judge = load_tokenizer(args.reward), AutoModelForSequenceClassification.from_pretrained(
-            model_folder(args.reward), dtype=torch.float32).to(device).eval().requires_grad_(False)
-    out = start_run(replace(args, out=str(Path(args.out, "scores"))), "imh_adaptors")
+        reader, options = load_tokenizer(args.reward), dict(dtype=torch.float32, output_loading_info=True)
+        rm, info = AutoModelForSequenceClassification.from_pretrained(model_folder(args.reward), **options)
+        require(not info["missing_keys"] and rm.num_labels == 1, f"{args.reward}: not a reward model, with a "
+                "sequence classification head of one output; give such a --reward, or implicit, or tiny")
+        rm, encode = rm.to(device).eval().requires_grad_(False), partial(reader, return_tensors="pt")
+        judge = lambda row: rm(encode(row["prompt"] + row["text"]).input_ids.to(device)).logits.item()
+    out = folder.with_name("scores")  # --resume also begins a score that had not begun
+    start_run(replace(args, out=str(out), resume=args.resume and out.exists()), "imh_adaptors")
     model, prior = load_model(args.model, args.dtype), load_model(args.ref_model, args.dtype)
-
-    def reward(row, implicit):
-        if args.reward in ("tiny", "implicit"):
-            return implicit if args.reward == "implicit" else tiny_reward(row["prompt"], row["text"])
-        ids = reader(row["prompt"] + row["text"], return_tensors="pt").input_ids.to(device)
-        return judge(ids).logits[0, 0].item()  # at the last token
-
     def score_chunk(path):
         found, groups = [], {}
         for number, row in enumerate(read_rows(path)):
-            require(row["ids"], f"{path}: row {number}: a prompt without response; delete the file, --resume")
-            require(max(row["ids"]) < len(tokenizer), f"{path}: row {number}: --model has no such tokens")
+            require(row["ids"] and max(row["ids"]) < len(tokenizer), f"{path}: row {number}: no response, or "
+                    "tokens that --model does not have; delete the file, generate --resume")
             groups.setdefault(tuple(row["prompt_ids"]), []).append(row)
         rows = [dict(prompt_ids=list(x), responses=[y["ids"] for y in rows]) for x, rows in groups.items()]
         for batch in pack_pairs(rows, args.tokens_per_microbatch, 0, 1):
@@ -390,11 +388,10 @@ def score(args):
             sums = tokens.new_zeros(len(tokens), len(members)).index_add(1, batch["owner"], tokens).T.tolist()
             for row, before, (outside, after, rescored, *also) in zip(members, log_p, sums):
                 implicit = args.beta * (after - before) * (-1 if args.legacy_flip_reward else 1)
-                found.append(dict(
-                    prompt=row["prompt"], tokens=len(row["ids"]), log_prior=before, log_aligned=after,
-                    log_q=rescored if args.legacy_clamp else math.fsum(row["log_q"]), rescored=rescored,
-                    log_kept=math.fsum(row["log_kept"]), outside=outside, also=also, implicit=implicit,
-                    reward=reward(row, implicit)))
+                found.append(dict(prompt=row["prompt"], log_prior=before, log_aligned=after, also=also,
+                    rescored=rescored, log_q=rescored if args.legacy_clamp else math.fsum(row["log_q"]),
+                    log_kept=math.fsum(row["log_kept"]), outside=outside, implicit=implicit,
+                    reward=implicit if args.reward == "implicit" else judge(row)))
         return found
     write_chunks(out, {out / p.relative_to(folder): partial(score_chunk, p) for p in specs}, args.overwrite)
 
@@ -407,7 +404,7 @@ def read_corpora(args):
     corpora, joined, beta = {}, {}, args.beta * (-1 if args.legacy_flip_reward else 1)
     for path in sorted(Path(args.out, "scores").glob("*/*.json")) if not args.csv else []:
         corpora.setdefault(path.parent.name, []).extend(read_rows(path))
-    for path in sorted(Path(args.csv).glob("*_scored*.csv")) if args.csv else []:
+    for path in sorted(Path(args.csv).glob("*numgenerations*_t*_scored*.csv")) if args.csv else []:
         kind, T, file = re.search(r"numgenerations\d+_(.+?)_t([\d.]+)_.*?(scored[a-z]+)", path.name).groups()
         sign, setting = 1 if file == "scoredreward" else -1, joined.setdefault(f"{kind},temperature={T}", {})
         for number, row in enumerate(read_rows(path), 2):
@@ -416,81 +413,84 @@ def read_corpora(args):
             values = {ours: sign * float(row[name]) for ours, name in names[file].items()}
             setting.setdefault((row["prompt"], row["generated_text"]), {}).update(values)
     for spec, rows in joined.items():
-        corpora[spec] = [
-            dict(x, prompt=key[0], outside=0, log_kept=math.nan,
-                 implicit=beta * (x["log_aligned"] - x["log_prior"]))
-            for key, x in rows.items() if len(x) == 4 and key[1].strip()]
+        corpora[spec] = [dict(x, prompt=prompt, outside=0, log_kept=math.nan,
+                              implicit=beta * (x["log_aligned"] - x["log_prior"]))
+                         for (prompt, text), x in rows.items() if len(x) == 4 and text.strip()]
     require(corpora and all(corpora.values()), f"{args.csv}: each setting needs CSVs *_{', *_'.join(names)}*"
             if args.csv else f"{args.out}: no scores; first run generate, then score, with this --out")
     return corpora
 
 
 def imh(args):
-    """Chains of Eq. 5 over each setting's draws, and their limit in closed form: out/imh.json and a table."""
+    """Chains of Eq. 5 over each setting's draws, and their limit in closed form: out/imh.json and a table.
+    check: Eq. 2 and 3, log a - log q = sum log Z_t.  id_sd: the sd of log p + r / beta - log p_+, by Eq. 1 of
+    log Z(x); slope: of r on log p_+ - log p, by Eq. 1 beta.  r, rho: Pearson, Spearman of log p and r, r_i,
+    rho_i of log p and the implicit reward, of strings; r_all: of 1000 corpora; r_typ: of the typical ones."""
     require(0 <= args.burn_in < args.chain_length and args.thin > 0, "--burn-in < --chain-length, --thin > 0")
-    records, shown = [], "accept w_star ess tau log_Z check outside id_sd slope r rho r_all r_typical".split()
+    records, n = [], args.corpus_size
+    shown = "accept w_star ess tau log_Z check outside id_sd slope r rho r_i rho_i r_all r_typ".split()
     print(" " * 35 + "as drawn: log p, r | chain: log p, r | SNIS: log p, r, s.e. |", *shown)
     for spec, rows in read_corpora(args).items():
         rng, T = np.random.default_rng([args.seed, len(records)]), parse_adaptor(spec).get("temperature", 1)
-        names = "prompt log_prior reward implicit log_aligned log_q log_kept outside".split()
-        prompt, log_p, r, implicit, log_p_plus, log_q, log_kept, outside = map(np.array, zip(
-            *([row[name] for name in names] for row in rows)))
-        targets = {"global": log_p_plus / T, "aligned": log_p_plus, "posterior": log_p + r / args.beta}
-        log_w = np.where(np.isfinite(log_q), targets[args.target] - log_q, -math.inf)  # outside q: no weight
-        values = np.stack([log_p, r, implicit, log_p_plus], 1)
-        prompt = np.unique(prompt if not args.pooled else [""] * len(rows), return_inverse=True)[1]
-        order, counts = prompt.argsort(kind="stable"), np.bincount(prompt)
-        first, at, P = (counts.cumsum() - counts)[:, None], np.arange(counts.max()), len(counts)
-        pool = order[np.minimum(first + at, len(order) - 1)]  # (P, M): the draws of each prompt
-        padded = torch.tensor(np.where(at < counts[:, None], log_w[pool], -math.inf))
-        w_bar, found = pool_diagnostics(padded, torch.tensor(counts))
-        means = np.einsum("pm,pmk->pk", w_bar, values[pool])  # SNIS of each prompt
-        error = means.std(0, ddof=1) / math.sqrt(P) if P > 1 else np.sqrt(
-            np.einsum("pm,pmk->k", w_bar**2, (values[pool] - means) ** 2))
-        u = rng.random((2, P, args.chain_length))
-        proposals = order[first + (u[0] * counts[:, None]).astype(int)]
+        log_p, r, implicit, log_p_plus, log_q, log_kept = (np.array([row[name] for row in rows]) for name in (
+            "log_prior", "reward", "implicit", "log_aligned", "log_q", "log_kept"))
+        values, cov = np.stack([log_p, r, implicit, log_p_plus], 1), np.cov(log_p_plus - log_p, r)
+        target = {"global": log_p_plus / T, "aligned": log_p_plus, "posterior": log_p + r / args.beta}
+        log_w = np.where(np.isfinite(log_q), target[args.target] - log_q, -math.inf)  # outside q: no weight
+        prompt = np.unique([row["prompt"] if not args.pooled else "" for row in rows], return_inverse=True)[1]
+        pools = np.split(prompt.argsort(kind="stable"), np.bincount(prompt).cumsum()[:-1])
+        w_bar, found = zip(*(pool_diagnostics(log_w[pool]) for pool in pools))
+        snis = np.stack([w @ values[pool] for w, pool in zip(w_bar, pools)])
+        u = rng.random((2, len(pools), args.chain_length))
+        proposals = np.stack([pool[(v * len(pool)).astype(int)] for pool, v in zip(pools, u[0])])
         held = imh_chain(log_w[proposals], torch.tensor(u[1] * (not args.legacy_accept_all)).log()).numpy()
         states = np.take_along_axis(proposals, held, 1)[:, args.burn_in::args.thin]
-        corpora = values[rng.integers(len(rows), size=(1000, args.corpus_size))].mean(1)
-        typical = abs(corpora[:, 3] - log_p_plus.mean()) * args.corpus_size**0.5 < args.eps * log_p_plus.std()
-        x, slope = {name: value.mean().item() for name, value in found.items()}, np.cov(log_p_plus - log_p, r)
-        for kind, drawn in (("local", values), ("chain", values[states.ravel()])):
-            x[kind], x[f"{kind}_cov"] = drawn.mean(0).tolist(), np.cov(drawn.T).tolist()
-        records.append(x := x | dict(zip(("r", "rho"), correlations(log_p, r)), setting=spec, prompts=P,
-                  snis=means.mean(0).tolist(), snis_error=error.tolist(), outside=outside.sum().item(),
-                  accept=(held[:, 1:] == np.arange(1, args.chain_length)).mean().item(), strings=len(rows),
-                  tau=autocorrelation_time(torch.tensor(r[states])).nanmean().item(),
-                  check=abs(log_p_plus / T - log_q - log_kept).max().item(),  # Eq. 2, 3: they are equal
-                  id_sd=np.std(log_p + r / args.beta - log_p_plus).item(),  # Eq. 1: of log Z(x)
-                  slope=slope[0, 1] / max(slope[0, 0], 1e-12), r_all=correlations(*corpora[:, :2].T)[0],
-                  r_typical=correlations(*corpora[typical, :2].T)[0]))
-        means = *x["local"][:2], *x["chain"][:2], *x["snis"][:2], error[1]
+        corpora = {kind: drawn[rng.integers(len(drawn), size=(1000, n))].mean(1) for kind, drawn in (
+            ("local", values), ("chain", values[states.ravel()]))}
+        near = abs(corpora["local"][:, 3] - log_p_plus.mean()) * math.sqrt(n) < args.eps * log_p_plus.std()
+        corpora["typical"] = corpora["local"][near]
+        x = {name: np.mean([one[name] for one in found]).item() for name in found[0]} | dict(
+            setting=spec, prompts=len(pools), local=values.mean(0).tolist(), snis=snis.mean(0).tolist(),
+            chain=values[states.ravel()].mean(0).tolist(), outside=sum(row["outside"] for row in rows),
+            snis_error=(snis.std(0) / max(1, len(pools) - 1)**0.5).tolist(),
+            accept=(held[:, 1:] == np.arange(1, args.chain_length)).mean().item(),
+            tau=autocorrelation_time(torch.tensor(r[states])).nanmean().item(),
+            check=abs(log_p_plus / T - log_q - log_kept).max().item(), slope=cov[0, 1] / max(cov[0, 0], 1e-3),
+            id_sd=np.std(log_p + r / args.beta - log_p_plus).item(),
+            corpora={kind: means[:100].tolist() for kind, means in corpora.items()})
+        x |= zip(("r", "rho", "r_i", "rho_i"), correlations(log_p, r) + correlations(log_p, implicit))
+        x["r_all"], x["r_typ"] = (correlations(*corpora[kind][:, :2].T)[0] for kind in ("local", "typical"))
+        records.append(x)
+        means = *x["local"][:2], *x["chain"][:2], *x["snis"][:2], x["snis_error"][1]
         print(f"{spec:34s}", *(f"{v:8.3f}" for v in means), *(f"{x[k]:7.3g}" for k in shown), flush=True)
     write(Path(args.out, "imh.json"), records)
     return records
 
 
 def figures(args):
-    """String and corpus panels from out/imh.json and the scores: of the reward, and of the implicit one."""
+    """Strings, and 100 corpora of each setting: as drawn (local), the typical of these, after IMH."""
     require(Path(args.out, "imh.json").exists(), f"{args.out}: no imh.json; first run imh with this --out")
     records, data = read_rows(Path(args.out, "imh.json")), read_corpora(args)
-    for k, name in ((1, "reward"), (2, "implicit")):
-        panels = {"strings": {s: np.array([(x["log_prior"], x[name]) for x in v]).T for s, v in data.items()}}
-        for kind, title in (("local", "corpora as drawn"), ("chain", "corpora after IMH")):
-            panels[title] = {x["setting"]: (x[kind][0], x[kind][k], np.array(x[f"{kind}_cov"])[
-                :k + 1:k, :k + 1:k] / args.corpus_size) for x in records}
-        xy = [[np.hstack([s[i] for s in series.values()]) for i in (0, 1)] for series in panels.values()]
-        titles = ["{}\nPearson {:+.2f}, Spearman {:+.2f}".format(title, *correlations(*pair))
-                  for title, pair in zip(panels, xy)]
-        print(f"{name}:", "; ".join(titles).replace("\n", " "))
-        scatter(args.out, f"correlations-{name}", dict(zip(titles, panels.values())), ylabel=name)
+    for k, name, file in ((1, "reward", "correlations"), (2, "implicit", "correlations_dpo_secret")):
+        shown = {"strings": {s: np.array([(x["log_prior"], x[name]) for x in v]) for s, v in data.items()}}
+        for kind, title in (("local", "as drawn"), ("typical", "as drawn, typical"), ("chain", "after IMH")):
+            corpora = {x["setting"]: np.reshape(x["corpora"][kind], (-1, 4)) for x in records}
+            shown[f"{args.corpus_size}-string means {title}"] = {s: x[:, [0, k]] for s, x in corpora.items()}
+        panels = {"{}\nPearson {:+.2f}, Spearman {:+.2f}".format(title, *correlations(
+            *np.concatenate([*series.values()]).T)): series for title, series in shown.items()}
+        print(f"{name}:", "; ".join(panels).replace("\n", " "))
+        scatter(args.out, file, f"{setting(args)}; IMH: {args.target}", panels, "log p (nats)", f"r: {name}")
 
 
 def main(args, command="all"):
     steps = dict(toy=toy, enumerate=enumerate_world, generate=generate, score=score, imh=imh, figures=figures)
     if command == "all" and args.model == Args.model and not Path(args.model).exists():
-        import dpo
-        dpo.main(dpo.Args(beta=args.beta, lr=1e-4, max_steps=40, eval_pairs=32, out=args.model))
+        if Path(__file__).with_name("dpo.py").exists():
+            import dpo
+            dpo.main(dpo.Args(beta=args.beta, lr=1e-4, max_steps=40, eval_pairs=32, out=args.model))
+        else:  # carried away alone: the chains go from the prior to Eq. 1
+            print(f"no {args.model}, nor dpo.py to train it: --model {args.ref_model} --target posterior")
+            args = replace(args, model=args.ref_model, target="posterior")
     for name in steps if command == "all" else [command]:
         if name in ("generate", "score") or os.environ.get("RANK", "0") == "0":
             steps[name](args)

@@ -77,6 +77,17 @@ def test_adaptors_equal_the_library(spec):
     assert (ours != theirs).sum(1).max() <= 1  # in float32 one token may fall on a set's edge
 
 
+def test_large_vocabularies_are_sorted_in_parts():
+    """Beyond 1024 tokens only the likeliest are sorted, all of them where these hold too little mass."""
+    torch.manual_seed(0)
+    flat, peaked = torch.randn(8, 3000, dtype=torch.float64) / 9, 4 * torch.randn(8, 3000, dtype=torch.float64)
+    for spec in ("top_p=0.9", "typical_p=0.9", "top_k=50", "top_k=2000", "top_k=50,typical_p=0.5"):
+        for logits in (flat, peaked):
+            for ours, theirs in zip(adapt(logits, spec), library(logits, parse_adaptor(spec))):
+                torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+    assert adapt(flat, "top_p=0.9")[0].isfinite().sum(1).min() > 2000  # more than the part that is sorted first
+
+
 def kept(logits, spec):
     return "".join(
         map(
@@ -139,7 +150,7 @@ def test_bad_adaptors_name_the_remedy():
         ("top_p=1.5", 6, "top_p <= 1"),
         ("top_p=0", 6, "keeps nothing"),
         ("temperature=0", 6, "temperature"),
-        ("top_k=2.5", 6, "whole"),
+        ("top_k=2.5", 6, "number of tokens"),
         ("top_q=1", 6, "top_q"),
         ("nonsense", 6, "ancestral_strict"),
         ("top_p=x", 6, "key=number"),
@@ -183,24 +194,24 @@ def test_chains_side_by_side_equal_a_python_loop():
 def test_all_draws_impossible_or_huge():
     for log_w in (torch.full((1, 5), -INF), torch.tensor([[1e4, -1e4, 0.0, -INF, 1e4]])):
         assert imh_chain(log_w, torch.rand(1, 5).log()).min() >= 0
-    w_bar, found = imh.pool_diagnostics(torch.tensor([[1e4, -1e4, 0.0, -INF, 1e4]]), torch.tensor([5]))
-    assert found["ess"].item() == pytest.approx(0.4) and w_bar[0, 0] == 0.5
-    assert imh.pool_diagnostics(torch.full((1, 5), -INF), torch.tensor([5]))[1]["ess"].isnan()
+    w_bar, found = imh.pool_diagnostics(np.array([1e4, -1e4, 0.0, -INF, 1e4]))
+    assert found["ess"] == pytest.approx(0.4) and w_bar[0] == 0.5
+    assert math.isnan(imh.pool_diagnostics(np.full(5, -INF))[1]["ess"])
 
 
 def test_pool_limit():
-    log_w = torch.tensor([[0, -1.2, 0.7, -0.3, 2.1, 0.4]], dtype=torch.float64)
-    w_bar, found = imh.pool_diagnostics(log_w, torch.tensor([6]))
-    expected = exact([[0.07291946, 0.02196292, 0.14684177, 0.05402007, 0.59547273, 0.10878306]])
-    torch.testing.assert_close(w_bar, expected, atol=5e-9, rtol=0)
-    assert (w_bar @ torch.arange(1.0, 7.0).double()).item() == pytest.approx(4.40351284, abs=1e-7)
-    assert 6 * found["ess"].item() == pytest.approx(2.52078506, abs=1e-7)
-    assert found["accept_limit"].item() == pytest.approx(0.46968705, abs=1e-7)
-    assert 1 - found["gap"].item() == pytest.approx(0.72011033, abs=1e-7)
+    log_w = exact([0, -1.2, 0.7, -0.3, 2.1, 0.4])
+    w_bar, found = imh.pool_diagnostics(log_w.numpy())
+    assert w_bar == pytest.approx([0.07291946, 0.02196292, 0.14684177, 0.05402007, 0.59547273, 0.10878306], abs=5e-9)
+    assert w_bar @ np.arange(1, 7) == pytest.approx(4.40351284, abs=1e-7)
+    assert 6 * found["ess"] == pytest.approx(2.52078506, abs=1e-7)
+    assert found["accept_limit"] == pytest.approx(0.46968705, abs=1e-7)
+    assert 1 - found["gap"] == pytest.approx(0.72011033, abs=1e-7)
+    assert found["log_Z"] == pytest.approx(log_w.exp().mean().log().item())
     # the chain itself: 400,000 states, tau about 5, sd 1.2: 0.02 is 5 standard errors
     rng = np.random.default_rng(0)
     draws = torch.tensor(rng.integers(6, size=(200, 2100)))
-    held = imh_chain(log_w[0][draws], torch.tensor(rng.random((200, 2100))).log())
+    held = imh_chain(log_w[draws], torch.tensor(rng.random((200, 2100))).log())
     states = draws.gather(1, held)[:, 100:].double() + 1
     assert states.mean().item() == pytest.approx(4.40351284, abs=0.02)
     assert (held[:, 1:] == torch.arange(1, 2100)).double().mean().item() == pytest.approx(
@@ -214,11 +225,9 @@ def test_pool_limit():
 def test_gaussian_log_weights(s, accept):
     quantiles = (torch.arange(200_000).double() + 0.5) / 200_000
     log_w = s * math.sqrt(2) * torch.erfinv(2 * quantiles - 1)
-    found = imh.pool_diagnostics(log_w[None], torch.tensor([200_000]))[1]
-    assert found["accept_limit"].item() == pytest.approx(
-        accept, abs=2e-3
-    )  # the tail beyond the last quantile
-    assert found["ess"].item() == pytest.approx(math.exp(-s * s), abs=2e-2)
+    found = imh.pool_diagnostics(log_w.numpy())[1]  # atol: the tail beyond the last quantile
+    assert found["accept_limit"] == pytest.approx(accept, abs=2e-3)
+    assert found["ess"] == pytest.approx(math.exp(-s * s), abs=2e-2)
 
 
 def test_autocorrelation_time():
@@ -459,7 +468,7 @@ def test_toy_prints_the_published_numbers(tmp_path, capsys):
 
 # The commands, on a small random model: the aligned model is the prior with its head scaled and shifted.
 SETTINGS = dict(
-    sampling_types=("ancestral_strict", "top_k=20", "top_p090"),
+    sampling_types=("ancestral_strict", "top_k=20", "top_p090", "greedy"),
     temperatures=(0.7, 1.0),
     prompts=6,
     samples=4,
@@ -504,7 +513,9 @@ def read(args, kind):
 
 def test_generate_stores_what_was_drawn(scored):
     samples, scores = read(scored, "samples"), read(scored, "scores")
-    assert len(samples) == 6 and {len(rows) for rows in samples.values()} == {24}
+    assert len(samples) == 7 and {len(rows) for rows in samples.values()} == {24}
+    for row in samples["greedy"]:  # once, whatever the temperatures; no token is likelier than the drawn one
+        assert row["log_q"] == [0.0] * len(row["ids"])
     model = common.load_model(scored.model)
     end = common.load_tokenizer(scored.model).eos_token_id
     for spec in samples:
@@ -555,13 +566,30 @@ def test_imh_and_figures(scored, capsys):
         assert x["check"] < 1e-3 and x["outside"] == 0  # log a / q = sum_t log Z_t
         assert 1 / 4 <= x["ess"] <= 1 and 1 <= x["w_star"] <= 4 and x["prompts"] == 6
         # 6 chains of 100 kept states around SNIS: 5 standard errors from the spread of strings and tau
-        spread = 5 * math.sqrt(np.array(x["chain_cov"])[0, 0] * 6 / 600)
+        spread = 5 * math.sqrt(np.var(np.array(x["corpora"]["chain"])[:, 0]) * scored.corpus_size * 6 / 600)
         assert x["chain"][0] == pytest.approx(x["snis"][0], abs=spread)
     plain = records["ancestral_strict,temperature=1"]
     assert plain["accept"] == pytest.approx(1, abs=5e-3) and plain["w_star"] == pytest.approx(1, abs=1e-3)
     imh.figures(scored)
     assert "Pearson" in capsys.readouterr().out
-    assert len(list(Path(scored.out, "figures").glob("correlations-*.png"))) == 2
+    names = {path.name for path in Path(scored.out, "figures").iterdir()}
+    assert names == {"correlations.png", "correlations_dpo_secret.png"}
+
+
+def test_burn_in_and_thinning(scored):
+    """The last of 200 states alone, and by every 40th after 100: the same chain, other states of it."""
+    last = imh.imh(imh.replace(scored, burn_in=199))[0]
+    rows = read(scored, "scores")["ancestral_strict,temperature=0.7"]
+    six = last["chain"][0] * 6  # one state per prompt, so their sum is one of the sums of six strings
+    pools = [[x["log_prior"] for x in rows if x["prompt"] == prompt] for prompt in sorted({x["prompt"] for x in rows})]
+    sums = np.array([0.0])
+    for pool in pools:
+        sums = np.add.outer(sums, pool).ravel()
+    assert np.abs(sums - six).min() < 1e-6
+    every = [imh.imh(imh.replace(scored, burn_in=start, thin=199))[0]["chain"][0] for start in (0, 199)]
+    both = imh.imh(imh.replace(scored, burn_in=0, thin=199))[0]["chain"][0]  # steps 0 and 199
+    first = imh.imh(imh.replace(scored, burn_in=0, thin=200))[0]["chain"][0]
+    assert both == pytest.approx((first + every[1]) / 2) and every[0] == both
 
 
 def test_legacy_accept_all(scored):
@@ -570,7 +598,8 @@ def test_legacy_accept_all(scored):
     spec = "ancestral_strict,temperature=0.7"
     assert released[spec]["accept"] == 1.0 and fixed[spec]["accept"] < 0.9
     # all of it accepted is a bootstrap of the draws: the local means again, 5 standard errors of 600 states
-    error = 5 * math.sqrt(np.array(fixed[spec]["local_cov"])[0, 0] / 600)
+    log_p = [row["log_prior"] for row in read(scored, "scores")[spec]]
+    error = 5 * math.sqrt(np.var(log_p) / 600)
     assert released[spec]["chain"][0] == pytest.approx(released[spec]["local"][0], abs=error)
     assert abs(fixed[spec]["chain"][0] - fixed[spec]["local"][0]) > 2 * error
 
@@ -591,6 +620,148 @@ def test_targets(scored, models):
         mean = (w_bar @ exact([row["log_prior"] for row in rows])).item()
         assert x["snis"][0] == pytest.approx(mean, abs=1e-6)
         assert x["log_Z"] == pytest.approx((log_w.logsumexp(0) - math.log(24)).item(), abs=1e-6)
+
+
+def listed_law(ids, weights, adaptor, V):
+    """Eq. 2 and 3 for N different strings listed with their weights: p_+(v | y_<t) is the share of v in those
+    that begin with y_<t.  (N, T) padded ids, (N,) -> log q (N,), sum log Z_t (N,)"""
+    log_q, log_kept, node = torch.zeros_like(weights), torch.zeros_like(weights), torch.zeros(len(ids)).long()
+    for v in ids.T:  # node: the number of the prefix y_<t
+        mass = weights.new_zeros(node.max() + 1, V).index_put_((node, v), weights, accumulate=True)
+        step_q, log_Z = torch.zeros_like(mass), torch.zeros_like(mass[:, 0])
+        fork = (mass > 0).sum(1) > 1  # elsewhere the next token is certain
+        step_q[fork], log_Z[fork] = adapt(mass[fork].log(), adaptor)
+        log_q, log_kept = log_q + step_q[node, v], log_kept + log_Z[node]
+        node = (node * V + v).unique(return_inverse=True)[1]
+    return log_q, log_kept
+
+
+EXACT = ("ancestral_strict,temperature=0.5", "ancestral_strict,temperature=1", "ancestral_strict,temperature=1.5",
+         "top_k=5,temperature=1", "top_p090,temperature=1", "typical_p=0.5,temperature=1", "greedy")
+
+
+def exact_posterior(args, prompts=8, support=512, settings=EXACT):
+    """The exact p_+ of Eq. 1 on real generations: the prior is the language model --ref-model given that its
+    response is one of its own `support` draws for the prompt.  So p is known by scoring, log Z is a sum, and
+    p_+ has an exact probability for every next token, under every adaptor.  Prints E log p and E r under q
+    (local) and g (global), log Z_g and the acceptance, nothing sampled; writes --samples draws per prompt as
+    scores of args.out, for imh and figures.  -> {setting: (exact values, largest error of Eq. 1)}"""
+    tokenizer, prior, found, worlds = common.load_tokenizer(args.ref_model), common.load_model(args.ref_model), {}, []
+    texts = list(dict.fromkeys(row["prompt"] for row in common.load_pairs(args.data, "test")))[:prompts]
+    for i, text in enumerate(texts):
+        prompt, rng = tokenizer(text).input_ids, np.random.default_rng([args.seed, i])
+        uniforms = torch.tensor(rng.random((support, args.max_length - len(prompt))))
+        log_p = {tuple(y): math.fsum(x) for y, x, _ in imh.sample(prior, [prompt], support, {}, uniforms, tokenizer)}
+        r = [common.tiny_reward(text, tokenizer.decode(y, skip_special_tokens=True)) for y in log_p]
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(y) for y in log_p], True, tokenizer.eos_token_id)
+        worlds.append((text, rng, ids, exact(list(log_p.values())), exact(r)))
+    covered = np.mean([log_p.logsumexp(0).exp().item() for *_, log_p, _ in worlds])
+    print(f"{len(worlds)} prompts, {np.mean([len(x[2]) for x in worlds]):.0f} strings each, of mass {covered:.3f}")
+    print(f"{'exact':34s} local: log p, r | global: log p, r |  log_Z_g   accept  error of Eq. 1")
+    for spec in settings:
+        rows, values, worst = [], [], 0.0
+        for text, rng, ids, log_p, r in worlds:
+            log_p = log_p.log_softmax(0)
+            log_Z = (log_p + r / args.beta).logsumexp(0)
+            weights = (log_p + r / args.beta - log_Z).exp()
+            log_p_plus, _ = listed_law(ids, weights, {}, len(tokenizer))  # token by token, as from a model
+            log_q, log_kept = listed_law(ids, weights, spec, len(tokenizer))
+            q, g = log_q.exp(), (log_q + log_kept).softmax(0)
+            log_w = log_kept.masked_fill(log_q == -INF, 0)
+            move = q * (log_w - log_w[:, None]).clamp(max=0).exp()
+            values.append([(q @ log_p).item(), (q @ r).item(), (g @ log_p).item(), (g @ r).item(),
+                           (log_q + log_kept).logsumexp(0).item(), (g @ move.sum(1)).item()])
+            worst = max(worst, (log_p + r / args.beta - log_p_plus - log_Z).abs().max().item())
+            assert abs(q.sum().item() - 1) < 1e-9
+            for k in rng.choice(len(q), args.samples, p=q / q.sum()):
+                row = dict(prompt=text, log_prior=log_p[k], reward=r[k], log_aligned=log_p_plus[k], log_q=log_q[k],
+                           log_kept=log_kept[k], implicit=args.beta * (log_p_plus[k] - log_p[k]), log_Z=log_Z)
+                rows.append({k: v if k == "prompt" else v.item() for k, v in row.items()} | {"outside": 0})
+        found[spec] = np.mean(values, 0), worst
+        print(f"{spec:34s}", *(f"{v:8.3f}" for v in found[spec][0]), f"{worst:.1e}", flush=True)
+        folder = Path(args.out, "scores", spec)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "00000.json").write_text(json.dumps(rows))
+    return found
+
+
+def test_exact_posterior_of_the_tiny_language_model(tmp_path, capsys):
+    """Eq. 1 string by string; IMH from local draws reaches the exact global means; the trade-off of typical
+    corpora.  Three prompts of 128 draws each, 600 strings per setting; 5 standard errors, seeded."""
+    args = Args(out=str(tmp_path), max_length=128, samples=200, chain_length=2000)
+    found = exact_posterior(args, prompts=3, support=128)
+    records = {x["setting"]: x for x in imh.imh(args)}
+    rows = {path.parent.name: json.loads(path.read_text()) for path in tmp_path.glob("scores/*/*.json")}
+    for spec, (values, worst) in found.items():
+        x = records[spec]
+        assert worst < 1e-10 and x["check"] < 1e-10  # float64 throughout
+        identity = [row["log_prior"] + row["reward"] / 0.5 - row["log_aligned"] - row["log_Z"] for row in rows[spec]]
+        assert np.abs(identity).max() < 1e-10
+        spread = {k: np.std([row[k] for row in rows[spec]]) for k in ("log_prior", "reward")}
+        for i, k in enumerate(("log_prior", "reward")):
+            assert x["local"][i] == pytest.approx(values[i], abs=5 * spread[k] / math.sqrt(600) + 1e-9)
+            se = 5 * spread[k] / math.sqrt(600 * x["ess"]) + 1e-9
+            assert x["snis"][i] == pytest.approx(values[2 + i], abs=se)
+            assert x["chain"][i] == pytest.approx(values[2 + i], abs=se + 5 * spread[k] * math.sqrt(
+                np.nan_to_num(x["tau"], nan=1) / 5700))
+        assert x["accept_limit"] == pytest.approx(values[5], abs=0.05)
+    plain = records["ancestral_strict,temperature=1"]
+    assert found["ancestral_strict,temperature=1"][0][4] == pytest.approx(0, abs=1e-12)
+    assert plain["r_typ"] < -0.9 < plain["r_all"] < 0  # conditioning on typical corpora sharpens the trade-off
+    assert plain["slope"] == pytest.approx(0.5, abs=0.05)  # beta, but for log Z(x) between prompts
+    # the temperature moves the local means less than the global ones, and q differs from g
+    cold = found["ancestral_strict,temperature=0.5"][0]
+    assert cold[3] > cold[1] and cold[5] < 0.9
+
+
+def test_log_Z_two_ways(models, tmp_path):
+    """Eq. 1's Z(x) by draws from the prior and by draws from another model, both weighted: they must agree."""
+    estimates = []
+    for model in (models["ref_model"], models["model"]):
+        args = Args(**{**models, "model": model}, **{**SETTINGS, "sampling_types": ("ancestral_strict",)}, beta=20.0)
+        args = imh.replace(args, temperatures=(1.0,), prompts=2, samples=300, max_length=46, batch_size=600,
+                           out=str(tmp_path / Path(model).name), target="posterior", pooled=True)
+        imh.generate(args)
+        imh.score(args)
+        estimates.append(imh.imh(args)[0])
+    errors = [math.sqrt((1 / x["ess"] - 1) / 600) for x in estimates]  # of log Z, by the delta method
+    assert estimates[0]["log_Z"] == pytest.approx(estimates[1]["log_Z"], abs=5 * math.hypot(*errors))
+    assert errors[0] < 0.01 and estimates[0]["ess"] > 0.9
+
+
+def test_reward_model(scored, tmp_path, models):
+    """A sequence classification model with one output judges prompt + response; others are refused."""
+    config = transformers.AutoConfig.from_pretrained(models["ref_model"], num_labels=1)
+    torch.manual_seed(0)
+    judge = transformers.AutoModelForSequenceClassification.from_config(config)
+    tokenizer = common.load_tokenizer(models["ref_model"])
+    for folder, outputs in (("judge", 1), ("two", 2)):
+        if outputs == 2:
+            judge = transformers.AutoModelForSequenceClassification.from_config(
+                transformers.AutoConfig.from_pretrained(models["ref_model"], num_labels=2))
+        judge.config.pad_token_id = tokenizer.eos_token_id
+        judge.save_pretrained(tmp_path / folder)
+        tokenizer.save_pretrained(tmp_path / folder)
+    judge = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "judge").eval()
+    rows = rescore(scored, tmp_path, reward=str(tmp_path / "judge"))["top_p090,temperature=1"]
+    samples = read(scored, "samples")["top_p090,temperature=1"]
+    for row, sample in list(zip(rows, samples))[:4]:
+        ids = tokenizer(sample["prompt"] + sample["text"], return_tensors="pt").input_ids
+        assert row["reward"] == pytest.approx(judge(ids).logits.item(), abs=1e-5)
+    assert len({row["reward"] for row in rows}) > 10
+    for name in ("two", models["ref_model"]):
+        with pytest.raises(SystemExit, match="not a reward model"):
+            imh.score(imh.replace(scored, reward=str(tmp_path / name), out=scored.out, overwrite=True))
+
+
+def test_presets_of_seven_billion_fail_in_one_line(tmp_path):
+    """Complete settings, and offline one line that names what is missing and the remedy."""
+    assert len(imh.PRESETS["rlhf"].sampling_types) == 8 and len(imh.PRESETS["dpo"].temperatures) == 5
+    for preset, model in (("rlhf", "ethz-spylab/rlhf-7b-harmless"), ("dpo", "kaist-ai/janus-dpo-7b")):
+        done = run(ROOT / "methods/imh_adaptors.py", "generate", preset, "--out", tmp_path / preset, check=False)
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and last.startswith(model) and "give a local folder" in last
+        assert "Traceback" not in done.stderr and not (tmp_path / preset).exists()
 
 
 def rescore(scored, tmp_path, **flags):
@@ -687,6 +858,7 @@ def test_released_csvs(tmp_path):
     assert min(implicit) == pytest.approx(19) and max(implicit) == pytest.approx(19)  # + log p_+ - log p
     flipped = imh.read_corpora(imh.replace(args, legacy_flip_reward=True))
     assert flipped["top_p090,temperature=1.5"][0]["implicit"] == pytest.approx(-19)
+    (tmp_path / "notes_scored.csv").write_text("not,of,the,grid\n")  # other files are left alone
     found = imh.imh(args)
     assert all(0 < x["accept"] < 1 for x in found)
     imh.figures(args)
@@ -730,7 +902,7 @@ def test_bad_input(models, scored, tmp_path):
     folder.mkdir(parents=True)
     row = dict(prompt="a", prompt_ids=[1, 2], ids=[], text="", log_q=[], log_kept=[])
     (folder / "00000.json").write_text(json.dumps([row]))
-    with pytest.raises(SystemExit, match="00000.json: row 0: a prompt without response"):
+    with pytest.raises(SystemExit, match="00000.json: row 0: no response"):
         imh.score(imh.replace(scored, out=str(tmp_path / "run")))
     assert not list((tmp_path / "run/scores").glob("*/*"))  # nothing half-written
 
@@ -743,31 +915,26 @@ def test_killed_runs_continue(models, scored, tmp_path):
         for x in ("--" + name.replace("_", "-"), *(value if isinstance(value, tuple) else [value]))
     ]
     killed, two, method = tmp_path / "killed", tmp_path / "two", ROOT / "methods/imh_adaptors.py"
-    process = subprocess.Popen(
-        [sys.executable, method, "generate", *map(str, flags), "--out", killed], cwd=ROOT
-    )
-    while process.poll() is None and len(list(killed.glob("samples/*/*.json"))) < 3:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    before = {path: path.stat().st_mtime_ns for path in killed.glob("samples/*/*.json")}
-    assert len(before) >= 3
-    imh.generate(imh.replace(scored, out=str(killed), resume=True))
-    run(method, "generate", *flags, "--out", two, processes=2)
     whole = Path(scored.out)
-    chunks = {path.relative_to(whole): path.read_bytes() for path in whole.glob("samples/*/*.json")}
-    assert len(chunks) == 18 and all(path.stat().st_mtime_ns == t for path, t in before.items())
-    for other in (killed, two):
-        assert {
-            path.relative_to(other): path.read_bytes() for path in other.glob("samples/*/*.json")
-        } == chunks
+    for command, kind, function in (("generate", "samples", imh.generate), ("score", "scores", imh.score)):
+        process = subprocess.Popen([sys.executable, method, command, *map(str, flags), "--out", killed], cwd=ROOT)
+        while process.poll() is None and len(list(killed.glob(f"{kind}/*/*.json"))) < 3:
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+        before = {path: path.stat().st_mtime_ns for path in killed.glob(f"{kind}/*/*.json")}
+        assert 3 <= len(before)
+        function(imh.replace(scored, out=str(killed), resume=True))
+        assert all(path.stat().st_mtime_ns == t for path, t in before.items())  # kept, not made again
+        run(method, command, *flags, "--out", two, processes=2)
+        chunks = {path.relative_to(whole): path.read_bytes() for path in whole.glob(f"{kind}/*/*.json")}
+        assert len(chunks) == 21
+        for other in (killed, two):
+            found = {path.relative_to(other): path.read_bytes() for path in other.glob(f"{kind}/*/*.json")}
+            assert found == chunks
     with pytest.raises(SystemExit, match="seed 0 -> 1"):
         imh.generate(imh.replace(scored, out=str(killed), resume=True, seed=1))
-    imh.score(imh.replace(scored, out=str(killed)))
-    lost = next(killed.glob("scores/*/*.json"))
-    lost.unlink()
-    imh.score(imh.replace(scored, out=str(killed), resume=True))
-    assert lost.read_bytes() == (whole / lost.relative_to(killed)).read_bytes()
+    imh.imh(imh.replace(scored, out=str(two)))
 
 
 def test_help_is_instant():
@@ -775,3 +942,13 @@ def test_help_is_instant():
     done = run(ROOT / "methods/imh_adaptors.py", "--help")
     assert time.time() - start < 5 and "arxiv.org/abs/2406.10203" in done.stdout  # 0.3 s on an idle machine
     assert "typical_p090" in run(ROOT / "methods/imh_adaptors.py", "generate", "--help").stdout
+
+
+if __name__ == "__main__":  # the exact posterior of the tiny world as a table and figures: 8 prompts x 512 strings
+    common.setup(0)
+    settings = [f"{kind},temperature={T}" for kind in ("ancestral_strict", "top_k=5", "top_p090", "typical_p=0.5")
+                for T in (0.5, 1, 1.5)]
+    arguments = Args(out=sys.argv[1] if sys.argv[1:] else "results/imh_adaptors-posterior", max_length=128, samples=64)
+    exact_posterior(arguments, settings=settings)
+    imh.imh(arguments)
+    imh.figures(arguments)
