@@ -62,6 +62,7 @@ RANDOM = (torch, torch.cuda) if CUDA else (torch,)  # generators that a checkpoi
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "preference-methods"
 signals = []  # SIGTERM and SIGINT received so far
 transformers.logging.disable_progress_bar()
+transformers.logging.set_verbosity_error()  # load_model itself refuses missing weights
 
 
 def setup(seed, timeout=1800):

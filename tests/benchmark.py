@@ -22,13 +22,15 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceClassification, TopPLogitsWarper
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
-from common import pack_pairs, response_logps, setup
+from common import pack_pairs, response_hiddens, response_logps, setup
+from dpl import add_head, base_loss
 from dpo import dpo_loss
 from generate import respond
+from imh_adaptors import adaptor_logps, imh_chain, sample
 
 SHAPES = {"14m": (128, 6, 4), "70m": (512, 6, 8), "160m": (768, 12, 12)}  # width, layers, heads
 
@@ -230,6 +232,59 @@ def sweep(rounds=1, values=5, pairs=16):
           f"{ratio(seconds, 'live', 'cached')}  {agree(results, 'live', 'cached', 'losses')}", flush=True)
 
 
+def dpl_step(pairs=8, rounds=2):
+    """A reward model's step and scoring, 70M shape, against the released form: micro-batches of two pairs, each side a
+    sequence of its own, padded to a multiple of 64.  All in fp32, or all in bf16 with fp32 losses."""
+    batches = [hh_pairs(pairs, seed) for seed in range(rounds + 1)]
+
+    def models(dtype):
+        body = pythia("70m")
+        add_head(body, 0.0002 * torch.randn(1, 512, generator=torch.Generator().manual_seed(0)))
+        body.get_output_embeddings().requires_grad_(False)
+        whole = GPTNeoXForSequenceClassification(GPTNeoXConfig(**body.config.to_dict() | dict(num_labels=1, pad_token_id=0)))
+        whole.gpt_neox.load_state_dict(body.gpt_neox.state_dict())
+        whole.score.load_state_dict(body.score.state_dict())
+        return whole.to(dtype), body.to(dtype)
+
+    def naive(model, optimizer, rows):
+        total = 0.0
+        for i in range(0, len(rows), 2):
+            sides = [row["prompt_ids"] + row["responses"][k] for k in (0, 1) for row in rows[i:i + 2]]
+            width = -(-max(map(len, sides)) // 64) * 64
+            ids = torch.tensor([side + [0] * (width - len(side)) for side in sides])
+            rewards = model(ids, attention_mask=(ids > 0).long()).logits.float()
+            total += reward_step(rewards[:2], rewards[2:], optimizer, len(rows))
+        return (total, finish(model, optimizer)) if optimizer else (total,)
+
+    def ours(model, optimizer, rows):
+        total = 0.0
+        for batch in pack_pairs(rows, 8192):
+            rewards = model.score(response_hiddens(model, batch).to(model.score.weight)).float().view(-1, 2, 1)
+            total += reward_step(*rewards.unbind(1), optimizer, len(rows))
+        return (total, finish(model, optimizer)) if optimizer else (total,)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        both, systems = models(dtype), {}
+        for name, function, model in (("naive", naive, both[0]), ("ours", ours, both[1])):
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
+            systems[name] = lambda i, f=function, m=model, o=optimizer: f(m, o, batches[i])
+            systems[name + " scoring"] = torch.no_grad()(lambda i, f=function, m=model: f(m, None, batches[i]))
+        seconds, results = interleave(systems, rounds)
+        for kind, unit, per in (("", "pairs", 1), (" scoring", "responses", 2)):
+            ours_kind, done = "ours" + kind, per * pairs * rounds
+            print(f"dpl_step   70m, {pairs} pairs, {str(dtype)[6:]}:{kind:8} {ratio(seconds, 'naive' + kind, ours_kind)}  "
+                  f"{done / sum(seconds[ours_kind]):6.1f} {unit}/s  "
+                  f"{agree(results, 'naive' + kind, ours_kind, 'losses')}", flush=True)
+
+
+def reward_step(chosen, rejected, optimizer, n):
+    """Loss of a micro-batch as its share of n pairs, with backward where there is an optimizer -> float"""
+    loss = base_loss(chosen, rejected).sum() / n
+    if optimizer:
+        loss.backward()
+    return loss.item()
+
+
 @torch.no_grad()
 def score_sums(model, rows, system):
     """Summed log-probs of all responses: one forward each, padded batches of 16 in file order, or ours.  -> list"""
@@ -295,7 +350,127 @@ def generate(rounds=1, new=32):
               f"{ratio(seconds, name, 'ours')}  {32 * new * rounds / sum(seconds['ours']):6.0f} tokens/s", flush=True)
 
 
-BENCHMARKS = {f.__name__: f for f in (dpo_step, dpo_memory, sweep, score, generate)}
+class Ids:
+    """Stands in for a tokenizer: sample() asks for the size of the vocabulary and the end token."""
+    eos_token_id = -1  # no response ends early, so that all systems make the same number of tokens
+
+    def __len__(self):
+        return 50304
+
+
+def peaked(shape):
+    """Random weights with the head scaled, so that a next-token distribution is about as peaked as a real one's."""
+    model = pythia(shape).eval().requires_grad_(False)
+    model.get_output_embeddings().weight.data *= 25
+    return model
+
+
+@torch.no_grad()
+def imh_generate(rounds=1, new=32, n=64):
+    """Pythia-14M shape, 64 prompts of 20 tokens: ours in one batch, the library's generate in one batch, and as in the
+    released code, two copies of one prompt per call.  Agreement: log q of the drawn tokens against the library's
+    processors on teacher-forced logits."""
+    prompts = [row["prompt_ids"][:20] for row in hh_pairs(400, 0) if len(row["prompt_ids"]) >= 20][:n]
+    for head, model in (("peaked", peaked("14m")), ("flat", pythia("14m").eval().requires_grad_(False))):
+        for name, adaptor in (("none", {}), ("top-p 0.9", dict(top_p=0.9))):
+            if (head, name) == ("flat", "none"):
+                continue  # as with the peaked head
+            drawn = []
+
+            def ours(i, adaptor=adaptor, model=model, drawn=drawn):
+                u = torch.rand(n, new, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+                drawn[:] = sample(model, prompts, 1, adaptor, u, Ids())
+
+            def library(rows, adaptor=adaptor, model=model):
+                ids = torch.tensor(rows)
+                model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=True, **({"top_k": 0} | adaptor),
+                               max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+
+            seconds, _ = interleave({"ours": ours, "batch": lambda _, f=library: f(prompts), "released": lambda _, f=library: [
+                f([ids, ids]) for ids in prompts[:2]]}, rounds)
+            seconds["released"] = [n / 4 * t for t in seconds["released"]]  # 4 of n responses are made
+            worst = 0.0
+            for prompt, (ids, log_q, _) in list(zip(prompts, drawn))[:4]:
+                logits = model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
+                for value in adaptor.values():
+                    logits = TopPLogitsWarper(value)(None, logits)
+                exact = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+                worst = max(worst, (exact - torch.tensor(log_q)).abs().max().item())
+            for other in ("batch", "released"):
+                print(f"imh_generate 14m, {head:6} head, {name:9}: ours against generate, {other:8} "
+                      f"{ratio(seconds, other, 'ours')}  {n * new * rounds / sum(seconds['ours']):6.0f} tokens/s  "
+                      f"log q agree to {worst:.0e}", flush=True)
+
+
+@torch.no_grad()
+def imh_score(rounds=1):
+    """16 HH-like texts under prior, p_+ and p_+ with an adaptor: the released way (three forwards, a warper call per
+    position) against ours; and four adaptors in one pass against one pass each."""
+    prior, model = pythia("14m", seed=1).eval().requires_grad_(False), peaked("14m")
+    rows = [dict(row, responses=row["responses"]) for row in hh_pairs(8, 0)]
+    warper = TopPLogitsWarper(0.9)
+
+    def released(_):
+        sums = []
+        for row in rows:
+            for y in row["responses"]:
+                ids, at = torch.tensor([row["prompt_ids"] + y]), torch.tensor(y)[:, None]
+                for m, warped in ((prior, False), (model, False), (model, True)):
+                    logits = m(ids).logits[0, len(row["prompt_ids"]) - 1:-1]
+                    if warped:
+                        logits = torch.cat([warper(None, z[None]) for z in logits])
+                    sums.append(logits.log_softmax(-1).gather(1, at).clamp(min=-25).double().sum().item())
+        return sums
+
+    def ours(_, adaptors=({"top_p": 0.9},)):
+        (batch,) = pack_pairs(rows, 10**6)
+        before = response_logps(prior, batch)[0].double()
+        tokens = adaptor_logps(model, batch, adaptors, 50304).clamp(min=-25)
+        sums = tokens.new_zeros(len(tokens), len(before)).index_add(1, batch["owner"], tokens)
+        return torch.cat([before[None], sums]).T.flatten().tolist()
+
+    several = [dict(top_p=0.9), dict(top_k=50), dict(typical_p=0.9), dict(eta_cutoff=0.0009)]
+    seconds, results = interleave({"released": released, "ours": ours, "four at once": lambda i: ours(i, several),
+                                   "one each": lambda i: [ours(i, [a]) for a in several]}, rounds)
+    print(f"imh_score    14m, 16 texts, 3 distributions: ours against the released way {ratio(seconds, 'released', 'ours')}  "
+          f"{agree(results, 'released', 'ours', 'log-probs')}")
+    each = [[x for one in zip(*([r[i::3] for i in (0, 1)] + [s[2::3] for s in rs])) for x in one]
+            for rs in results["one each"] for r in rs[:1]]
+    worst = max(abs(a - b) / max(abs(a), 1e-9) for u, v in zip(each, results["four at once"]) for a, b in zip(u, v))
+    print(f"imh_score    14m, 4 adaptors: one pass against one pass each {ratio(seconds, 'one each', 'four at once')}  "
+          f"log-probs agree to {worst:.0e}", flush=True)
+
+
+def imh_chains():
+    """Chains side by side against a Python loop over floats, over numpy elements and over tensor elements (each of a
+    few chains, scaled up); the same indices."""
+    for P, N in ((1000, 100), (10_000, 1000), (10_000, 10_000)):
+        g = torch.Generator().manual_seed(0)
+        log_w, log_u = torch.randn(N, P, generator=g).T, torch.rand(N, P, generator=g).log_().T
+        times = []
+        for _ in range(max(1, 3 * 10**6 // (P * N)) + 1):
+            start = time.process_time()
+            held = imh_chain(log_w, log_u)
+            times.append(time.process_time() - start)
+        ours, line = min(times), []
+        for name, few, kind in (("floats", 20_000 * 20 // N, torch.Tensor.tolist), ("numpy", 20_000 * 5 // N, torch.Tensor.numpy),
+                                ("tensors", 20_000 // N, list)):
+            few = min(P, max(1, few))
+            start, found = time.process_time(), []
+            for w, u in zip(kind(log_w[:few]), kind(log_u[:few])):
+                states = [0]
+                for i in range(1, N):
+                    states.append(i if u[i] < w[i] - w[states[-1]] else states[-1])
+                found.append(states)
+            line.append(f"{name} {(time.process_time() - start) * P / few / ours:.0f}x")
+            same = (torch.tensor(found) == held[:few]).double().mean().item()
+            assert same == 1 or name == "floats" and same > 0.999, same  # float64 arithmetic may tip a comparison
+        print(f"imh_chains   {P} x {N} steps: {ours:.3f} s, {ours / P / N * 1e9:.1f} ns a step; against a loop over "
+              + ", over ".join(line) + ", same indices", flush=True)
+
+
+BENCHMARKS = {f.__name__: f for f in (dpo_step, dpo_memory, sweep, dpl_step, score, generate,
+                                         imh_generate, imh_score, imh_chains)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peak_of"]:

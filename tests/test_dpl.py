@@ -5,6 +5,8 @@ import math
 from pathlib import Path
 
 import pytest
+import scipy.optimize
+import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -463,6 +465,29 @@ def test_long_pairs_are_dropped_not_cut(blank):
     assert kept[0]["responses"][0][-1] != tokenizer.eos_token_id  # no end token, as in the released code
     longest = max(len(row["prompt_ids"]) + max(map(len, row["responses"])) for row in dpl.encode(rows, tokenizer, 512))
     assert len(dpl.encode(rows, tokenizer, longest)) == 3 > len(dpl.encode(rows, tokenizer, longest - 1))
+
+
+@pytest.mark.parametrize("sigma, logistic, matched", [
+    (0.25, 1.394, 0.887), (0.5, 1.421, 0.905), (1.0, 1.475, 0.939), (2.0, 1.531, 0.974)])
+def test_unit_of_the_logistic_links(sigma, logistic, matched):
+    """Means from N(0, 1), the same sigma everywhere: the best sigma under a logistic link is this multiple of the true."""
+    d, weight = (double(x) for x in scipy.special.roots_hermitenorm(201))
+    means = torch.stack([math.sqrt(2) * d, 0 * d])  # the difference of two means is N(0, 2)
+    p, weight = torch.special.ndtr((means[0] - means[1]) / math.sqrt(2) / sigma), weight / weight.sum()
+    for link, expected in (("logistic", logistic), ("logistic_matched", matched)):
+        def loss(rho, link=link):
+            sides = [torch.stack([m, torch.full_like(m, math.log(math.expm1(rho * sigma)))], -1) for m in means]
+            forth, back = (dpl.mean_variance_loss(*pair, link) for pair in (sides, sides[::-1]))
+            return (weight * (p * forth + (1 - p) * back)).sum().item()
+        found = scipy.optimize.minimize_scalar(loss, bounds=(0.3, 3), method="bounded").x
+        assert found == pytest.approx(expected, abs=6e-4)  # published to three decimals
+
+
+def test_one_name_in_two_files(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text('{"reward_outputs_both": [[1], [2]]}\n')
+    files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
+    assert set(dpl.main(dpl.SummarizeArgs(files=tuple(files)))) == {f"{file}: both" for file in files}
 
 
 def test_evaluate_score_choose_and_summarize(blank, tmp_path):
