@@ -2,13 +2,13 @@
 
 Zhao, Brekelmans, Makhzani, Grosse 2024, https://arxiv.org/abs/2404.17546
 
-    target, Eq. 1         sigma(s_{1:T}) = p0(s_{1:T}) phi(s_{1:T}) / Z
     target, Eq. 1        sigma(s_{1:T}) = p0(s_{1:T}) phi(s_{1:T}) / Z
     twisted, Eq. 9       pi_t = p0(s_{1:t}) psi_t(s_{1:t}) / Z_t  for t < T,  pi_T = sigma
     proposal, Eq. 14-15  q = p0 psi_t / Z^pi_t,  Z^pi_t = sum_v p0(v | s_{1:t-1}) psi_t(s_{1:t-1}, v)
     weights, Eq. 10, 16  w_t = p0 psi_t / (q psi_{t-1}) = Z^pi_t / psi_{t-1};  at T, phi in place of psi_T
     estimate, Eq. 8      Z-hat = product over blocks of mean_k prod_t w_t^k,  E Z-hat = Z
     bounds, Eq. 24       E log Z-hat <= log Z <= E log Z-hat with one exact sample retained
+
     python methods/twisted_smc.py                            tiny world, all six learners, about a minute
     python methods/twisted_smc.py --world w1                 enumerable world: estimates beside exact values
     python methods/twisted_smc.py toxicity --learner ctl     a row of the paper's Table 2 (GPU, hub)
@@ -22,6 +22,7 @@ losses are means over t where Table 1 sums, as in the released code, whose learn
 Differs from the released code: FUDGE continues each exact prefix s_{1:t} itself (--legacy-fudge: s_{1:t-1},
 so that the label of s_t ignores s_t); RL averages q-samples and exact samples; PPO trains its critic, without
 dropout; rejection gives exact samples for every bounded potential, whatever beta; no token is run twice.
+Tiny world, seed 0: 64 updates bring both KLs below 0.1 nats; rl, with bootstrapped targets, needs hundreds.
 """
 
 import sys
@@ -802,13 +803,13 @@ def write_table(out, records):
     (out / "table.tex").write_text(f"\\begin{{tabular}}{{l{'r' * len(names)}}}\n{rows}\n\\end{{tabular}}\n")
 
 
-def draw_figure(out, records):
+def draw_figure(out, records, caption):
     """figures/twisted_smc.png from the evaluations: KLs, bounds over updates and over K, ESS, frontier."""
     import matplotlib
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 5, figsize=(25, 4.5), layout="constrained")
-    kl, by_step, by_K, fraction, frontier = axes
+    figure, axes = plt.subplots(1, 5, figsize=(25, 4.8), layout="constrained")
+    (kl, by_step, by_K, fraction, frontier), _ = axes, figure.suptitle(caption)
     learners = list(dict.fromkeys(learner for learner, _ in records))
     for (learner, seed), history in records.items():
         last, style = history[-1], dict(color=f"C{learners.index(learner)}", marker=".", lw=1)
@@ -825,12 +826,12 @@ def draw_figure(out, records):
         fraction.plot(range(1, len(last["ess"]) + 1), [x / Ks[-1] for x in last["ess"]], **style)
         frontier.plot(series("kl_prior"), series("reward"), **style, label=f"{learner}, seed {seed}")
     kl.set(title="KL(q ‖ σ) solid, KL(σ ‖ q) dashed", xlabel="updates", ylabel="nats", yscale="log")
-    by_step.set(title=f"SMC bounds on log Z, K = {Ks[-1]}", xlabel="updates")
-    by_K.set(title=f"bounds on log Z, {learners[0]} (grey: untrained)\nIWAE round, SMC square", xlabel="K",
-             xscale="log", xticks=Ks, xticklabels=Ks)
+    by_step.set(title=f"SMC bounds on log Z, K = {Ks[-1]}, upper dashed", xlabel="updates", ylabel="nats")
+    by_K.set(title=f"as Fig. 3: log Z bounds, {learners[0]} (grey: untrained)\nIWAE round, SMC square",
+             xlabel="K", ylabel="nats", xscale="log", xticks=Ks, xticklabels=Ks)
     by_K.minorticks_off()
-    fraction.set(title="effective sample size before resampling / K", xlabel="t", ylim=(0, 1.05))
-    frontier.set(title="frontier", xlabel="KL(q ‖ p0), nats", ylabel="reward: mean log φ / β")
+    fraction.set(title="after training", xlabel="t, tokens", ylabel="ESS before resampling / K", ylim=(0, 1.1))
+    frontier.set(title="reward against distance", xlabel="KL(q ‖ p0), nats", ylabel="mean log φ / β, nats")
     frontier.legend(fontsize=8)
     for axis in (kl, by_step):
         axis.set_xscale("symlog", base=2, linthresh=1)
@@ -874,7 +875,7 @@ def main(args):
         cases, o = (x if x is None else x.to(device) for x in found[0])
     elif world.conditional:
         o = exact_samples(world, args.runs)[1]
-    for seed, learner in [(args.seed + i, learner) for i in range(args.seeds) for learner in learners]:
+    for seed, learner in ((args.seed + i, learner) for i in range(args.seeds) for learner in learners):
         print(f"\n{learner}, seed {seed}", flush=True)
         twist = train(args, learner, seed, world, model, cases, o, run := out / f"{learner}-seed{seed}")
         files = sorted((run / "evaluation").glob("*.json"), key=lambda path: int(path.stem))
@@ -891,7 +892,8 @@ def main(args):
                       f"{args.prompts[0] + tokenizer.decode(ids)!r}")
     if dist.get_rank() == 0:
         write_table(out, records)
-        draw_figure(out, records)
+        where = "built-in, not the paper's setting" if args.world or args.model == "tiny" else args.model
+        draw_figure(out, records, f"{args.potential} ({where}), T = {args.T}, seed {args.seed}")
         print(f"\n{out}: table.md, table.tex, figures/twisted_smc.png")
     return records
 
