@@ -830,7 +830,7 @@ def draw_figure(out, records, caption):
     by_K.set(title=f"as Fig. 3: log Z bounds, {learners[0]} (grey: untrained)\nIWAE round, SMC square",
              xlabel="K", ylabel="nats", xscale="log", xticks=Ks, xticklabels=Ks)
     by_K.minorticks_off()
-    fraction.set(title="after training", xlabel="t, tokens", ylabel="ESS before resampling / K", ylim=(0, 1.1))
+    fraction.set(title="after training", xlabel="t, tokens", ylabel="ESS before resampling / K", ylim=(0, 1))
     frontier.set(title="reward against distance", xlabel="KL(q ‖ p0), nats", ylabel="mean log φ / β, nats")
     frontier.legend(fontsize=8)
     for axis in (kl, by_step):
