@@ -942,13 +942,3 @@ def test_help_is_instant():
     done = run(ROOT / "methods/imh_adaptors.py", "--help")
     assert time.time() - start < 5 and "arxiv.org/abs/2406.10203" in done.stdout  # 0.3 s on an idle machine
     assert "typical_p090" in run(ROOT / "methods/imh_adaptors.py", "generate", "--help").stdout
-
-
-if __name__ == "__main__":  # the exact posterior of the tiny world as a table and figures: 8 prompts x 512 strings
-    common.setup(0)
-    settings = [f"{kind},temperature={T}" for kind in ("ancestral_strict", "top_k=5", "top_p090", "typical_p=0.5")
-                for T in (0.5, 1, 1.5)]
-    arguments = Args(out=sys.argv[1] if sys.argv[1:] else "results/imh_adaptors-posterior", max_length=128, samples=64)
-    exact_posterior(arguments, settings=settings)
-    imh.imh(arguments)
-    imh.figures(arguments)
