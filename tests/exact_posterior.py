@@ -21,7 +21,7 @@ if __name__ == "__main__":
     settings = [f"{kind},temperature={T}" for kind in ("ancestral_strict", "top_k=5", "top_p090", "typical_p=0.5")
                 for T in (0.5, 1, 1.5)]
     out = sys.argv[1] if sys.argv[1:] else "results/imh_adaptors-posterior"
-    args = imh_adaptors.Args(out=out, max_length=128, samples=64)
+    args = imh_adaptors.Args(model="exact posterior", out=out, max_length=128, samples=64)
     exact_posterior(args, settings=settings)
     imh_adaptors.imh(args)
     imh_adaptors.figures(args)
