@@ -26,7 +26,8 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceCl
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
-from common import pack_pairs, response_hiddens, response_logps, setup
+import twisted_smc
+from common import decode_step, pack_pairs, prefill, reorder, response_hiddens, response_logps, setup
 from dpl import add_head, base_loss
 from dpo import dpo_loss
 from generate import respond
@@ -350,6 +351,57 @@ def generate(rounds=1, new=32):
               f"{ratio(seconds, name, 'ours')}  {32 * new * rounds / sum(seconds['ours']):6.0f} tokens/s", flush=True)
 
 
+@torch.no_grad()
+def smc(sizes=((20, 100), (50, 100), (100, 100), (20, 500))):
+    """Twisted SMC, 14M shape, prompt of 10 tokens, a linear twist on the model's states, resampling at every step: one
+    token on a reordered cache against the whole prefix at every step.  The same uniforms, so the same log Z."""
+    model, prompt = pythia("14m").eval().requires_grad_(False), torch.arange(3, 13)
+    twist = 0.02 * torch.randn(50304, 128, generator=torch.Generator().manual_seed(0))
+    hiddens = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, x: hiddens.append(x[0][:, -1]))
+
+    def run(T, K, make):
+        torch.manual_seed(1)
+        S = twisted_smc.smc(make(T, K), lambda s: 3.0 * (s % 2 == 0).double().mean(-1), T, K)
+        return S.log_Z.tolist()
+
+    def ours(T, K):
+        cache = None
+
+        def scores(last, ancestors):
+            nonlocal cache
+            if last is None:
+                cache, h, logits = prefill(model, [prompt.tolist()], T, copies=K)
+            else:
+                reorder(cache, ancestors) if ancestors is not None else None
+                h, logits = decode_step(model, cache, last)
+            return logits, h @ twist.T
+        return scores
+
+    def recompute(T, K):
+        ids = prompt.expand(K, -1)
+
+        def scores(last, ancestors):
+            nonlocal ids
+            if last is not None:
+                ids = torch.cat([ids if ancestors is None else ids[ancestors], last[:, None]], 1)
+            logits = model(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
+            return logits, hiddens.pop() @ twist.T
+        return scores
+
+    spent = {}
+    for T, K in sizes:
+        systems = {"recompute": lambda _, T=T, K=K: run(T, K, recompute), "ours": lambda _, T=T, K=K: run(T, K, ours)}
+        seconds, results = interleave(systems, 1)
+        spent[T, K] = seconds["ours"][0]
+        print(f"smc        14m, T = {T:3d}, K = {K}: cache against recomputing {ratio(seconds, 'recompute', 'ours')}  "
+              f"{T * K / spent[T, K]:6.0f} particle-tokens/s  {agree(results, 'recompute', 'ours', 'log Z')}", flush=True)
+        hiddens.clear()
+    cache = 2 * 6 * 128 * 4  # keys and values, layers, width, bytes
+    print(f"smc        14m: time grows {spent[100, 100] / spent[20, 100]:.1f}x from T = 20 to 100; a particle's token takes "
+          f"{cache} bytes of cache (fp32)", flush=True)
+
+
 class Ids:
     """Stands in for a tokenizer: sample() asks for the size of the vocabulary and the end token."""
     eos_token_id = -1  # no response ends early, so that all systems make the same number of tokens
@@ -470,7 +522,7 @@ def imh_chains():
 
 
 BENCHMARKS = {f.__name__: f for f in (dpo_step, dpo_memory, sweep, dpl_step, score, generate,
-                                         imh_generate, imh_score, imh_chains)}
+                                         smc, imh_generate, imh_score, imh_chains)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peak_of"]:
