@@ -573,7 +573,7 @@ def learner_loss(learner, world, twist, K, exact=None, o=None, *, beta=1.0, lega
 
     if learner == "ctl":
         w_neg = ((S.log_p - S.log_q).cumsum(-1) + S.log_psi).softmax(1)
-        return lambda: (hit * ctl_loss(psi(P), W, psi(S), w_neg)).mean()
+        return lambda: (hit * ctl_loss(at_P := psi(P), W, at_P if S is P else psi(S), w_neg)).mean()
     if learner == "sixo":
         return lambda: (hit * sixo_loss(psi(P), W, psi(S))).mean()
     if learner == "dpg":

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,7 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, GPTNeoXForSequenceCl
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 import twisted_smc
-from common import decode_step, pack_pairs, prefill, reorder, response_hiddens, response_logps, setup
+from common import decode_step, pack_pairs, prefill, reorder, response_hiddens, response_logps, sample_tokens, setup
 from dpl import add_head, base_loss
 from dpo import dpo_loss
 from generate import respond
@@ -409,6 +410,71 @@ class Ids:
     def __len__(self):
         return 50304
 
+    def __call__(self, text):  # the prompt of ctl_update
+        return types.SimpleNamespace(input_ids=list(range(3, 11)))
+
+    def batch_decode(self, ids, **_):
+        return [""] * len(ids)
+
+
+def ctl_update(K=25, T=20, rounds=2):
+    """One CTL update, 14M shape, prompt of 8 tokens, T = 20, the twist a body of its own: a cache, gradients through one
+    teacher-forced pass, against the released cost model: both models over all P + T positions at every step, gradients
+    through each of them.  Generous to it: only the last position's logits.  Token-forwards count a backward as two."""
+    base, args = pythia("14m").eval().requires_grad_(False), twisted_smc.Args(T=T, K=K, twist="body")
+    torch.manual_seed(1)
+    world = twisted_smc.lm_world(base, Ids(), args)
+    world.log_phi = lambda s, o=None: 3.0 * (s % 2 == 0).double().mean(-1)
+    twist = twisted_smc.make_twist(args, "ctl", world, base)
+    weights, prompt, tokens = [p for p in twist.parameters() if p.requires_grad], torch.arange(3, 11), {}
+    twist.load_state_dict({name: x + 0.1 * torch.randn_like(x) for name, x in twist.state_dict().items()})
+    for model in (base, twist.body):
+        model.gpt_neox.layers[0].register_forward_pre_hook(lambda _, x: tokens.update(
+            {x[0].requires_grad: tokens[x[0].requires_grad] + x[0].shape[0] * x[0].shape[1]}))
+
+    def update(i, of):
+        tokens.update({True: 0, False: 0})
+        torch.manual_seed(i)
+        loss = of()
+        loss.backward()
+        norm = torch.nn.utils.get_total_norm([p.grad for p in weights])
+        twist.zero_grad()
+        return loss.item(), norm.item()
+
+    def released():
+        ids, log_p, log_q, log_psi = prompt.repeat(K, 1), [], [], []
+        for t in range(T):
+            buffer = torch.cat([ids, ids.new_zeros(K, T - t)], 1)
+            with torch.no_grad():
+                logits = base(buffer, use_cache=False, logits_to_keep=torch.tensor([7 + t])).logits[:, 0]
+            psi = twist(twist.body.base_model(buffer, use_cache=False).last_hidden_state[:, 7 + t])
+            joint = (logits + psi).log_softmax(-1)
+            s = sample_tokens(joint.detach(), torch.rand(K, dtype=torch.float64))[0][:, None]  # our uniforms
+            log_p.append(logits.log_softmax(-1).gather(1, s)[:, 0].double())
+            log_q.append(joint.gather(1, s)[:, 0].detach().double())
+            log_psi.append(psi.gather(1, s)[:, 0])
+            ids = torch.cat([ids, s], 1)
+        h = twist.body.base_model(ids[:, :-1], use_cache=False).last_hidden_state[:, -T:]
+        again, log_psi = twist(h, tokens=ids[:, 8:]), torch.stack(log_psi, -1)
+        ratio = torch.stack(log_p, -1) - torch.stack(log_q, -1)
+        W = (ratio.sum(-1) + world.log_phi(ids[:, 8:])).softmax(0)
+        w_neg = (ratio.cumsum(-1) + log_psi.detach()).softmax(0)
+        return twisted_smc.ctl_loss(again, W, log_psi, w_neg)
+
+    counts, ours = {}, lambda: twisted_smc.learner_loss("ctl", world, twist, K)()
+
+    def counted(name, of):
+        def run(i):
+            out = update(i, of)
+            counts[name] = tokens[False] + 3 * tokens[True]
+            return out
+        return run
+
+    seconds, results = interleave({"ours": counted("ours", ours), "released": counted("released", released)}, rounds)
+    print(f"ctl_update 14m, T = {T}, K = {K}: {ratio(seconds, 'released', 'ours')}, token-forwards {counts['released']:,} "
+          f"against {counts['ours']:,}: {counts['released'] / counts['ours']:.1f}x  {agree(results, 'released', 'ours')}",
+          flush=True)
+
 
 def peaked(shape):
     """Random weights with the head scaled, so that a next-token distribution is about as peaked as a real one's."""
@@ -522,7 +588,7 @@ def imh_chains():
 
 
 BENCHMARKS = {f.__name__: f for f in (dpo_step, dpo_memory, sweep, dpl_step, score, generate,
-                                         smc, imh_generate, imh_score, imh_chains)}
+                                         smc, ctl_update, imh_generate, imh_score, imh_chains)}
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["peak_of"]:
