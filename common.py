@@ -309,22 +309,19 @@ def plot_curves(out, panels, caption):
     """
     records = [json.loads(line) for line in open(out / "metrics.jsonl")]
     if dist.get_rank() == 0:
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 3.8), layout="constrained")
-        for axis, (title, unit, names) in zip(np.atleast_1d(axes), panels):
-            for color, name in zip(plt.rcParams["axes.prop_cycle"].by_key()["color"], names):
+        from matplotlib.figure import Figure
+        figure = Figure((5 * len(panels), 3.8), layout="constrained")
+        for axis, (title, unit, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
+            for i, name in enumerate(names):
                 for key, style in ((name, dict(alpha=0.4, lw=1)), ("eval_" + name, dict(marker="o", ms=4))):
                     points = [(r["step"], r[key]) for r in records if key in r]
                     label = name.split("/")[-1] + (", training" if key == name else ", held out")
-                    axis.plot(*zip(*points), color=color, label=label, **style) if points else None
+                    axis.plot(*zip(*points), color=f"C{i}", label=label, **style) if points else None
             axis.set(title=title, xlabel="optimiser step", ylabel=unit)
             axis.legend(fontsize=8)
         figure.suptitle(caption, fontsize=9)
         (out / "figures").mkdir(exist_ok=True)
         figure.savefig(out / "figures" / "curves.png", dpi=120)
-        plt.close(figure)
     return records
 
 

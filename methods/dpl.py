@@ -264,16 +264,13 @@ def finish(out, table, curves, draw, panels, caption):
     for row in table["base"]:
         numbers = (f"{column[row]:19.4f}" if row in column else " " * 19 for column in table.values())
         say(f"{row:32}" + "".join(numbers))
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(panels // 3, 3, figsize=(12, 3.4 * panels // 3), layout="constrained")
+    from matplotlib.figure import Figure
+    figure = Figure((12, 3.4 * panels // 3), layout="constrained")
     curves = json.loads((out / "curves.json").read_bytes())
-    draw({name: torch.tensor(x) for name, x in curves.items()}, axes.flat)
+    draw({name: torch.tensor(x) for name, x in curves.items()}, figure.subplots(panels // 3, 3).flat)
     figure.suptitle(caption, fontsize=9)
     (out / "figures").mkdir(exist_ok=True)
     figure.savefig(out / "figures" / "dpl.png", dpi=120)
-    plt.close(figure)
 
 
 def draw_1d(curves, axes):

@@ -258,10 +258,8 @@ def main(args):
         write_rows(out / "judged.jsonl", rows)
         print(f"\n{title}, {len(rows)} comparisons")
         print(*(f"{name:12}{value:10.4g}" for name, value in summary.items()), sep="\n")
-        import matplotlib
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-        figure, axis = plt.subplots(figsize=(6, 3.8), layout="constrained")
+        from matplotlib.figure import Figure
+        axis = (figure := Figure((6, 3.8), layout="constrained")).subplots()
         values = [[row[key] for row in rows] for key in ("score", "other_score")]
         axis.hist(values, bins=20, label=["own", "other"])
         axis.set(xlabel="the judge's score", ylabel="responses",

@@ -89,10 +89,11 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
     kinds = {name: type(name, (Args,), {"__doc__": ""})(**asdict(preset)) for name in COMMANDS}
     args = tyro.cli(tyro.extras.subcommand_type_from_defaults(kinds), description=__doc__)
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 import torch.distributed as dist
+from matplotlib.cm import tab20
+from matplotlib.figure import Figure
 from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
@@ -203,16 +204,15 @@ def correlations(x, y):
 
 def scatter(out, name, note, panels, xlabel, ylabel):
     """panels: {title: {label: (n, 2) points}}, all with the same labels -> out/figures/name.png"""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels) + 2, 4.5), layout="constrained")
-    for axis, (title, series) in zip(np.atleast_1d(axes), panels.items()):
+    figure = Figure((4.5 * len(panels) + 2, 4.5), layout="constrained")
+    for axis, (title, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for i, (label, xy) in enumerate(series.items()):
-            axis.plot(*np.transpose(xy), "o^s"[i // 20 % 3], ms=2, color=plt.cm.tab20(i % 20), label=label)
+            axis.plot(*np.transpose(xy), "o^s"[i // 20 % 3], ms=2, color=tab20(i % 20), label=label)
         axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, markerscale=3)
     figure.suptitle(f"as {name}.png of the released code; {note}", fontsize=8)
     Path(out, "figures").mkdir(parents=True, exist_ok=True)
     figure.savefig(Path(out, "figures", f"{name}.png"), dpi=130)
-    plt.close(figure)
 
 
 def toy(args):

@@ -69,7 +69,7 @@ class Args:
     seeds: int = 1  # repetitions: seed, seed + 1, ...
 
     model: str = "tiny"  # p0: tiny, a local folder or a hub id
-    lrs: tuple[float, ...] = (3e-3, 3e-4, 3e-3, 3e-3, 3e-3, 3e-3)  # Adam, for the learners in the order above
+    lrs: tuple[float, ...] = (3e-3, 3e-4, 3e-3, 3e-3, 3e-3, 3e-3)  # Adam, in the order above, or one
     max_steps: int = 64  # updates
     eval_every: int = 16  # 0: after 0, 2, 4, 8, ... updates (the paper's epochs)
     save_every: int = 0  # 0: at the end
@@ -340,7 +340,7 @@ class Twist(nn.Module):
 # ---- Worlds: a target and how to run through it.  V, T, c, B (prompts; case n has prompt n % B), d, eos, and
 #   start(N, K, o, body) -> step(last, ancestors) -> hidden states (N K, d), logits (N K, V) = head(hidden)
 #   log_phi(tokens (N, K, T), o) -> (N, K);  log_bound >= log phi, or None;  floor of phi, or None
-#   conditional: o (N, c) is what follows (infilling, Sec. 3.3)
+#   conditional: o (N, c) is what follows (infilling, Sec. 3.3); o: the tokens of --continuation
 #   embed(twist, o) -> e or None;  hidden(body, tokens) -> z (N, K, T, d), with gradient into a body
 
 
@@ -405,6 +405,8 @@ def lm_world(model, tokenizer, args):
     def of_text(ids):
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
         out = torch.as_tensor(phi.of_text(ids[:, -T:], texts), dtype=torch.float64, device=device)
+        require(out.shape == (len(texts),), f"potential {args.potential}: gives an array of shape "
+                f"{tuple(out.shape)} for {len(texts)} texts; it must give one number for each")
         for i in (out.isnan() | out.isposinf()).nonzero()[:1, 0].tolist():
             raise SystemExit(f"potential {args.potential}: log phi is {out[i]} for {texts[i]!r}; it must be "
                              "a number below infinity, or -inf, for every text")
@@ -433,7 +435,7 @@ def lm_world(model, tokenizer, args):
 
     return SimpleNamespace(
         V=V, T=T, c=c, B=B, d=head.weight.shape[1], start=start, log_phi=log_phi, log_bound=phi.log_bound,
-        floor=phi.floor, conditional=phi.conditional, embed=embed, hidden=hidden,
+        floor=phi.floor, conditional=phi.conditional, o=phi.o, embed=embed, hidden=hidden,
         head=lambda h: head(h.to(model.dtype))[..., :V].float(),
         eos=tokenizer.eos_token_id if args.stop_at_eos else None)
 
@@ -616,10 +618,13 @@ def exact_samples(world, n, batch=1000, patience=1000):
     kept, draws = [[] for _ in range(world.B)], 0
     while world.B * min(map(len, kept)) < n:
         S, draws = sample(world, None, batch, world.B, proposal="base", tau=0.0), draws + batch
-        for found, tokens, log_phi in zip(kept, S.tokens, S.log_phi):
-            found += tokens[torch.rand_like(log_phi).log() < log_phi - world.log_bound]
-        require(all(kept) or draws < patience * batch, f"exact samples: none in {draws} draws of p0: phi is "
-                "(nearly) zero everywhere; change it or --beta, or take --exact 0: no upper bounds")
+        for own, tokens, log_phi in zip(kept, S.tokens, S.log_phi):
+            own += tokens[torch.rand_like(log_phi).log() < log_phi - world.log_bound]
+        found = min(map(len, kept))
+        if draws % (100 * batch) == 0 and found < n:
+            print(f"exact samples: {found} of {n // world.B} after {draws} draws of p0", flush=True)
+        require(draws < patience * batch * (1 + found), f"exact samples: {found} in {draws} draws of p0: phi "
+                "is (nearly) zero everywhere; change it or --beta, or take --exact 0: no upper bounds")
     return torch.stack([s for group in zip(*kept) for s in group])[:n], None
 
 
@@ -725,7 +730,7 @@ def train(args, learner, seed, world, model, cases, o, out):
     torch.manual_seed(seed)
     twist, steps = make_twist(args, learner, world, model), args.max_steps if learner in LEARNERS else 0
     weights = [p for p in twist.parameters() if p.requires_grad] if steps else []
-    optimizer = torch.optim.Adam(weights, lr=args.lrs[LEARNERS.index(learner)]) if steps else None
+    optimizer = torch.optim.Adam(weights, lr=(args.lrs * 6)[LEARNERS.index(learner)]) if steps else None
     torch.manual_seed(1000 * seed + dist.get_rank())  # from here every process draws its own particles
     step = saved = load_checkpoint(out, twist, optimizer)[0] if args.resume and steps else 0
     started = time.time()
@@ -735,8 +740,8 @@ def train(args, learner, seed, world, model, cases, o, out):
             save_checkpoint(out, saved := step, twist, optimizer)
         if stop:
             sys.exit(143)
-        doubling = step != 1 and step & (step - 1) == 0
-        if step == steps or (step % args.eval_every == 0 if args.eval_every else doubling):
+        between = step % args.eval_every if args.eval_every else step == 1 or step & (step - 1)
+        if step == steps or not between:
             record = evaluate(args, world, twist, cases, o) | dict(step=step, seconds=time.time() - started)
             record |= exact_record(world, twist) if args.world else {}
             if dist.get_rank() == 0:
@@ -805,11 +810,9 @@ def write_table(out, records):
 
 def draw_figure(out, records, caption):
     """figures/twisted_smc.png from the evaluations: KLs, bounds over updates and over K, ESS, frontier."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    figure, axes = plt.subplots(1, 5, figsize=(25, 4.8), layout="constrained")
-    (kl, by_step, by_K, fraction, frontier), _ = axes, figure.suptitle(caption)
+    from matplotlib.figure import Figure
+    figure = Figure((25, 4.8), layout="constrained")
+    (kl, by_step, by_K, fraction, frontier), _ = figure.subplots(1, 5), figure.suptitle(caption)
     learners = list(dict.fromkeys(learner for learner, _ in records))
     for (learner, seed), history in records.items():
         last, style = history[-1], dict(color=f"C{learners.index(learner)}", marker=".", lw=1)
@@ -840,7 +843,6 @@ def draw_figure(out, records, caption):
         axis.axhline(last["exact_log_Z"], color="k", lw=0.8)
     (out / "figures").mkdir(exist_ok=True)
     figure.savefig(out / "figures" / "twisted_smc.png", dpi=80)
-    plt.close(figure)
 
 
 def main(args):
@@ -850,12 +852,11 @@ def main(args):
     alone = args.K == 1 and ("ctl" in learners or args.conditions == 1)
     require(not alone or not {*learners} & {"ctl", "sixo", "dpg"}, "--K 1: the weight of one particle is "
             "always 1, so nothing is learned; take --K 2 or more")
+    require(len(args.lrs) in (1, 6), "--lrs: one learning rate for all learners, or six, in their order")
     require(args.exact or not args.train_on_exact, "--train-on-exact: needs --exact above 0")
-    device, model, tokenizer = setup(args.seed), None, None
-    if args.world:
-        device = torch.device("cpu")
-    else:
-        model, tokenizer = load_model(args.model, args.dtype), load_tokenizer(args.model)
+    setup(args.seed)
+    model = None if args.world else load_model(args.model, args.dtype)
+    tokenizer, device = model and load_tokenizer(args.model), model.device if model else "cpu"
     world = markov_world(args.world) if args.world else lm_world(model, tokenizer, args)
     out, cases, o, records = start_run(args, "twisted_smc"), None, None, {}
     for old in [*out.glob("*-seed*"), *out.glob("exact-*.pt")]:
@@ -882,9 +883,8 @@ def main(args):
         records[learner, seed] = [json.loads(path.read_text()) for path in files]
         if args.show and tokenizer:  # the heaviest of K particles; for infilling under --continuation
             given = exact_samples(world, 1)[1] if world.conditional else None
-            if given is not None and args.continuation:
-                ids = tokenizer(args.continuation, add_special_tokens=False).input_ids
-                given = torch.tensor([ids], device=device)
+            if world.conditional and world.o:
+                given = torch.tensor([world.o], device=device)
             S = sample(world, twist, args.K, world.B, given, tau=0.0)
             for k in S.log_w[0].argsort(descending=True)[:args.show].tolist():
                 ids = S.tokens[0, k].tolist() + ([] if given is None else given[0].tolist())
