@@ -788,14 +788,14 @@ def write_table(out, records):
     pretty = lambda name: name.replace("_", " ").replace("q sigma", "q ‖ σ").replace("sigma q", "σ ‖ q")
     shared = {"kl_q_sigma": lambda h: log_Z - h["F_q"], "kl_sigma_q": lambda h: h["G_q"] - log_Z}
     grid = [["q", *map(pretty, names)]]
-    for row, hs in ({"untrained": [first]} | finals).items():
+    for row, hs in (({"untrained": [first]} if len(history) > 1 else {}) | finals).items():
         grid.append([row])
         for name in names:
             common = name in shared and not first["conditional"]
             x = torch.tensor([shared[name](h) if common else h[name] for h in hs])
             width = interval(x) if len(x) > 1 else hs[0].get(name + "_ci", math.nan)
             grid[-1].append(f"{x.mean():.3f}" + (f" ± {width:.3f}" if width == width else ""))
-            if name in shared and x.mean() < hs[0]["gap"]:
+            if name in shared and x.mean() < hs[0]["gap"] > 0:
                 notes.append(f"warning, {row}: {pretty(name)} = {x.mean():.3f} is less than the gap "
                              f"{hs[0]['gap']:.3f} between the bounds on log Z; a larger --bound-K closes it")
     widths = [max(map(len, column)) for column in zip(*grid)]
@@ -811,8 +811,9 @@ def write_table(out, records):
 def draw_figure(out, records, caption):
     """figures/twisted_smc.png from the evaluations: KLs, bounds over updates and over K, ESS, frontier."""
     from matplotlib.figure import Figure
-    figure = Figure((25, 4.8), layout="constrained")
-    (kl, by_step, by_K, fraction, frontier), _ = figure.subplots(1, 5), figure.suptitle(caption)
+    figure = Figure((15, 8.5), layout="constrained")
+    figure.suptitle(caption)
+    kl, by_step, by_K, fraction, frontier = figure.subplot_mosaic("abc;de.").values()
     learners = list(dict.fromkeys(learner for learner, _ in records))
     for (learner, seed), history in records.items():
         last, style = history[-1], dict(color=f"C{learners.index(learner)}", marker=".", lw=1)
@@ -835,14 +836,14 @@ def draw_figure(out, records, caption):
     by_K.minorticks_off()
     fraction.set(title="after training", xlabel="t, tokens", ylabel="ESS before resampling / K", ylim=(0, 1))
     frontier.set(title="reward against distance", xlabel="KL(q ‖ p0), nats", ylabel="mean log φ / β, nats")
-    frontier.legend(fontsize=8)
+    figure.legend(*frontier.get_legend_handles_labels(), loc=(0.72, 0.2))
     for axis in (kl, by_step):
         axis.set_xscale("symlog", base=2, linthresh=1)
         axis.set_xlim(0)
     for axis in (by_step, by_K) if "exact_log_Z" in last else ():
         axis.axhline(last["exact_log_Z"], color="k", lw=0.8)
     (out / "figures").mkdir(exist_ok=True)
-    figure.savefig(out / "figures" / "twisted_smc.png", dpi=80)
+    figure.savefig(out / "figures" / "twisted_smc.png", dpi=100)
 
 
 def main(args):
@@ -859,9 +860,8 @@ def main(args):
     tokenizer, device = model and load_tokenizer(args.model), model.device if model else "cpu"
     world = markov_world(args.world) if args.world else lm_world(model, tokenizer, args)
     out, cases, o, records = start_run(args, "twisted_smc"), None, None, {}
-    for old in [*out.glob("*-seed*"), *out.glob("exact-*.pt")]:
-        if args.overwrite and dist.get_rank() == 0:
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for old in [*out.glob("*-seed*"), *out.glob("exact-*.pt")] * (args.overwrite and dist.get_rank() == 0):
+        shutil.rmtree(old) if old.is_dir() else old.unlink()
     if world.log_bound is not None and args.exact:  # drawn once for a target, by the first process, and kept
         names = ("model prompts potential beta T c continuation classifier label threshold floor stop_at_eos "
                  "world exact").split()
