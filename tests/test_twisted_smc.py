@@ -536,7 +536,8 @@ def folder(tmp_path_factory):
         tokenizer.save_pretrained(path / name)
     (path / "own.py").write_text("import math\ndef short(tokens, texts):\n    return [-0.1 * len(x) for x in texts]\n"
                                  "short.log_bound = 0.0\ndef broken(tokens, texts):\n    return [math.nan] * len(texts)\n"
-                                 "def zero(tokens, texts):\n    return [-math.inf] * len(texts)\nzero.log_bound = 0.0\n")
+                                 "def zero(tokens, texts):\n    return [-math.inf] * len(texts)\nzero.log_bound = 0.0\n"
+                                 "def one(tokens, texts):\n    return [-1.0]\n")
     return path
 
 
@@ -685,6 +686,7 @@ def test_world_mode_prints_exact_values_beside_estimates(tmp_path, capsys):
 @pytest.mark.parametrize("options, words", [
     (dict(potential="own.py:none"), "no file"), (dict(potential="{folder}/own.py:none"), "no function none"),
     (dict(potential="{folder}/own.py:broken"), "nan"), (dict(potential="{folder}/own.py:zero"), "zero everywhere"),
+    (dict(potential="{folder}/own.py:one"), "one number for each"), (dict(lrs=(1e-3, 1e-2)), "--lrs"),
     (dict(potential="{folder}/own.py:zero", exact=0, learner="rl"), "zero on all"),
     (dict(potential="horror"), "choose"), (dict(potential="class"), "--classifier"),
     (dict(potential="class", classifier="{folder}/judge3", label=3), "3 labels"),
