@@ -204,7 +204,8 @@ def main(args):
         c, loss, right = (pairs[f"eval_{name}"] for name in ("c", "loss", "ranking_accuracy"))
         axis.scatter(c, loss, 9, right, cmap="coolwarm_r", vmin=0, vmax=1)
         axis.plot(c.sort()[0], F.softplus(-args.beta * gamma * c.sort()[0]), "k--")  # Theorem 4.1
-        axis.set(title=f"gamma {gamma:g}", xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", ylabel="loss")
+        axis.set(title=f"gamma {gamma:g}", ylabel="loss, nats",
+                 xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats")
         points = [(r["eval_distance"], r["eval_ranking_accuracy"]) for r in history if "eval_loss" in r]
         fig4.plot(*zip(*points), "o-", label=f"gamma {gamma:g}")
     fig4.set(xlabel="squared distance of the weights from their start", ylabel="ranking accuracy")
