@@ -45,7 +45,7 @@ class Args:
     model: tuple[str, ...] = ()  # run or model folders, hub ids; empty: tiny and the runs on it in results/
     ref_model: str = ""  # the reference of all of them; empty: the first
     data: tuple[str, ...] = ("tiny",)  # tiny, hh, tldr, se, ..., files, folders or hub ids
-    split: Literal["train", "test"] = "test"  # a file test* is all test, of others the last 5 %
+    split: Literal["train", "test"] = "test"  # of pairs in a file: all if test*, else the last 5 %
     sample: int = 0  # items, drawn as in the released code; 0: all
     lists: bool = False  # where a row has a pair and a list of responses, take the list
     max_length: int = 0  # tokens of prompt and response, cut at the end; 0: the model's context
@@ -87,7 +87,7 @@ from transformers import AutoConfig
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
 from common import (hub_rows, load_model, load_pairs, load_tokenizer, model_folder, on_rank0, pack_pairs,
-                    progress, read_rows, report, row_texts, setup, start_run, token_logps, words)
+                    progress, read_rows, report, require, row_texts, setup, start_run, token_logps, words)
 
 
 def ranking_accuracy(chosen_logps, rejected_logps):
@@ -177,17 +177,18 @@ def load_items(name, args):
         rows = load_pairs(name, args.split, pairs=False)
     kept, dropped = [], Counter()
     try:
-        found = [*judged(draw(rows) if args.legacy_votes else rows, args.lists)]
+        for prompt, responses, scores, votes in judged(draw(rows) if args.legacy_votes else rows, args.lists):
+            k, scores = args.smoothing * (votes == "counts"), np.array(scores, float)  # shares: alpha itself
+            reason = ("fewer than two" if len(responses) < 2 else "a score is missing"
+                      if len(scores) != len(responses) or not np.isfinite(scores).all() else
+                      "no votes, or below 0" if votes and (scores.min() < 0 or not scores.any()) else
+                      "empty response" if not all(words(response).strip() for response in responses) else "")
+            dropped.update([reason] if reason else [])
+            kept += [] if reason else [dict(
+                prompt=prompt, responses=responses, ranks=competition_ranks(scores.tolist()),
+                share=(scores[0] + k) / (sum(scores) + 2 * k) if votes else None)]
     except (KeyError, TypeError, ValueError) as error:
         raise SystemExit(f"{name}: a row is not what its columns promise ({error!r}); see --help") from None
-    for prompt, responses, scores, votes in found:
-        k = args.smoothing * (votes == "counts")  # "shares" are alpha itself
-        reason = ("no votes" if votes and not sum(scores) else "fewer than two" if len(responses) < 2 else
-                  "a score is missing" if len(scores) != len(responses) or None in scores else
-                  "empty response" if not all(words(response).strip() for response in responses) else "")
-        dropped.update([reason] if reason else [])
-        kept += [] if reason else [dict(prompt=prompt, responses=responses, ranks=competition_ranks(scores),
-                                        share=(scores[0] + k) / (sum(scores) + 2 * k) if votes else None)]
     report(f"{name}: items", len(kept), dropped)
     return kept if args.legacy_votes else draw(kept)
 
@@ -248,6 +249,7 @@ def score(name, items, out, args):
     The file of records is named after all they depend on: a killed run goes on, a new analysis has no pass.
     """
     world, source, model, dropped = dist.get_world_size(), model_folder(name), None, Counter()
+    require((source / "config.json").is_file(), f"{source}: no config.json, so not a model (or an adapter)")
     files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.iterdir())]
     key = json.dumps([args.max_length, args.separator, args.no_bos, args.append_eos, args.chat_template,
                       args.legacy_window, args.dtype, items, files])
@@ -310,8 +312,7 @@ def measure(items, records, args):
     item, share, better, *rest = np.array(rows, float).reshape(-1, 7).T  # no share is nan
     alpha = np.where(np.isnan(share), 0.5 + np.sign(better) * (args.proportion - 0.5), share)
     logps, tokens, strict, side = np.array(rest[:2]), np.array(rest[2:]), alpha != 0.5, np.sign(alpha - 0.5)
-    if not strict.any():
-        raise SystemExit(f"{len(rows)} pairs, every pair is a tie: there is nothing to rank")
+    require(strict.any(), f"{len(rows)} pairs, every pair is a tie: there is nothing to rank")
     lists = [(items[i]["ranks"], *np.array([(r["logp"], r["tokens"]) for r in found]).T)
              for i, found in records.items() if len(found) > 2]
     out = dict(items=len(records), pairs=int(strict.sum()), ties=int((~strict).sum()), lists=len(lists),
@@ -348,12 +349,12 @@ def named(line):
 
 def show(lines, args):
     """Print the tables of one data set, in percent, and what Theorem 4.1 says before any training."""
-    (line, *_), beta, gamma, gammas = lines, args.beta, args.gamma, (1.0, *args.gammas)
-    limit, c, order = -math.log(math.expm1(0.01)) / (beta * gamma or 1e-9), line["c"], np.argsort(line["c"])
+    (line, *_), beta, gamma, reach = lines, args.beta, args.gamma, -math.log(math.expm1(0.01)) / args.beta
+    limit, c, order = reach / gamma if gamma else math.inf, line["c"], np.argsort(line["c"])
     print(f"\n{line['data']}: {line['items']} items, {line['pairs']} pairs and {line['ties']} ties\n"
           f"reference right (c <= 0): {np.mean(c <= 0):.1%}, surely at a loss below log 2 (Prop. 2.6)\n"
           f"beta = {beta}, gamma = {gamma}: {np.mean(c > limit):.1%} need a loss below 0.01 to flip (c > "
-          f"{limit:.1f}), none with gamma <= {limit * gamma / max(c.max(), 1e-9):.3g}\nIPO, tau = beta: for "
+          f"{limit:.1f}), none with gamma <= {reach / max(c.max(), 1e-9):.3g}\nIPO, tau = beta: for "
           f"{(ipo_threshold(-c, beta) < 0).double().mean():.1%} even loss 0 is a wrong ranking (Prop. A.7)")
     for title, k in ("hardest", order[:-4:-1]), ("easiest", order[:3]), ("to flip", order[c[order] > 0][:3]):
         found = zip(line["item"][k], c[k], loss_threshold(c[k], beta, gamma))
@@ -361,9 +362,8 @@ def show(lines, args):
     for form in "R*", "R~*":
         print(f"\n{form}, gamma down, beta across:" +
               "".join(f"{x:>8}" for x in (*args.betas, "min", "median", "max")))
-        for gamma, values in zip(gammas, line[form]):
-            span = min(values), np.median(values), max(values)
-            print(f"{gamma:28}" + "".join(f"{100 * value:8.1f}" for value in (*values, *span)))
+        for gamma, v in zip((1.0, *args.gammas), line[form]):
+            print(f"{gamma:28}" + "".join(f"{100 * x:8.1f}" for x in (*v, min(v), np.median(v), max(v))))
     head = "R low high R~ low high chance short. R*own MSE ECE lost fixed /wrong Eq.14 R~".split()
     print("\n" + " " * 50 + "".join(f"{h:>7}" for h in head) + "   (exact: then r, rho, tau of R and R~)")
     for line in lines:
@@ -421,8 +421,9 @@ def plot(out):
 
 
 def main(args):
-    if min(args.betas, default=0) <= 0 or args.beta <= 0 or not 0 < args.epsilon < 0.5 < args.proportion < 1:
-        raise SystemExit("beta and betas must be positive, epsilon in (0, 0.5), proportion in (0.5, 1)")
+    require(args.betas and all(beta > 0 for beta in (args.beta, *args.betas)), "--beta, --betas: above 0")
+    require(0 < args.epsilon < 0.5 < args.proportion < 1, "--epsilon: in (0, 0.5); --proportion: in (0.5, 1)")
+    require(args.sample >= 0 and args.smoothing >= 0, "--sample, --smoothing: not below 0")
     setup(args.seed)
     out, lines = start_run(args, "ranking_accuracy"), []
     (out / "figures").mkdir(exist_ok=True)

@@ -629,8 +629,15 @@ def test_dropped_rows_are_counted(tmp_path, capsys):
     rows = votes("p", 1) + [dict(votes("q", 1)[0], output_2="")] + [dict(votes("r", 1)[0], output_1=None)]
     assert len(items_of(tmp_path, rows)) == 1
     assert "kept 1, dropped 2 (empty response: 2)" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="no votes: 1.*no row is left"):
+    with pytest.raises(SystemExit, match="no votes, or below 0: 1.*no row is left"):
         items_of(tmp_path, [dict(prompt="x", chosen="p", rejected="q", votes=[0, 0])])
+    good, lists = dict(prompt="x", chosen="p", rejected="q"), dict(prompt="x", responses=["p", "q", "r"])
+    rows = [dict(good, p_chosen=75), dict(good, p_chosen=math.nan), dict(good, votes=[3, -1]), dict(good, votes=["3", "1"])]
+    assert [i["share"] for i in items_of(tmp_path, rows)] == [0.75]  # of "3" and "1"; a percentage is no share
+    rows = [dict(lists, scores=[math.nan, 1, 2]), dict(lists, scores=["10", "9", "1e1"]), dict(lists, scores=[1, None, 2])]
+    assert [i["ranks"] for i in items_of(tmp_path, rows)] == [[1, 3, 1]]  # numbers, not their spelling
+    with pytest.raises(SystemExit, match="not what its columns promise"):
+        items_of(tmp_path, [dict(good, votes="[3, 2]")])
 
 
 # ---- the whole run
@@ -714,10 +721,10 @@ def test_legacy_flags_change_the_run(world, tmp_path):
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(beta=0.0), "beta and betas must be positive"), (dict(betas=()), "must be positive"),
-    (dict(betas=(1.0, -1.0)), "must be positive"),
+    (dict(beta=0.0), "--beta, --betas: above 0"), (dict(betas=()), "--betas: above 0"), (dict(betas=(math.nan,)), "above 0"),
+    (dict(betas=(1.0, -1.0)), "--betas: above 0"), (dict(sample=-5), "--sample"), (dict(model=(__file__,)), "no config.json"),
     (dict(data=("nowhere.jsonl",)), "nowhere.jsonl"), (dict(model=("nowhere",)), "nowhere"),
-    (dict(proportion=0.4), "proportion in (0.5, 1)")])
+    (dict(proportion=0.4), "--proportion: in (0.5, 1)")])
 def test_bad_input_is_one_line(world, tmp_path, options, message):
     with pytest.raises(SystemExit) as stop:
         run(world, tmp_path / "run", **options)
