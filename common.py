@@ -703,6 +703,7 @@ def report(what, kept, dropped, note=""):
 
 def subset(rows, n, seed):
     """n of the rows, drawn by `seed`, in their original order; all of them if there are no more than n."""
+    require(n > 0, f"{n} of {len(rows)} rows: at least one is needed; raise --eval-pairs or --max-steps")
     if n >= len(rows):
         return rows
     return [rows[i] for i in sorted(np.random.default_rng([seed, 1]).permutation(len(rows))[:n])]

@@ -127,7 +127,7 @@ PRESETS = {
     "summarize": SummarizeArgs(), "synthetic": SyntheticArgs(),
     "figure3": SyntheticArgs(width=512, batch_size=2048, lr=1e-3, steps=1000),  # released README
     "hh": Args(model="meta-llama/Llama-2-7b-hf", data="hh", lora=True, dtype="bfloat16", lr=3e-6,
-               batch_size=2, save_every=2000)}  # App. C.2; --epochs 2 for one --subset
+               batch_size=2, save_every=2000)}  # App. C.2; one subset: --epochs 2 --data hh-helpful-base
 
 if __name__ == "__main__":  # before torch is imported: --help answers at once
     if not sys.argv[1:] or sys.argv[1][0] == "-" and sys.argv[1] not in ("-h", "--help"):
@@ -324,7 +324,7 @@ def synthetic(args):
     for type, K, loss in (("base", 1, base_loss), ("categorical", 20 if d == 1 else 8, categorical_loss),
                           ("mean_and_variance", 2, mean_variance)):
         layers = []
-        for n in (d, args.width, args.width):  # App. C.1; batch normalisation as in the released code
+        for n in (d, args.width, args.width):  # App. C.1; BatchNorm: released code, there of each side alone
             layers += [nn.Linear(n, args.width), *[nn.BatchNorm1d(args.width)] * (K > 2), nn.ReLU()]
         net = nn.Sequential(*layers, nn.Linear(args.width, K))
         optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
@@ -356,7 +356,7 @@ def encode(texts, tokenizer, max_length):
     rows = tokenize_pairs(texts, tokenizer, 2**40, 2**39, what="")
     for row in rows:
         row["responses"] = [ids[:-1] for ids in row["responses"]]
-        row["p"] = texts[row["row"]].get("p_chosen", 1.0)
+        row["p"] = texts[row["row"]].get("p_chosen")
     kept = [row for row in rows if len(row["prompt_ids"]) + max(map(len, row["responses"])) <= max_length]
     if len(kept) < len(texts):
         say(f"kept {len(kept)} of {len(texts)} rows: {len(texts) - len(rows)} could not be tokenized, "
@@ -425,6 +425,8 @@ def train(args):
     out, world, tokenizer = start_run(args, "dpl-train"), dist.get_world_size(), load_tokenizer(args.model)
     rows, held_out = (encode(load_subset(args, x), tokenizer, args.max_length) for x in ("train", "test"))
     held_out = subset(held_out, args.eval_pairs, seed=0)
+    known = all(isinstance(row["p"], (int, float)) and 0 <= row["p"] <= 1 for row in rows)
+    require(known or not args.soft_labels, "--soft-labels: every row needs p_chosen, a number from 0 to 1")
     steps = optimiser_steps(len(rows), args.batch_size, args.epochs, args.max_steps)
     K = {"base": 1, "mean_and_variance": 2, "categorical": args.num_atoms}[args.type]
     require(K > (args.type == "categorical"), f"--num-atoms {K}: a distribution needs at least 2")
@@ -445,13 +447,13 @@ def train(args):
     def losses_of(chosen, rejected):
         return pair_losses(chosen, rejected, args.type, args.link, args.sigma_floor)
 
-    def record(step, losses, prefix="", **values):  # accuracy: the share with P(chosen wins) > 1/2
-        hits = 1.0 * (losses < math.log(2))
+    def record(step, losses, hard, prefix="", **values):  # accuracy: the share with P(chosen wins) > 1/2
+        hits = 1.0 * (hard < math.log(2))
         history.append(log(out, step, **{f"{prefix}loss": losses, f"{prefix}accuracy": hits, **values}))
 
     def evaluate(step):
         outputs = torch.stack(raw_outputs(model, held_out, args.tokens_per_microbatch))
-        record(step, losses_of(*outputs.unbind(1)), "eval_")
+        record(step, losses := losses_of(*outputs.unbind(1)), losses, "eval_")
 
     for step in range(start, steps):
         if args.eval_every and step % max(1, args.eval_every // args.batch_size) == 0:
@@ -462,15 +464,14 @@ def train(args):
             outputs = model.score(response_hiddens(model, batch).float())
             chosen, rejected = outputs.view(-1, 2, K).unbind(1)
             p = torch.tensor([row["p"] if args.soft_labels else 1.0 for row in batch["rows"]]).to(outputs)
-            losses, bonus = losses_of(chosen, rejected), 0.0
-            if args.soft_labels:
-                losses = p * losses + (1 - p) * losses_of(rejected, chosen)  # Eq. 1
+            hard, bonus = losses_of(chosen, rejected), 0.0
+            losses = p * hard + (1 - p) * losses_of(rejected, chosen) if args.soft_labels else hard  # Eq. 1
             if args.type == "categorical":
                 bonus = args.entropy_coeff * entropy(chosen, rejected, args.entropy)
             elif args.type == "mean_and_variance":
                 bonus = -2 * args.variance_penalty * (F.softplus(outputs[:, 1]) ** 2).mean()
             ((losses - bonus).sum() * world / args.batch_size).backward()  # FSDP averages over the processes
-            seen.append(losses.detach())
+            seen.append(torch.stack([losses, hard]).detach())
         for p in [*body, model.score.weight] if args.lora else ():  # whole on every process
             dist.all_reduce(p.grad)
             p.grad /= world
@@ -480,7 +481,7 @@ def train(args):
             group["lr"] = lr * lr_factor(args.schedule, step, steps)
         optimizer.step()
         optimizer.zero_grad()
-        record(step, torch.cat(seen), lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm,
+        record(step, *torch.cat(seen, 1), lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm,
                **speed(batch_rows, time.time() - started))
         stop = stop_requested()
         if stop or args.save_every and (step + 1) % max(1, args.save_every // args.batch_size) == 0:
@@ -494,7 +495,8 @@ def train(args):
 
 def score(args):
     """Raw outputs of reward models for pairs or responses -> the rows written to args.out."""
-    require(len(args.names) == len(args.checkpoints), "--names: give one name for each of --checkpoints")
+    require(len(args.checkpoints) == len({*args.names}) == len(args.names), "--names: one per checkpoint")
+    require(args.data or args.response, "give --data, or --prompt and --response")
     free = args.overwrite or args.response or not Path(args.out).exists()
     require(free, f"{args.out}: exists; --overwrite replaces it")
     setup(0)
@@ -507,12 +509,13 @@ def score(args):
         groups = {}
         for number, row in enumerate(rows, 1):
             texts = row.get("responses", [row.get("response")])
-            require("prompt" in row and texts and all(isinstance(text, str) and text for text in texts),
-                    f"{args.data}:{number}: needs prompt and responses (or response), none empty")
-            key = row["prompt"] if "response" in row else number
+            fine = isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts)
+            require("prompt" in row and fine, f"{args.data}:{number}: needs prompt and responses, none empty")
+            key = json.dumps(row["prompt"]) if "response" in row else number
             groups.setdefault(key, {**row, "responses": []})["responses"] += texts
         rows = list(groups.values())
     pairs = "chosen" in rows[0]
+    require(not pairs or len(args.names) == 1, "--checkpoints: for pairs one, each with its own --out")
     for name, checkpoint in zip(args.names, args.checkpoints):
         model, tokenizer, meta = load_reward_model(checkpoint, args.dtype)
         texts = rows if pairs else [dict(prompt=row["prompt"], responses=row["responses"]) for row in rows]
@@ -546,22 +549,20 @@ def read_outputs(path):
     require(rows, f"{path}: no rows; write the file with score or evaluate")
     columns = {key[15:]: [key] for key in rows[0] if key.startswith("reward_outputs_")}
     if "reward_output_chosen" in rows[0]:
-        columns = dict.fromkeys(sorted({"both", *(row.get("data_subset", "both") for row in rows)}),
+        columns = dict.fromkeys(sorted({"both", *(row.get("data_subset") or "both" for row in rows)}),
                                 ["reward_output_rejected", "reward_output_chosen"])
     require(columns, f"{path}:1: no reward_outputs_NAME or reward_output_chosen; use score or evaluate")
     for name, keys in columns.items():
         outputs = []
         for number, row in enumerate(rows, 1):
             try:
-                values = [row[key] for key in keys]
-                outputs.append(torch.tensor(values if len(keys) > 1 else values[0]).double())
+                outputs.append(torch.tensor([row[key] for key in keys]).double().flatten(end_dim=-2))
             except (KeyError, TypeError, ValueError):
                 outputs.append(torch.zeros(()))
             require(outputs[-1].dim() == 2 and outputs[-1].shape == outputs[0].shape,
                     f"{path}:{number}: {keys[-1]} is not as many numbers as in line 1; score the file again")
         type = {1: "base", 2: "mean_and_variance"}.get(outputs[0].shape[1], "categorical")
-        meta = rows[0].get("reward_model", dict(type=type, link="logistic"))
-        meta = rows[0].get(f"reward_model_{name}", meta)
+        meta = row.get(f"reward_model_{name}", row.get("reward_model", dict(type=type, link="logistic")))
         keep = [len(keys) == 1 or name in ("both", row.get("data_subset")) for row in rows]
         found[name] = torch.stack(outputs)[keep], meta
     return found
@@ -573,10 +574,11 @@ def summarize(args):
     results = {}
     found = [(path, *item) for path in args.files for item in read_outputs(path).items()]
     for path, name, (outputs, meta) in found:
-        type, n, result = meta["type"], len(outputs), {}
+        require(outputs.shape[1] > 1, f"{path}: one response a prompt, and nothing to compare it with")
+        type, n, m, result = meta["type"], *outputs.shape[:2], {}
         matched = 2 / math.pi if type == "mean_and_variance" and meta["link"] == "logistic" else 1.0
         mean, sd = utility(outputs, type), utility(outputs, type, "sd")
-        within = mean - mean.mean(1, keepdim=True)  # what a prompt adds to all of them is not identified
+        within = (mean - mean.mean(1, keepdim=True)) * math.sqrt(m / (m - 1))  # a prompt's mean is arbitrary
         r2 = [r_squared(mean, sd).item(), r_squared(mean, matched * sd).item(), r_squared(within, sd).item()]
         say(f"\n{path}: {name}, {type}, {n} rows of {outputs.shape[1]}")
         say(f"  r^2 {r2[0]:.4f}, with slope-matched sigma {r2[1]:.4f}, within prompts {r2[2]:.4f}")
@@ -633,7 +635,7 @@ def hidden_context(args):
     def measure(name, mean_hat, sd_hat, careful, p_hat=None):
         worth = torch.linalg.lstsq(seen, mean_hat.flatten()[:, None]).solution[:, 0]
         above = (sd_hat[divides > 0][:, None] - sd_hat[divides == 0]).sign()
-        table[name] = {"correlation with Borda count": correlation(mean_hat, BC),
+        table[name] = {"corr. Borda": correlation(mean_hat, BC), "corr. E[u]": correlation(mean_hat, mean),
                        "worth of a monster / happy end": (worth[4] / worth[2]).item(),
                        "r^2": r_squared(mean_hat, sd_hat).item(),
                        "AUC of sd for monsters": above.mean().item() / 2 + 0.5}
@@ -646,7 +648,8 @@ def hidden_context(args):
 
     measure("expected u", mean, sd, u.amin(0))
     for type in TYPES:
-        train(replace(args, type=type, out=f"{out / type}"))
+        if not args.resume or not (out / type / "model").is_dir():
+            train(replace(args, type=type, out=f"{out / type}", resume=args.resume and (out / type).is_dir()))
         model, tokenizer, _ = load_reward_model(out / type, args.dtype)
         encoded = encode(texts, tokenizer, args.max_length)
         outputs = torch.stack(raw_outputs(model, encoded, args.tokens_per_microbatch))
@@ -661,6 +664,7 @@ def hidden_context(args):
 
 def main(args):
     require(0 < getattr(args, "alpha", 0.5) < 1, "--alpha: a probability between 0 and 1 is needed; try 0.01")
+    require(getattr(args, "c", 1.0) > 0, "--c: must be above 0")
     if isinstance(args, Args):
         return hidden_context(args) if args.type == "all" else train(args)
     return {SyntheticArgs: synthetic, ScoreArgs: score, SummarizeArgs: summarize}[type(args)](args)

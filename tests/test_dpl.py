@@ -447,13 +447,15 @@ def test_overfits_eight_pairs(blank, tmp_path, type):
     assert history[-1]["eval_loss"] < 0.05 and history[-1]["eval_accuracy"] == 1.0
 
 
-def test_soft_labels_reach_the_true_probability(blank, tmp_path):
-    row = json.loads((blank / "pairs.jsonl").read_text().splitlines()[0]) | {"p_chosen": 0.7}
+@pytest.mark.parametrize("p", [0.7, 0.3])
+def test_soft_labels_reach_the_true_probability(blank, tmp_path, p):
+    row = json.loads((blank / "pairs.jsonl").read_text().splitlines()[0]) | {"p_chosen": p}
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
     history = dpl.main(tiny_args(blank, tmp_path / "run", type="base", data=str(tmp_path / "test.jsonl"), lr=1e-2,
                                  batch_size=1, max_steps=60, soft_labels=True))
-    assert history[-1]["eval_loss"] == pytest.approx(-math.log(0.7), abs=0.02)  # exp(-loss) is P(chosen wins)
+    assert history[-1]["eval_loss"] == pytest.approx(-math.log(p), abs=0.02)  # exp(-loss) is P(chosen wins)
     assert history[-2]["loss"] == pytest.approx(-0.7 * math.log(0.7) - 0.3 * math.log(0.3), abs=1e-3)  # its entropy
+    assert history[-2]["accuracy"] == history[-1]["eval_accuracy"] == (p > 0.5)  # whatever the soft loss is
 
 
 def test_long_pairs_are_dropped_not_cut(blank):
@@ -488,6 +490,18 @@ def test_one_name_in_two_files(tmp_path):
         (tmp_path / f"{name}.jsonl").write_text('{"reward_outputs_both": [[1], [2]]}\n')
     files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
     assert set(dpl.main(dpl.SummarizeArgs(files=tuple(files)))) == {f"{file}: both" for file in files}
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_r_squared_within_prompts(tmp_path, n):
+    """Utilities of variance 1 within prompts, sd 1 of each and any offsets between prompts: 1/2, for any n."""
+    g = torch.Generator().manual_seed(0)
+    mean = torch.randn(8000 // n, n, generator=g) + 10 * torch.randn(8000 // n, 1, generator=g)
+    outputs = torch.stack([mean, torch.full_like(mean, math.log(math.e - 1))], -1)  # softplus is 1
+    path = tmp_path / "outputs.jsonl"
+    path.write_text("".join(json.dumps({"reward_outputs_both": x}) + "\n" for x in outputs.tolist()))
+    found = dpl.main(dpl.SummarizeArgs(files=(str(path),)))["both"]["r2"][2]
+    assert abs(found - 0.5) < 0.028  # the variance's relative sd is at most sqrt(2 / 4000) = .022, r^2's .0056; 5 sd
 
 
 def test_evaluate_score_choose_and_summarize(blank, tmp_path):
@@ -538,6 +552,10 @@ def test_bad_input_ends_in_one_line(blank, tmp_path):
     dpl.main(tiny_args(blank, tmp_path / "run", type="categorical"))
     (tmp_path / "mixed.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"]}\n{"prompt": "a", "responses": ["b", ""]}\n')
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "string.jsonl").write_text('{"prompt": "a", "responses": "bc"}\n')
+    (tmp_path / "single.jsonl").write_text('{"reward_outputs_x": [[1]]}\n')
+    row = json.loads((blank / "pairs.jsonl").read_text().splitlines()[0])
+    (tmp_path / "test.jsonl").write_text(json.dumps(row | {"p_chosen": 75}) + "\n")
     (tmp_path / "ragged.jsonl").write_text('{"reward_outputs_x": [[1], [2]]}\n{"reward_outputs_x": [[1], [2, 3]]}\n')
     (tmp_path / "plain").mkdir()
     for file in (blank / "model").iterdir():
@@ -561,6 +579,14 @@ def test_bad_input_ends_in_one_line(blank, tmp_path):
             (tiny_args(blank, tmp_path / "a", max_length=3), "no row is left"),
             (tiny_args(blank, tmp_path / "b", subset="helpful"), "data_subset helpful"),
             (tiny_args(blank, tmp_path / "c", type="categorical", num_atoms=1), "--num-atoms 1"),
+            (dpl.ScoreArgs(checkpoints=run_folder, data=str(tmp_path / "string.jsonl"), out=out), "string.jsonl:1: needs"),
+            (dpl.ScoreArgs(checkpoints=run_folder, data="tiny", c=0.0, out=out), "--c"),
+            (dpl.ScoreArgs(checkpoints=run_folder, prompt="a", out=out), "give --data"),
+            (dpl.ScoreArgs(checkpoints=run_folder * 2, names=("a", "a"), data="tiny", out=out), "--names"),
+            (dpl.ScoreArgs(checkpoints=run_folder * 2, names=("a", "b"), data=str(blank / "pairs.jsonl")), "for pairs one"),
+            (dpl.SummarizeArgs(files=(str(tmp_path / "single.jsonl"),)), "nothing to compare"),
+            (tiny_args(blank, tmp_path / "d", eval_pairs=0), "--eval-pairs"),
+            (tiny_args(blank, tmp_path / "e", soft_labels=True, batch_size=1, data=str(tmp_path / "test.jsonl")), "p_chosen"),
             (dpl.SyntheticArgs(env="2d", shared_context=True), "--shared-context")):
         with pytest.raises(SystemExit, match=message) as stop:
             dpl.main(args)
