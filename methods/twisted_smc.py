@@ -21,7 +21,7 @@ Differs from the paper: no resampling after t = 1 under the twist proposal, wher
 losses are means over t where Table 1 sums, as in the released code, whose learning rates need it.
 Differs from the released code: FUDGE continues each exact prefix s_{1:t} itself (--legacy-fudge: s_{1:t-1},
 so that the label of s_t ignores s_t); RL averages q-samples and exact samples; PPO trains its critic, without
-dropout; rejection gives exact samples for every bounded potential, whatever beta; no token is run twice.
+dropout; rejection gives exact samples for every bounded potential, whatever beta; no prefix is sampled twice.
 Tiny world, seed 0: 64 updates bring both KLs below 0.1 nats; rl, with bootstrapped targets, needs hundreds.
 """
 
@@ -43,7 +43,7 @@ class Args:
     T: int = 8  # tokens generated
     c: int = 0  # infilling: tokens that follow, on which sigma and the twist are conditioned
     K: int = 64  # particles per update and prompt, or per condition
-    conditions: int = 1  # infilling: conditions per update; but for ctl, conditions * K of one particle each
+    conditions: int = 1  # infilling, per update: ctl so many of K particles, others conditions * K of one
     twist: Literal["linear", "mlp", "body", "body-mlp"] = "mlp"  # head on p0's states, or on a trained copy's
     proposal: Literal["twist", "base"] = "twist"  # of the bounds
     scheme: Literal["systematic", "stratified", "multinomial"] = "systematic"  # the paper: multinomial
@@ -60,20 +60,18 @@ class Args:
     threshold: float = 0.0  # eta: phi = 1[score < eta] + floor; score: the logit, or logit 1 less logit 0
     floor: float = 1e-16  # released code
     policy: str = ""  # a causal LM with the model's tokenizer, evaluated as q
-
     exact: int = 200  # exact samples, for upper bounds and KL(sigma | q); 0: none
     exact_folder: str = ""  # where they are kept and found again; empty: the run folder
     bound_K: tuple[int, ...] = (8, 32)  # particles of the bounds; the KLs use the last
     runs: int = 8  # R, runs of each bound, of each process
     show: int = 0  # weighted samples to print after training
     seeds: int = 1  # repetitions: seed, seed + 1, ...
-
     model: str = "tiny"  # p0: tiny, a local folder or a hub id
     lrs: tuple[float, ...] = (3e-3, 3e-4, 3e-3, 3e-3, 3e-3, 3e-3)  # Adam, in the order above, or one
     max_steps: int = 64  # updates
     eval_every: int = 16  # 0: after 0, 2, 4, 8, ... updates (the paper's epochs)
     save_every: int = 0  # 0: at the end
-    dtype: str = "float32"  # of the base model; twists stay float32, weights float64
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of p0; twists stay float32
     seed: int = 0
     out: str = ""  # run folder; empty: results/twisted_smc, with the preset's name if there is one
     resume: bool = False  # continue from the newest checkpoints
@@ -109,7 +107,7 @@ PRESETS = {
     "infilling-2-1": TWO_ONE, "infilling-2-1-v1": replace(TWO_ONE, max_steps=16384)}
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    preset = "world" if "--world" in sys.argv else "tiny"
+    preset = "world" if any(flag.split("=")[0] == "--world" for flag in sys.argv) else "tiny"
     preset = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else preset
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
@@ -122,7 +120,6 @@ import importlib.util
 import json
 import math
 import shutil
-import time
 from types import SimpleNamespace
 
 import torch
@@ -453,8 +450,9 @@ def potential(args, tokenizer, device):
     if name in ("infilling", "continuation"):
         out.o = tokenizer(args.continuation, add_special_tokens=False).input_ids
         require(out.o or out.conditional, "potential continuation: give its text with --continuation")
-        require(args.c > 0 or not out.conditional, f"potential infilling: --c {args.c} must be at least 1")
-        require(beta == 1 or not out.conditional, "potential infilling: a posterior; --beta must be 1")
+        fits = args.c > 0 and beta == 1 and not args.stop_at_eos and args.conditions % len(args.prompts) == 0
+        require(fits or not out.conditional, f"potential infilling: --c {args.c} must be above 0, --beta 1, "
+                "--conditions a multiple of the number of --prompts, and --stop-at-eos off")
         require(not args.c or len(out.o) in (0, args.c), f"--continuation {args.continuation!r} has "
                 f"{len(out.o)} tokens, but --c is {args.c}")
     elif kind == "tiny" and what in ("reward", *tiny_attributes("")):
@@ -477,11 +475,12 @@ def potential(args, tokenizer, device):
                 "infilling, continuation, tiny:..., x.py:name, or class, threshold, reward with --classifier")
         from transformers import AutoModelForSequenceClassification
         reader, folder = load_tokenizer(args.classifier), model_folder(args.classifier)
-        judge = AutoModelForSequenceClassification.from_pretrained(folder).to(device).requires_grad_(False)
-        judge.config.pad_token_id, n = reader.pad_token_id, judge.config.num_labels
+        judge, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+        n = judge.to(device).requires_grad_(False).config.num_labels
+        judge.config.pad_token_id = reader.pad_token_id
         fits = {"class": 0 <= args.label < max(2, n), "threshold": n < 3, "reward": n == 1}[name]
-        require(fits, f"potential {name}, --label {args.label}: {args.classifier} has {n} labels, "
-                f"{judge.config.id2label}; class takes one of them, threshold a model with 1 or 2, reward 1")
+        require(fits and not info["missing_keys"], f"--label {args.label}: {args.classifier} has {n} labels, "
+                f"{judge.config.id2label}; class needs one of them, threshold 1 or 2, reward 1, all trained")
 
         def of_text(_, texts):
             batches = (reader(texts[i:i + 256], return_tensors="pt", padding=True, truncation=True,
@@ -512,9 +511,9 @@ def sample(world, twist, K, N=1, o=None, T=None, **options):
         states.append(h)
         if twist is None:
             return logits, None
-        h, own_logits = body(last, ancestors) if own else (h, None)
+        h, q = body(last, ancestors) if own else (h, None)  # q: log of a policy's, unnormalised
         z.append(h)
-        return logits, twist(h, e) if isinstance(twist, Twist) else own_logits - logits  # policy: q / p0
+        return logits, twist(h, e) if isinstance(twist, Twist) else q.log_softmax(-1) - logits.log_softmax(-1)
 
     log_phi = lambda s: world.log_phi(s, o) if T == world.T else s.new_zeros(s.shape[:2])
     along = lambda hs: torch.stack([h.view(N, K, -1).take_along_dim(at[..., None], 1)
@@ -585,7 +584,7 @@ def learner_loss(learner, world, twist, K, exact=None, o=None, *, beta=1.0, lega
         batches = [(X, targets(X)) for X in [S, P][:1 + given]]
         return lambda: sum(rl_loss(psi(X), y).mean() for X, y in batches) / len(batches)
     if learner == "fudge":
-        batches = [(S, S.log_phi.exp()[..., None])]
+        batches = [(S, (S.log_phi - world.log_bound).exp()[..., None])]  # psi may be phi / its bound
         if given and world.conditional:  # half on prefixes that matter
             batches.append((P, fudge_labels(world, exact[:, 0], o, legacy_fudge)[:, None]))
         return lambda: sum(fudge_loss(psi(X, raw=True), phi).mean() for X, phi in batches) / len(batches)
@@ -618,6 +617,7 @@ def exact_samples(world, n, batch=1000, patience=1000):
     kept, draws = [[] for _ in range(world.B)], 0
     while world.B * min(map(len, kept)) < n:
         S, draws = sample(world, None, batch, world.B, proposal="base", tau=0.0), draws + batch
+        require(S.log_phi.max() <= world.log_bound + 1e-6, "potential: its log_bound is too small")
         for own, tokens, log_phi in zip(kept, S.tokens, S.log_phi):
             own += tokens[torch.rand_like(log_phi).log() < log_phi - world.log_bound]
         found = min(map(len, kept))
@@ -671,17 +671,14 @@ def interval(x):
     return 1.96 * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
 
 
-def everywhere(x):
-    """The rows of all processes."""
-    dist.all_gather_object(parts := [None] * dist.get_world_size(), x.cpu())
-    return torch.cat(parts)
-
-
 def evaluate(args, world, twist, cases, o):
     """Section 5: bounds on log Z for every K of --bound-K, and both KLs with the last -> {name: value}.
 
     cases (M, T): exact samples; None: lower bounds only.  Under conditions o (M, c) each case has its log Z.
     """
+    def everywhere(x):  # the rows of all processes
+        dist.all_gather_object(parts := [None] * dist.get_world_size(), x.cpu())
+        return torch.cat(parts)
     R = args.runs if cases is None else min(args.runs, len(cases))
     R, own, record = max(world.B, R - R % world.B), o is not None, {}
     cases, o = (x if x is None else x.roll(-dist.get_rank() * R, 0) for x in (cases, o))  # to each process
@@ -726,29 +723,27 @@ def exact_record(world, twist):
 
 def train(args, learner, seed, world, model, cases, o, out):
     """One learner, one seed -> its twist; evaluations go to out/metrics.jsonl, in full to out/evaluation."""
-    out.mkdir(parents=True, exist_ok=True)
+    (out / "evaluation").mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     twist, steps = make_twist(args, learner, world, model), args.max_steps if learner in LEARNERS else 0
     weights = [p for p in twist.parameters() if p.requires_grad] if steps else []
     optimizer = torch.optim.Adam(weights, lr=(args.lrs * 6)[LEARNERS.index(learner)]) if steps else None
     torch.manual_seed(1000 * seed + dist.get_rank())  # from here every process draws its own particles
     step = saved = load_checkpoint(out, twist, optimizer)[0] if args.resume and steps else 0
-    started = time.time()
     while True:
         stop = stop_requested() and step < steps
-        if step > saved and (stop or step == steps or (args.save_every and step % args.save_every == 0)):
+        if step > saved and (stop or step >= steps or (args.save_every and step % args.save_every == 0)):
             save_checkpoint(out, saved := step, twist, optimizer)
         if stop:
             sys.exit(143)
         between = step % args.eval_every if args.eval_every else step == 1 or step & (step - 1)
-        if step == steps or not between:
-            record = evaluate(args, world, twist, cases, o) | dict(step=step, seconds=time.time() - started)
+        if step >= steps or not between:
+            record = evaluate(args, world, twist, cases, o) | dict(step=step)
             record |= exact_record(world, twist) if args.world else {}
             if dist.get_rank() == 0:
-                (out / "evaluation").mkdir(exist_ok=True)
                 (out / "evaluation" / f"{step}.json").write_text(json.dumps(record))
             log(out, step, **{name: record[name] for name in SHOWN if name in record})
-        if step == steps:
+        if step >= steps:
             return twist
         batch, conditions, K = None, None, args.K
         if world.conditional:
@@ -849,24 +844,30 @@ def draw_figure(out, records, caption):
 def main(args):
     learners = LEARNERS if args.learner == "all" else (args.learner,)
     require(args.beta > 0, f"--beta {args.beta}: must be positive")
-    require(min(args.T, args.K, args.runs, *args.bound_K) > 0, "--T, --K, --runs, --bound-K: at least 1")
+    require(min(args.T, args.K, args.runs, args.seeds, args.conditions, len(args.prompts), len(args.bound_K),
+                *args.bound_K, args.max_steps + 1, args.floor) > 0, "--T, --K, --runs, --seeds, "
+            "--conditions, --prompts, --bound-K: at least 1; --floor above 0; --max-steps at least 0")
     alone = args.K == 1 and ("ctl" in learners or args.conditions == 1)
     require(not alone or not {*learners} & {"ctl", "sixo", "dpg"}, "--K 1: the weight of one particle is "
             "always 1, so nothing is learned; take --K 2 or more")
     require(len(args.lrs) in (1, 6), "--lrs: one learning rate for all learners, or six, in their order")
-    require(args.exact or not args.train_on_exact, "--train-on-exact: needs --exact above 0")
+    require(not args.world or args.beta == 1 and args.learner != "policy", "--world: --beta 1, no policy")
     setup(args.seed)
     model = None if args.world else load_model(args.model, args.dtype)
     tokenizer, device = model and load_tokenizer(args.model), model.device if model else "cpu"
     world = markov_world(args.world) if args.world else lm_world(model, tokenizer, args)
+    learners = [name for name in learners if name != "fudge" or world.log_bound is not None]  # psi is bounded
+    require(learners and (not args.train_on_exact or args.exact and world.log_bound is not None), "fudge and "
+            "--train-on-exact need a potential with a known bound (log_bound), the latter --exact above 0")
     out, cases, o, records = start_run(args, "twisted_smc"), None, None, {}
     for old in [*out.glob("*-seed*"), *out.glob("exact-*.pt")] * (args.overwrite and dist.get_rank() == 0):
         shutil.rmtree(old) if old.is_dir() else old.unlink()
     if world.log_bound is not None and args.exact:  # drawn once for a target, by the first process, and kept
         names = ("model prompts potential beta T c continuation classifier label threshold floor stop_at_eos "
-                 "world exact").split()
-        key = hashlib.sha256(repr([getattr(args, name) for name in names]).encode()).hexdigest()
-        path = Path(args.exact_folder or out, f"exact-{key[:12]}.pt")
+                 "world exact dtype").split()
+        own = Path(args.potential.rpartition(":")[0])  # the user's file
+        key = repr([own.suffix == ".py" and own.read_text(), *(getattr(args, name) for name in names)])
+        path = Path(args.exact_folder or out, f"exact-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt")
         if dist.get_rank() == 0 and not path.exists():
             print(f"drawing {args.exact} exact samples: {path}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -875,16 +876,15 @@ def main(args):
         dist.broadcast_object_list(found := [torch.load(path, "cpu") if dist.get_rank() == 0 else None])
         cases, o = (x if x is None else x.to(device) for x in found[0])
     elif world.conditional:
-        o = exact_samples(world, args.runs)[1]
+        o = exact_samples(world, max(1, args.runs // world.B) * world.B * dist.get_world_size())[1]
     for seed, learner in ((args.seed + i, learner) for i in range(args.seeds) for learner in learners):
         print(f"\n{learner}, seed {seed}", flush=True)
         twist = train(args, learner, seed, world, model, cases, o, run := out / f"{learner}-seed{seed}")
         files = sorted((run / "evaluation").glob("*.json"), key=lambda path: int(path.stem))
         records[learner, seed] = [json.loads(path.read_text()) for path in files]
         if args.show and tokenizer:  # the heaviest of K particles; for infilling under --continuation
-            given = exact_samples(world, 1)[1] if world.conditional else None
-            if world.conditional and world.o:
-                given = torch.tensor([world.o], device=device)
+            given = exact_samples(world, world.B)[1] if world.conditional else None
+            given = given.new_tensor([world.o] * world.B) if world.conditional and world.o else given
             S = sample(world, twist, args.K, world.B, given, tau=0.0)
             for k in S.log_w[0].argsort(descending=True)[:args.show].tolist():
                 ids = S.tokens[0, k].tolist() + ([] if given is None else given[0].tolist())
@@ -893,7 +893,7 @@ def main(args):
     if dist.get_rank() == 0:
         write_table(out, records)
         where = "built-in, not the paper's setting" if args.world or args.model == "tiny" else args.model
-        draw_figure(out, records, f"{args.potential} ({where}), T = {args.T}, seed {args.seed}")
+        draw_figure(out, records, f"{args.world or args.potential} ({where}), T {world.T}, seed {args.seed}")
         print(f"\n{out}: table.md, table.tex, figures/twisted_smc.png")
     return records
 

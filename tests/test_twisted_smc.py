@@ -14,6 +14,7 @@ from transformers import (
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
     LlamaConfig,
+    LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedTokenizerFast,
 )
@@ -532,12 +533,15 @@ def folder(tmp_path_factory):
     for labels in (1, 2, 3):
         judge.num_labels, judge.pad_token_id = labels, 0
         LlamaForSequenceClassification(judge).save_pretrained(path / f"judge{labels}")
-    for name in ("model", "policy", "judge1", "judge2", "judge3"):
+    LlamaForCausalLM(judge).save_pretrained(path / "headless")
+    for name in ("model", "policy", "judge1", "judge2", "judge3", "headless"):
         tokenizer.save_pretrained(path / name)
     (path / "own.py").write_text("import math\ndef short(tokens, texts):\n    return [-0.1 * len(x) for x in texts]\n"
                                  "short.log_bound = 0.0\ndef broken(tokens, texts):\n    return [math.nan] * len(texts)\n"
                                  "def zero(tokens, texts):\n    return [-math.inf] * len(texts)\nzero.log_bound = 0.0\n"
-                                 "def one(tokens, texts):\n    return [-1.0]\n")
+                                 "def one(tokens, texts):\n    return [-1.0]\n"
+                                 "def low(tokens, texts):\n    return [0.1 * len(x) for x in texts]\nlow.log_bound = 0.0\n"
+                                 "def free(tokens, texts):\n    return [0.1 * len(x) for x in texts]\n")
     return path
 
 
@@ -651,6 +655,47 @@ def test_resume_is_bit_for_bit(folder, tmp_path):
     assert whole[-1]["F_q"] == same[1]["F_q"]
 
 
+def test_resume_with_fewer_updates_ends(folder, tmp_path):
+    options = dict(learner="ctl", eval_every=2)
+    t.main(small(folder, tmp_path / "run", **options, max_steps=4))
+    assert t.main(small(folder, tmp_path / "run", **options, max_steps=2, resume=True))["ctl", 0][-1]["step"] == 4
+
+
+def test_exact_samples_follow_the_users_file(folder, tmp_path):
+    """An edited potential is another target: its exact samples are drawn anew."""
+    own = tmp_path / "mine.py"
+    for text in ("len(x)", "2 * len(x)"):
+        own.write_text(f"def f(tokens, texts):\n    return [-0.1 * ({text}) for x in texts]\nf.log_bound = 0.0\n")
+        t.main(small(folder, tmp_path / "run", potential=f"{own}:f", learner="none", overwrite=True,
+                     exact_folder=str(tmp_path / "exact")))
+    assert len(list((tmp_path / "exact").glob("exact-*.pt"))) == 2
+
+
+def test_unbounded_potentials_leave_fudge_out(folder, tmp_path):
+    records = t.main(small(folder, tmp_path / "run", potential=f"{folder}/own.py:free"))
+    assert {learner for learner, _ in records} == set(t.LEARNERS) - {"fudge"}
+
+
+def test_fudge_loss_of_a_large_potential_is_bounded():
+    """phi up to e^2 with its bound gives the same loss as phi / e^2 with bound 1; both are cross-entropies, so above 0."""
+    losses = []
+    for shift in (0.0, 2.0):
+        world = SimpleNamespace(**vars(W1) | dict(log_bound=shift, log_phi=lambda s, o, shift=shift: W1.log_phi(s, o) + shift))
+        torch.manual_seed(0)
+        losses.append(t.learner_loss("fudge", world, w1_twist(log_sigmoid=True), 50)().item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12) and losses[0] > 0
+
+
+def test_a_policys_twist_is_its_normalised_ratio(folder):
+    """log psi_t is log q - log p0 of the token, not the difference of logits, so that Z^pi_t is 1."""
+    args = small(folder, "", learner="policy", policy=str(folder / "policy"))
+    model = t.load_model(args.model)
+    world = t.lm_world(model, t.load_tokenizer(args.model), args)
+    S = t.sample(world, t.make_twist(args, "policy", world, model), 8)
+    close(S.log_psi, S.log_q - S.log_p, atol=1e-4, rtol=0)  # logits are float32
+    close(S.log_norm, torch.zeros_like(S.log_norm), atol=1e-4, rtol=0)
+
+
 def test_policy_is_evaluated_with_both_bounds(folder, tmp_path):
     """KL(q | sigma) of a policy is log Z - E_q log p0 phi / q: against a direct computation with full passes."""
     args = small(folder, tmp_path / "run", learner="policy", policy=str(folder / "policy"), T=2, exact=800, bound_K=(400,),
@@ -696,7 +741,13 @@ def test_world_mode_prints_exact_values_beside_estimates(tmp_path, capsys):
     (dict(potential="infilling"), "--c 0"), (dict(potential="infilling", c=3, continuation=" dog"), "--c is 3"),
     (dict(potential="continuation"), "--continuation"), (dict(prompts=("a fox", "the cat met the dog" * 20)), "prompt 1"),
     (dict(prompts=("",)), "prompt 0"), (dict(K=1), "--K 1"), (dict(beta=-1.0), "--beta"), (dict(bound_K=(0,)), "--bound-K"),
-    (dict(train_on_exact=True, exact=0), "--exact"), (dict(learner="policy"), "--policy"),
+    (dict(train_on_exact=True, exact=0), "--exact"), (dict(potential="class", classifier="{folder}/headless"), "trained"),
+    (dict(potential="{folder}/own.py:low"), "log_bound"), (dict(potential="{folder}/own.py:free", learner="fudge"), "log_bound"),
+    (dict(potential="{folder}/own.py:free", train_on_exact=True), "log_bound"), (dict(floor=0.0), "--floor"),
+    (dict(potential="infilling", c=1, stop_at_eos=True), "--stop-at-eos"), (dict(seeds=0), "--seeds"),
+    (dict(potential="infilling", c=1, prompts=("a", "the"), conditions=1), "multiple"), (dict(bound_K=()), "--bound-K"),
+    (dict(world="w1", beta=2.0), "--beta 1"), (dict(world="w1", learner="policy"), "no policy"),
+    (dict(learner="policy"), "--policy"),
 ])
 def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, options, words):
     monkeypatch.setattr(t.exact_samples, "__defaults__", (1000, 3))  # patience: three batches
