@@ -135,6 +135,10 @@ def start_run(args, method):
     """Make args.out (default results/<method>) with its config.json, or exit if it is in use -> its Path."""
     flags = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     out = Path(flags.get("out") or f"results/{method}")
+    least = dict(batch_size=1, epochs=1, tokens_per_microbatch=1, eval_pairs=1, eval_examples=1, seed=0, lr=0,
+                 samples=1, max_grad_norm=1e-6, warmup_steps=0, max_steps=0, eval_every=0, save_every=0)
+    for k in sorted(least.keys() & flags.keys()):
+        require(least[k] <= flags[k] < math.inf, f"--{k.replace('_', '-')} {flags[k]}: at least {least[k]}")
     free = "resume overwrite out max_steps epochs eval_every save_every tokens_per_microbatch".split()
 
     def prepare():
@@ -558,8 +562,7 @@ def load_pairs(name, split, pairs=True):
         if held := 0 if path.name.startswith("test") else len(rows) // 20:
             note = f"; the last {held} of the file's {len(rows)} rows are its test split"
             rows = rows[-held:] if split == "test" else rows[:-held]
-    if not rows:
-        raise SystemExit(f"{name}: no {split} rows; a folder needs {split}.jsonl, .json, .csv or .parquet")
+    require(rows, f"{name}: no {split} rows; a folder needs {split}.jsonl, .json, .csv or .parquet")
     adapter = next((f for columns, f in ADAPTERS.items() if {*columns.split()} <= {*rows[0]}), pair_rows)
     kept, dropped = [], Counter()
     for number, row in enumerate(rows, 1):
@@ -703,7 +706,6 @@ def report(what, kept, dropped, note=""):
 
 def subset(rows, n, seed):
     """n of the rows, drawn by `seed`, in their original order; all of them if there are no more than n."""
-    require(n > 0, f"{n} of {len(rows)} rows: at least one is needed; raise --eval-pairs or --max-steps")
     if n >= len(rows):
         return rows
     return [rows[i] for i in sorted(np.random.default_rng([seed, 1]).permutation(len(rows))[:n])]
@@ -711,7 +713,7 @@ def subset(rows, n, seed):
 
 def optimiser_steps(n, batch_size, epochs, max_steps=0):
     """How many steps to run on n rows: max_steps, or as many whole batches as the epochs hold."""
-    require(n >= batch_size, f"{n} rows are fewer than one batch of {batch_size}: lower --batch-size")
+    require(n >= batch_size > 0, f"{n} rows are fewer than one batch of {batch_size}: --batch-size: 1 to {n}")
     return max_steps or epochs * n // batch_size
 
 

@@ -58,7 +58,7 @@ class Args:
 
     eval_every: int = 320  # training pairs between evaluations, rounded down to whole steps
     eval_pairs: int = 256  # held-out pairs, the same at every evaluation
-    save_every: int = 0  # training pairs between checkpoints; 0: only at the end
+    save_every: int = 0  # training pairs between checkpoints; 0: none
     out: str = "results/cal_dpo"  # run folder
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
@@ -149,8 +149,7 @@ PANELS = [  # of the figure: title, unit, metrics
     ("implicit rewards", "beta log pi/pi_ref, nats", ["rewards/chosen", "rewards/rejected"]),
     ("accuracy", "share of pairs", ["rewards/accuracies", "ranking_accuracy"]),
     ("DPO part of the loss", "nats per pair", ["dpo_part"]),
-    ("calibration part, less its constant", "squared nats per pair", ["calibration_part"]),
-]
+    ("calibration part, less its constant", "squared nats per pair", ["calibration_part"])]
 
 
 @torch.no_grad()
@@ -161,8 +160,9 @@ def evaluate(model, rows, reference, args):
 
 
 def main(args):
-    if args.beta <= 0 or args.lam < 0 or not 0 <= args.label_smoothing < 0.5:
-        raise SystemExit("--beta must be positive, --lam not negative, --label-smoothing in [0, 0.5)")
+    smooth = 0 <= args.label_smoothing < 0.5 and (args.contrast == "dpo" or not args.label_smoothing)
+    if not (args.beta > 0 and args.lam >= 0 and smooth):
+        raise SystemExit("--beta must be positive, --lam not negative, --label-smoothing in [0, 0.5) of dpo")
     setup(args.seed)
     tokenizer = load_tokenizer(args.model)
     limits = args.max_length, args.max_prompt_length, args.truncation

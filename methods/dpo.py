@@ -53,7 +53,7 @@ class Args:
 
     eval_every: int = 320  # training pairs between evaluations, rounded down to whole steps
     eval_pairs: int = 256  # held-out pairs, the same at every evaluation
-    save_every: int = 0  # training pairs between checkpoints; 0: only at the end
+    save_every: int = 0  # training pairs between checkpoints; 0: none
     out: str = "results/dpo"  # run folder
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
@@ -124,7 +124,7 @@ def evaluate(model, rows, reference, args):
 
 
 def main(args):
-    if args.beta <= 0 or not 0 <= args.label_smoothing < 0.5:
+    if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5:
         raise SystemExit("--beta must be positive and --label-smoothing in [0, 0.5)")
     setup(args.seed)
     tokenizer = load_tokenizer(args.model)

@@ -58,7 +58,7 @@ class Args:
 
     eval_every: int = 320  # training pairs between evaluations, rounded down to whole steps
     eval_pairs: int = 256  # held-out pairs, the same at every evaluation
-    save_every: int = 0  # training pairs between checkpoints; 0: only at the end
+    save_every: int = 0  # training pairs between checkpoints; 0: none
     out: str = "results/dpo_gamma"  # run folder
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
@@ -135,7 +135,7 @@ def evaluate(model, rows, reference, args):
 
 def run(args):
     """One gamma, a float in args -> the records of its metrics.jsonl."""
-    if args.beta <= 0 or not 0 <= args.label_smoothing < 0.5:
+    if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5:
         raise SystemExit("--beta must be positive and --label-smoothing in [0, 0.5)")
     setup(args.seed)
     tokenizer = load_tokenizer(args.model)
@@ -202,8 +202,8 @@ def main(args):
         records += (history := run(Args(**vars(args) | {"gamma": gamma, "out": str(out)})))
         pairs = merge([torch.load(file, "cpu") for file in out.glob(f"pairs-*-{dist.get_world_size()}.pt")])
         c, loss, right = (pairs[f"eval_{name}"] for name in ("c", "loss", "ranking_accuracy"))
-        axis.scatter(c, loss, 9, right, cmap="coolwarm_r", vmin=0, vmax=1)
-        axis.plot(c.sort()[0], F.softplus(-args.beta * gamma * c.sort()[0]), "k--")  # Theorem 4.1
+        axis.scatter(c, loss, 9, right, cmap="coolwarm_r", vmin=0, vmax=1)  # and the line of Theorem 4.1:
+        axis.plot(x := c.sort()[0], dpo_gamma_loss(0, 0, 0, x, args.beta, gamma, args.label_smoothing), "k--")
         axis.set(title=f"gamma {gamma:g}", ylabel="loss, nats",
                  xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats")
         points = [(r["eval_distance"], r["eval_ranking_accuracy"]) for r in history if "eval_loss" in r]

@@ -24,6 +24,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -46,7 +47,7 @@ class Args:
     data: str = "tiny"  # whose test prompts: tiny, hh, tldr, tldr-sft, a file, a folder or a hub id
     max_prompt_length: int = 512  # tokens to which longer prompts are cut
     batch_size: int = 64  # responses sampled side by side, on each process
-    dtype: str = "float32"  # of the models: float32 or bfloat16
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the models
     seed: int = 0
     out: str = "results/generate"  # run folder
     resume: bool = False  # continue a killed run: finished batches are kept
@@ -238,8 +239,8 @@ def summarise(rows):
 
 
 def main(args):
-    require(min(args.max_new_tokens, args.samples, args.batch_size, args.max_prompt_length) > 0,
-            "--max-new-tokens, --samples, --batch-size and --max-prompt-length must be at least 1")
+    require(min(args.max_new_tokens, args.samples, args.max_prompt_length) > 0 <= args.prompts,
+            "--max-new-tokens, --samples and --max-prompt-length: at least 1; --prompts: at least 0")
     adapt = sampler(args.temperature, args.top_k, args.top_p, args.min_p)
     setup(args.seed)
     rows, out = read_responses(args.responses) if args.responses else [], start_run(args, "generate")

@@ -54,19 +54,18 @@ class Args:
     corpus_size: int = 200  # strings of a corpus, for the figures and the typicality filter
     eps: float = 0.25  # typical corpus: mean log p_+ within eps standard errors of its expectation
     csv: str = ""  # folder of the authors' scored CSVs, read by imh and figures instead of the scores
-    legacy_accept_all: bool = False  # imh: every proposal is accepted
+    legacy_accept_all: bool = False  # imh: every proposal of a finite weight is accepted
     legacy_flip_reward: bool = False  # score, or imh of CSVs: the implicit reward's sign
     legacy_unconditional_prior: bool = False  # score: log p(y) after the start token, not log p(y | x)
     legacy_clamp: float = 0.0  # score: 25 takes log p_+ and log q from a second pass, each token's >= -25
-
     model: str = "results/dpo"  # aligned model p_+: a run folder, a local folder or a hub id
     ref_model: str = "tiny"  # prior p: the model p_+ was trained from
     data: str = "tiny"  # prompts: tiny, hh, a file, a folder or a hub id
-    max_length: int = 256  # tokens of prompt and response together
+    max_length: int = 256  # of the longest prompt in a batch and a response, in tokens
     max_prompt_length: int = 255  # longer prompts are left out
     batch_size: int = 64  # responses sampled side by side
     tokens_per_microbatch: int = 8192  # memory knob of scoring: packed tokens per forward pass and process
-    dtype: str = "float32"  # bfloat16 can move tokens across a kept set's edge when they are scored again
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 may move tokens across a kept set's edge
     seed: int = 0
     out: str = "results/imh_adaptors"  # run folder of generate, score, imh, figures; of toy, with -toy
     resume: bool = False  # continue a killed generate or score: chunks already written are kept
@@ -165,7 +164,7 @@ def adapt(logits, adaptor):
 
 def imh_chain(log_w, log_u):
     """The draw held at each step of Eq. 5, for chains side by side.  (..., N), (..., N) -> indices (..., N)
-    log_w = log target - log q of the draws, + constant; log_u: of uniforms, -inf accepts any weight."""
+    log_w = log target - log q of the draws, + constant; log_u: of uniforms, -inf accepts finite weights."""
     log_w, log_u = (torch.as_tensor(x).movedim(-1, 0).contiguous() for x in (log_w, log_u))
     held, state = torch.zeros(log_w.shape, dtype=torch.long, device=log_w.device), torch.zeros_like(log_w[0])
     low, steps = torch.finfo(log_w.dtype).min / 4, torch.arange(len(log_w)).to(log_w)
@@ -318,7 +317,7 @@ def generate(args):
                           for kind in args.sampling_types for T in args.temperatures)
     adaptors = [parse_adaptor(spec, len(tokenizer)) for spec in specs]
     turn = lambda x: x if args.template == "{}" else x.split("Human:", 1)[-1].strip().split("\n\n")[0]
-    texts = [args.template.format(turn(row["prompt"])) for row in load_pairs(args.data, "test")]
+    texts = [args.template.replace("{}", turn(row["prompt"])) for row in load_pairs(args.data, "test")]
     longest = min(args.max_prompt_length, args.max_length - 1)
     rows = [(ids, x) for x in dict.fromkeys(texts) if 0 < len(ids := tokenizer(x).input_ids) <= longest]
     require(rows, f"{args.data}: no prompt of up to {longest} tokens; --max-prompt-length, --max-length")
@@ -341,8 +340,8 @@ def generate(args):
 @torch.no_grad()
 def adaptor_logps(model, batch, adaptors, vocabulary):
     """One forward pass over a packed batch -> (1 + A, M): its tokens' log p_+, and log q under A adaptors."""
-    response_logps(model, batch)  # readies packed attention
-    require(model.packs, f"{type(model).__name__}: its rows cannot be packed, so adaptors cannot be scored")
+    ready = hasattr(model, "packs") or response_logps(model, batch)  # readies packed attention, once
+    require(ready and model.packs, f"{type(model).__name__}: its rows cannot be packed, nor adaptors scored")
     inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
     inputs |= dict(attention_mask=torch.zeros(1, 1, 1, 1, device=model.device), segments=batch["segments"])
     logits = model(**inputs, logits_to_keep=batch["score_at"].to(model.device), use_cache=False).logits[0]
@@ -382,11 +381,11 @@ def score(args):
             members = [row for i in batch["index"] for row in list(groups.values())[i]]
             given = batch if not args.legacy_unconditional_prior else pack_pairs([dict(prompt_ids=[
                 tokenizer.bos_token_id], responses=[row["ids"] for row in members])], 10**9, 0, 1)[0]
-            log_p = response_logps(prior, given)[0].tolist()
+            log_p = adaptor_logps(prior, given, [], len(tokenizer))
             tokens = adaptor_logps(model, batch, specs[path], len(tokenizer))
-            tokens = torch.cat([tokens[1:2].isinf().double(), tokens.clamp(-args.legacy_clamp or -math.inf)])
+            tokens = torch.cat([log_p, tokens[1:2].isinf(), tokens.clamp(-args.legacy_clamp or -math.inf)])
             sums = tokens.new_zeros(len(tokens), len(members)).index_add(1, batch["owner"], tokens).T.tolist()
-            for row, before, (outside, after, rescored, *also) in zip(members, log_p, sums):
+            for row, (before, outside, after, rescored, *also) in zip(members, sums):
                 implicit = args.beta * (after - before) * (-1 if args.legacy_flip_reward else 1)
                 found.append(dict(prompt=row["prompt"], log_prior=before, log_aligned=after, also=also,
                     rescored=rescored, log_q=rescored if args.legacy_clamp else math.fsum(row["log_q"]),
@@ -410,12 +409,12 @@ def read_corpora(args):
         for number, row in enumerate(read_rows(path), 2):
             for name in ("prompt", "generated_text", *names[file].values()):
                 require(row.get(name) is not None, f"{path}:{number}: no column {name!r} in {', '.join(row)}")
-            values = {ours: sign * float(row[name]) for ours, name in names[file].items()}
+            values = {ours: sign * float(row[name] or "nan") for ours, name in names[file].items()}
             setting.setdefault((row["prompt"], row["generated_text"]), {}).update(values)
     for spec, rows in joined.items():
         corpora[spec] = [dict(x, prompt=prompt, outside=0, log_kept=math.nan,
-                              implicit=beta * (x["log_aligned"] - x["log_prior"]))
-                         for (prompt, text), x in rows.items() if len(x) == 4 and text.strip()]
+                              implicit=beta * (x["log_aligned"] - x["log_prior"])) for (prompt, text), x in
+                         rows.items() if len(x) == 4 and text.strip() and math.isfinite(sum(x.values()))]
     require(corpora and all(corpora.values()), f"{args.csv}: each setting needs CSVs *_{', *_'.join(names)}*"
             if args.csv else f"{args.out}: no scores; first run generate, then score, with this --out")
     return corpora
@@ -452,8 +451,8 @@ def imh(args):
         x = {name: np.mean([one[name] for one in found]).item() for name in found[0]} | dict(
             setting=spec, prompts=len(pools), local=values.mean(0).tolist(), snis=snis.mean(0).tolist(),
             chain=values[states.ravel()].mean(0).tolist(), outside=sum(row["outside"] for row in rows),
-            snis_error=(snis.std(0) / max(1, len(pools) - 1)**0.5).tolist(),
-            accept=(held[:, 1:] == np.arange(1, args.chain_length)).mean().item(),
+            snis_error=(snis.std(0) / (len(pools) - 1 or math.nan)**0.5).tolist(), n=n,
+            accept=(held[:, 1:] == np.arange(1, args.chain_length)).mean().item(), target=args.target,
             tau=autocorrelation_time(torch.tensor(r[states])).nanmean().item(),
             check=abs(log_p_plus / T - log_q - log_kept).max().item(), slope=cov[0, 1] / max(cov[0, 0], 1e-3),
             id_sd=np.std(log_p + r / args.beta - log_p_plus).item(),
@@ -463,6 +462,7 @@ def imh(args):
         records.append(x)
         means = *x["local"][:2], *x["chain"][:2], *x["snis"][:2], x["snis_error"][1]
         print(f"{spec:34s}", *(f"{v:8.3f}" for v in means), *(f"{x[k]:7.3g}" for k in shown), flush=True)
+    Path(args.out).mkdir(parents=True, exist_ok=True)
     write(Path(args.out, "imh.json"), records)
     return records
 
@@ -470,21 +470,21 @@ def imh(args):
 def figures(args):
     """Strings, and 100 corpora of each setting: as drawn (local), the typical of these, after IMH."""
     require(Path(args.out, "imh.json").exists(), f"{args.out}: no imh.json; first run imh with this --out")
-    records, data = read_rows(Path(args.out, "imh.json")), read_corpora(args)
+    runs, data = read_rows(Path(args.out, "imh.json")), read_corpora(args)
     for k, name, file in ((1, "reward", "correlations"), (2, "implicit", "correlations_dpo_secret")):
         shown = {"strings": {s: np.array([(x["log_prior"], x[name]) for x in v]) for s, v in data.items()}}
         for kind, title in (("local", "as drawn"), ("typical", "as drawn, typical"), ("chain", "after IMH")):
-            corpora = {x["setting"]: np.reshape(x["corpora"][kind], (-1, 4)) for x in records}
-            shown[f"{args.corpus_size}-string means {title}"] = {s: x[:, [0, k]] for s, x in corpora.items()}
+            corpora = {x["setting"]: np.reshape(x["corpora"][kind], (-1, 4)) for x in runs}
+            shown[f"{runs[0]['n']}-string means {title}"] = {s: x[:, [0, k]] for s, x in corpora.items()}
         panels = {"{}\nPearson {:+.2f}, Spearman {:+.2f}".format(title, *correlations(
             *np.concatenate([*series.values()]).T)): series for title, series in shown.items()}
         print(f"{name}:", "; ".join(panels).replace("\n", " "))
-        scatter(args.out, file, f"{setting(args)}; IMH: {args.target}", panels, "log p (nats)", f"r: {name}")
+        scatter(args.out, file, f"{setting(args)}; IMH: {runs[0]['target']}", panels, "log p (nats)", name)
 
 
 def main(args, command="all"):
     steps = dict(toy=toy, enumerate=enumerate_world, generate=generate, score=score, imh=imh, figures=figures)
-    if command == "all" and args.model == Args.model and not Path(args.model).exists():
+    if command == "all" and args.model == Args.model and not Path(args.model, "model").exists():
         if Path(__file__).with_name("dpo.py").exists():
             import dpo
             dpo.main(dpo.Args(beta=args.beta, lr=1e-4, max_steps=40, eval_pairs=32, out=args.model))

@@ -51,7 +51,7 @@ class Args:
 
     eval_every: int = 320  # training examples between evaluations, rounded down to whole steps
     eval_examples: int = 256  # held-out examples, the same at every evaluation
-    save_every: int = 0  # training examples between checkpoints; 0: only at the end
+    save_every: int = 0  # training examples between checkpoints; 0: none
     out: str = "results/sft"  # run folder
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
@@ -114,6 +114,8 @@ def evaluate(model, rows, args):
 def load_examples(args, split, tokenizer):
     """Tokenised rows with the chosen response only."""
     rows = load_pairs(args.data, split, pairs=False)
+    if not all("chosen" in row for row in rows):
+        raise SystemExit(f"{args.data}: {split} rows need chosen, the response to learn")
     if args.one_per_prompt:
         rows = list({str(row["prompt"]): row for row in rows}.values())
     if args.all_turns:

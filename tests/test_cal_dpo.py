@@ -312,7 +312,8 @@ def test_targets_from_scores(blank, tmp_path):
 
 @pytest.mark.parametrize("change, message", [
     (dict(beta=0.0), "--beta must be positive"), (dict(lam=-1.0), "--lam not negative"),
-    (dict(targets="scores", data="UNSCORED"), "row 1 has no scores"), (dict(label_smoothing=0.5), "smoothing")])
+    (dict(targets="scores", data="UNSCORED"), "row 1 has no scores"), (dict(label_smoothing=0.5), "smoothing"),
+    (dict(label_smoothing=0.1, contrast="ipo"), "smoothing"), (dict(lam=math.nan), "--lam not negative")])
 def test_bad_input_is_one_line(blank, tmp_path, change, message):
     if "data" in change:
         rows = [json.loads(line) for line in open(blank / "pairs.jsonl")]

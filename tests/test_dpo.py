@@ -174,7 +174,9 @@ def test_cached_reference_equals_live_reference(blank):
     (dict(label_smoothing=0.5), "--label-smoothing"),
     (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
     (dict(model="no/such/model"), "no/such/model"),
-    (dict(batch_size=400), "fewer than one batch"),
+    (dict(batch_size=400), "fewer than one batch"), (dict(batch_size=0), "--batch-size"), (dict(batch_size=-8), "--batch-size"),
+    (dict(warmup_steps=-5), "--warmup-steps -5: at least 0"), (dict(max_grad_norm=math.nan), "--max-grad-norm nan"),
+    (dict(lr=math.inf), "--lr inf"), (dict(eval_pairs=0), "--eval-pairs 0"), (dict(beta=math.nan), "--beta must be positive"),
     (dict(ref_model="OTHER"), "different vocabularies"),
 ])
 def test_bad_input_is_one_line(blank, tmp_path, change, message, monkeypatch):

@@ -796,6 +796,20 @@ def test_legacy_unconditional_prior(scored, tmp_path, models):
         assert row["log_prior"] == pytest.approx(log_p, abs=1e-3)
 
 
+def test_one_pass_over_a_model_and_one_normaliser(scored, models):
+    """Packed attention is readied once; rows of logits beyond the tokenizer belong neither to p_+ nor to the prior."""
+    model, passes = common.load_model(scored.model), []
+    batch = common.pack_pairs([dict(prompt_ids=[1, 2, 3], responses=[[4, 5, 6], [7, 8]])], 1000, 0, 1)[0]
+    imh.adaptor_logps(model, batch, [], 400)
+    model.base_model.register_forward_hook(lambda *_: passes.append(1))
+    log_p = imh.adaptor_logps(model, batch, [], 300)[0]
+    assert len(passes) == 1
+    for ids, ours in (([4, 5, 6], log_p[:3]), ([7, 8], log_p[3:])):
+        logits = model(torch.tensor([[1, 2, 3, *ids]])).logits[0, 2:-1, :300].double()
+        naive = logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0]
+        torch.testing.assert_close(ours, naive, atol=1e-4, rtol=0)
+
+
 def test_legacy_clamp(scored, tmp_path):
     """Clamped at 1 nat, so that many tokens are; one outside the kept set costs the clamp."""
     samples, released = read(scored, "samples"), rescore(scored, tmp_path, legacy_clamp=1.0)
@@ -859,9 +873,14 @@ def test_released_csvs(tmp_path):
     flipped = imh.read_corpora(imh.replace(args, legacy_flip_reward=True))
     assert flipped["top_p090,temperature=1.5"][0]["implicit"] == pytest.approx(-19)
     (tmp_path / "notes_scored.csv").write_text("not,of,the,grid\n")  # other files are left alone
-    found = imh.imh(args)
-    assert all(0 < x["accept"] < 1 for x in found)
-    imh.figures(args)
+    path = next(tmp_path.glob("*top_p090_t1.5*_scorednll.csv"))
+    lines = path.read_text().splitlines()  # scores that are no numbers, or infinite, are left out
+    lines[5:7] = [lines[5].rpartition(",")[0] + ",", lines[6].rpartition(",")[0] + ",inf"]
+    path.write_text("\n".join(lines) + "\n")
+    assert len(imh.read_corpora(args)["top_p090,temperature=1.5"]) == 37
+    found = imh.imh(imh.replace(args, out=str(tmp_path / "new" / "folder")))
+    assert all(0 < x["accept"] < 1 and math.isfinite(x["id_sd"]) for x in found)
+    imh.figures(imh.replace(args, out=str(tmp_path / "new" / "folder"), target="global"))  # says what imh was run with
 
 
 def test_bad_csvs(tmp_path):

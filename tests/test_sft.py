@@ -77,4 +77,8 @@ def test_one_row_per_prompt(blank, tmp_path):
     kept = sft.load_examples(args(blank, "", one_per_prompt=True, **data), "test", tokenizer)
     assert [tokenizer.decode(row["responses"][0][:-1]) for row in kept] == [" 3", " 2"]  # the last of each prompt
     assert len(sft.load_examples(args(blank, "", **data), "test", tokenizer)) == 3
+    with (tmp_path / "test.jsonl").open("a") as file:  # nothing says which response is to be learned
+        file.write('{"prompt": "c:", "responses": [" 4", " 5"]}\n')
+    with pytest.raises(SystemExit, match="need chosen"):
+        sft.load_examples(args(blank, "", **data), "test", tokenizer)
     assert all(len(row["responses"]) == 1 for row in tokenize_pairs([{**rows[0], "n": 1}], tokenizer))
