@@ -26,7 +26,7 @@ on sigma, no dropout in LoRA, a coin for synthetic ties, the true Borda count in
 
 Found by hidden-context on the tiny world, seeds 0, 1, 2: base follows Borda count (r .96-.97) and rates up
 the monsters that a quarter of the readers hate; the sd of mean_and_variance finds what divides the readers
-(AUC 1.00, .84, .97), its 1 % quantile avoids it; after as many steps categorical finds little (AUC .56-.61).
+(AUC 1.00, .84, .97), its 1 % quantile avoids it; after as many steps categorical finds little (AUC .55-.61).
 """
 
 import json

@@ -239,7 +239,7 @@ def summarise(rows):
 
 
 def main(args):
-    require(min(args.max_new_tokens, args.samples, args.max_prompt_length) > 0 <= args.prompts,
+    require(min(args.max_new_tokens, args.samples, args.max_prompt_length) > 0 and args.prompts >= 0,
             "--max-new-tokens, --samples and --max-prompt-length: at least 1; --prompts: at least 0")
     adapt = sampler(args.temperature, args.top_k, args.top_p, args.min_p)
     setup(args.seed)

@@ -790,7 +790,7 @@ def write_table(out, records):
             x = torch.tensor([shared[name](h) if common else h[name] for h in hs])
             width = interval(x) if len(x) > 1 else hs[0].get(name + "_ci", math.nan)
             grid[-1].append(f"{x.mean():.3f}" + (f" ± {width:.3f}" if width == width else ""))
-            if name in shared and x.mean() < hs[0]["gap"] > 0:
+            if name in shared and hs[0]["gap"] > max(0.0, x.mean()):
                 notes.append(f"warning, {row}: {pretty(name)} = {x.mean():.3f} is less than the gap "
                              f"{hs[0]['gap']:.3f} between the bounds on log Z; a larger --bound-K closes it")
     widths = [max(map(len, column)) for column in zip(*grid)]
@@ -860,8 +860,8 @@ def main(args):
     require(learners and (not args.train_on_exact or args.exact and world.log_bound is not None), "fudge and "
             "--train-on-exact need a potential with a known bound (log_bound), the latter --exact above 0")
     out, cases, o, records = start_run(args, "twisted_smc"), None, None, {}
-    for old in [*out.glob("*-seed*"), *out.glob("exact-*.pt")] * (args.overwrite and dist.get_rank() == 0):
-        shutil.rmtree(old) if old.is_dir() else old.unlink()
+    for x in [*out.glob("*-seed*"), *out.glob("exact-*")] if args.overwrite and dist.get_rank() == 0 else []:
+        shutil.rmtree(x) if x.is_dir() else x.unlink()
     if world.log_bound is not None and args.exact:  # drawn once for a target, by the first process, and kept
         names = ("model prompts potential beta T c continuation classifier label threshold floor stop_at_eos "
                  "world exact dtype").split()

@@ -725,7 +725,18 @@ def test_world_mode_prints_exact_values_beside_estimates(tmp_path, capsys):
         last = t.main(args)["dpg", 0][-1]
         assert last["exact_log_Z"] == pytest.approx(log_Z, abs=1e-9) and last["exact_kl_q_sigma"] < 0.03
         assert abs(last["kl_q_sigma"] - last["exact_kl_q_sigma"]) < 0.02  # 100 runs of 64: error 0.003
+        if world == "w2":  # the bounds' mean over 99 conditions is minus the entropy of o
+            sd = math.sqrt(sum(p * (math.log(p) - log_Z) ** 2 for p in (0.376, 0.358, 0.266)))
+            assert abs(last["log_Z"] - log_Z) < 5 * sd / math.sqrt(99) + 0.02  # chance below 1e-6; bounds' own error 0.02
     assert "exact kl q ‖ σ" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kl, gap, warned", [(0.1, 0.5, True), (-0.1, 0.5, True), (0.6, 0.5, False), (-0.1, -0.2, False)])
+def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
+    """log Z is known no better than the gap between its bounds; an upper mean below a lower one is noise, and no gap."""
+    first = dict(F_q=-1.0 - 5, G_q=-1.0 + 5, log_Z=-1.0, gap=gap, conditional=False, kl_q_sigma=5.0, kl_sigma_q=5.0)
+    t.write_table(tmp_path, {("ctl", 0): [first, first | dict(F_q=-1.0 - kl, kl_q_sigma=kl)]})
+    assert ("warning, ctl: kl q ‖ σ" in capsys.readouterr().out) == warned
 
 
 @pytest.mark.parametrize("options, words", [
