@@ -307,7 +307,7 @@ def test_the_diff_is_the_paper(name):
 
 
 def test_training_loops_are_copies():
-    """From the first optimiser step to the checkpoint, the four files are the same to the letter."""
+    """From the first optimiser step to the checkpoint, the four files are the same by letter."""
 
     def loop(name):
         text = (ROOT / "methods" / name).read_text()
