@@ -15,16 +15,16 @@ Zhao, Brekelmans, Makhzani, Grosse 2024, https://arxiv.org/abs/2404.17546
     torchrun --standalone --nproc-per-node 4 methods/twisted_smc.py infilling --learner dpg
 
 Presets are tiny, which is the default; toxicity, sentiment, infilling and infilling-2-1 for Tables
-2, 3, 4 and 8; toxicity-exact and sentiment-exact for Tables 9 and 10; toxicity-threshold for Fig. 3;
-toxicity-story and sentiment-review for the texts of App. H.1.
+2, 3, 4 and 8; toxicity-exact and sentiment-exact for Tables 9 and 10; toxicity-threshold for
+Fig. 3; toxicity-story and sentiment-review for the texts of App. H.1.
 
-Three things differ from the paper. There is no resampling after t = 1 under the twist proposal, where
-all weights are equal. Losses are means over t where Table 1 has sums, as in the released code, whose
-learning rates need it. FUDGE serves every potential with a known bound, as phi / bound.
+Three things differ from the paper. There is no resampling after t = 1 under the twist proposal,
+where all weights are equal. Losses are means over t where Table 1 has sums, as in the released
+code, whose learning rates need it. FUDGE serves every potential with a known bound, as phi / bound.
 
 Four things differ from the released code. FUDGE continues each exact prefix s_{1:t} itself, and not
-s_{1:t-1}, so that the label of s_t depends on s_t. RL averages its two batches. PPO trains its critic
-and has no dropout. Exact samples come from rejection for every bounded potential, whatever beta is.
+s_{1:t-1}, so that the label of s_t depends on s_t. RL averages its two batches. PPO trains its
+critic and has no dropout. Exact samples come from rejection for every bounded potential and beta.
 """
 
 import sys
@@ -46,7 +46,9 @@ class Args:
         "\n\nAssistant: Fine. Once a fox lived in a cave. It"
     )
     T: int = 8  # tokens generated; the end token is a token like others
-    potential: str = "tiny:monster"  # phi: tiny:monster, :polite, :happy or :reward; class:LABEL, threshold:ETA, reward with --classifier; infilling, continuation; file.py:function  # noqa: E501
+    # phi: tiny:monster, tiny:polite, tiny:happy, tiny:reward; class:LABEL, threshold:ETA, reward of a
+    # --classifier; infilling, continuation: p0 of what follows; FILE.py:FUNCTION, your own log phi
+    potential: str = "tiny:monster"
     beta: float = 1.0  # phi^beta; the inverse of DPO's beta
     classifier: str = ""  # sequence classification model of the potentials class, threshold, reward
     c: int = 0  # infilling: the number of tokens that follow, on which sigma is conditioned
@@ -78,8 +80,8 @@ class Args:
     overwrite: bool = False  # delete the run that is in the run folder
 
 
-# Learning rates by the learner's name: the released code's last commands.  Its first release had 1e-4
-# for CTL on toxicity, and 4096 updates for toxicity and sentiment, 6000 and 16384 for infilling.
+# Learning rates by the learner's name: the released code's last commands.  Its first release had
+# 1e-4 for CTL on toxicity; 4096 updates for toxicity and sentiment; 6000 and 16384 for infilling.
 LR = {
     "tiny": {"ctl": 3e-3, "rl": 3e-4, "sixo": 3e-3, "fudge": 3e-3, "dpg": 3e-3, "ppo": 3e-3},
     "toxicity": {"ctl": 3e-5, "rl": 3e-5, "sixo": 3e-5, "fudge": 1e-4, "dpg": 3e-5, "ppo": 1e-6},
@@ -224,7 +226,7 @@ from common import setup, start_run, stop_requested  # processes
 
 @dataclass
 class Step:
-    """One token for each of n particles, and what it weighs; all (n,), log-probabilities in nats."""
+    """One token for each of n particles, and what it weighs; all (n,), logarithms in nats."""
 
     tokens: torch.Tensor  # s_t
     log_p: torch.Tensor  # log p0(s_t | s_{1:t-1})
@@ -235,7 +237,7 @@ class Step:
 
 @dataclass
 class Particles:
-    """What smc returns: N runs of K particles.  (N, K, T) goes along each particle's own ancestry."""
+    """What smc returns: N runs of K particles; (N, K, T) goes along each particle's ancestry."""
 
     tokens: torch.Tensor  # (N, K, T)
     log_p: torch.Tensor  # (N, K, T), as in Step
@@ -243,22 +245,22 @@ class Particles:
     log_psi: torch.Tensor  # (N, K, T)
     log_norm: torch.Tensor  # (N, K, T)
     lineage: torch.Tensor  # (N, K, T), the slot that it, or its ancestor, stood in
-    log_phi: torch.Tensor  # (N, K)
-    log_w: torch.Tensor  # (N, K), since the last resampling
-    log_Z: torch.Tensor  # (N,), log Z-hat
-    ess: torch.Tensor  # (N, T), before resampling
-    o: torch.Tensor | None = None  # (N, c), conditions; this and the next two are added by sample()
+    log_phi: torch.Tensor | None = None  # (N, K)
+    log_w: torch.Tensor | None = None  # (N, K), since the last resampling
+    log_Z: torch.Tensor | None = None  # (N,), log Z-hat
+    ess: torch.Tensor | None = None  # (N, T), before resampling
+    o: torch.Tensor | None = None  # (N, c), conditions: this and the next two come from sample()
     states: torch.Tensor | None = None  # (N, K, T, d), hidden states of p0 before each token
     z: torch.Tensor | None = None  # (N, K, T, d), hidden states that the twist's head reads
 
 
 def ess(log_w):
-    """Effective sample size 1 / sum_k w_k^2 of log-weights (..., K), in [1, K]; 0 if all are -inf."""
+    """Effective sample size 1 / sum_k w_k^2 of log-weights (..., K): 1 to K; 0 if all are -inf."""
     return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
 
 def reweigh(log_w, increment):
-    """log_w + increment, but a particle of weight zero stays so: its increment may be inf or nan."""
+    """log_w + increment, but a weight of zero stays zero: its increment may be inf or nan."""
     return torch.where(log_w == -torch.inf, log_w, log_w + increment)
 
 
@@ -266,8 +268,8 @@ def resample(log_w, u, scheme="systematic", slot=None):
     """Draw ancestors for N runs: particle k has K w_k offspring on average.
 
     log_w (N, K): log-weights.  u (N, K + 1): uniforms.  -> ancestors (N, K), home (N, 1).
-    slot (N, 1): the retained particle.  It has an offspring for certain, in the slot `home`; the others
-    follow the scheme's law given that, as Prop. 5.1 needs.  Without it, home is None.
+    slot (N, 1): the retained particle.  It has an offspring for certain, in the slot `home`; the
+    others follow the scheme's law given that, as Prop. 5.1 needs.  Without it, home is None.
     """
     K = log_w.shape[1]
     w = log_w.softmax(-1)
@@ -296,7 +298,7 @@ def resample(log_w, u, scheme="systematic", slot=None):
 
 
 def follow(slot, home, parents, moved):
-    """Where the retained particle's offspring stands after stay_in_place has permuted the offspring.
+    """Where the retained particle's offspring stands after stay_in_place has permuted them all.
 
     slot (N, 1): the retained particle.  home (N, 1): its offspring among `parents` (N, K).
     moved (N, K): the same offspring, permuted.  The r-th offspring of a particle stays its r-th.
@@ -359,63 +361,93 @@ def propose(logits, log_psi, proposal, forced=None):
     )
 
 
-def trace(moves, last):
-    """Slots of each final particle and its ancestors, (N, K, T).
+def draw_ancestors(log_w, low, scheme, slot):
+    """Resample the runs that are `low` (N,) -> ancestors (N K,), moved (N, K), slot.
 
-    moves: for every t < T the slots (N, K) that particles came from.  last (N, K): their slots at T.
+    log_w (N, K): log-weights.  slot (N, 1) or None: the retained particle.
+    ancestors: where each slot continues from, counted over all runs; moved: within its run.
+    Survivors keep their slots, so that only the slots of dead particles are overwritten.
     """
-    slots = [last]
+    N, K = log_w.shape
+    own = torch.arange(K, device=log_w.device).repeat(N, 1)
+    offset = K * torch.arange(N, device=log_w.device)[:, None]
+    uniforms = torch.rand(N, K + 1, dtype=torch.float64, device=log_w.device)
+    parents, home = resample(log_w, uniforms, scheme, slot)
+    parents = torch.where(low[:, None], parents, own)  # elsewhere each particle goes on as it is
+    ancestors = stay_in_place((offset + parents).view(-1))
+    moved = ancestors.view(N, K) - offset
+    if slot is not None:
+        home = torch.where(low[:, None], home, slot)
+        slot = follow(slot, home, parents, moved)
+    return ancestors, moved, slot
+
+
+def log_mean(log_w):
+    """log of the mean weight of each run.  (N, K) -> (N,)"""
+    return log_w.logsumexp(-1) - math.log(log_w.shape[1])
+
+
+def along_ancestry(path, moves, own):
+    """The particles at T with what each one and its ancestors went through -> Particles.
+
+    path: the T Steps.  moves: for every t < T the slots (N, K) that particles came from.
+    own (N, K): their slots at T.
+    """
+    # From the last slots back to the first: where did each particle stand?
+    slots = [own]
     for moved in reversed(moves):
         slots.append(moved.gather(1, slots[-1]))
     slots.reverse()
-    return torch.stack(slots, -1)
+    lineage = torch.stack(slots, -1)
 
-
-def along(values, lineage):
-    """T tensors of one value a slot, (N K,) -> (N, K, T) along each particle's ancestry."""
-    return torch.stack(values, -1).view(lineage.shape).gather(1, lineage)
+    # (N K, T) of the slots, then (N, K, T) of the lineages.
+    shape = lineage.shape
+    tokens = torch.stack([step.tokens for step in path], -1).view(shape)
+    log_p = torch.stack([step.log_p for step in path], -1).view(shape)
+    log_q = torch.stack([step.log_q for step in path], -1).view(shape)
+    psi = torch.stack([step.log_psi for step in path], -1).view(shape)
+    log_norm = torch.stack([step.log_norm for step in path], -1).view(shape)
+    return Particles(
+        tokens=tokens.gather(1, lineage),
+        log_p=log_p.gather(1, lineage),
+        log_q=log_q.gather(1, lineage),
+        log_psi=psi.gather(1, lineage),
+        log_norm=log_norm.gather(1, lineage),
+        lineage=lineage,
+    )
 
 
 def smc(
-    scores,
-    log_phi,
-    T,
-    K,
-    N=1,
-    *,
-    proposal="twist",
-    scheme="systematic",
-    tau=2.0,
-    retained=None,
+    scores, log_phi, T, K, N=1, *, proposal="twist", scheme="systematic", tau=2.0, retained=None
 ):
-    """Alg. 1, and Alg. 2 if a particle is retained: N independent runs of twisted SMC -> Particles.
+    """Alg. 1, and Alg. 2 if a particle is retained: N runs of twisted SMC -> Particles.
 
-    scores(last, ancestors) -> logits, log_psi: (N K, V) each, log p0(. | s_{1:t-1}), not normalised, and
-        log psi_t(s_{1:t-1}, .), None for psi = 1.  It first reorders its state by `ancestors` (N K,),
-        then appends the tokens `last` (N K,); either is None where there is nothing to do.
+    scores(last, ancestors) -> logits, log_psi: (N K, V) each, log p0(. | s_{1:t-1}), unnormalised,
+        and log psi_t(s_{1:t-1}, .), None for psi = 1.  It first reorders its state by `ancestors`
+        (N K,), then appends the tokens `last` (N K,); either is None where there is nothing to do.
     log_phi(tokens (N, K, T)) -> (N, K): the terminal potential; -inf is allowed.
     proposal: "twist" (Eq. 14) or "base", which is q = p0.
     tau: a run resamples where ESS < tau K, so never for 0 (SIS) and at every step above 1.
-    retained (N, R, T): tokens forced on the first R particles, -1 leaves one free.  R must be 1 where
-        there is resampling, which that particle survives.
+    retained (N, R, T): tokens forced on the first R particles, -1 leaves one free.  R must be 1
+        where there is resampling, which that particle survives.
     Weights are float64, and in log space throughout.
     """
     if proposal not in ("twist", "base"):
         raise ValueError(f"unknown proposal {proposal!r}")
     logits, log_psi = scores(None, None)
-    device = logits.device
-    own = torch.arange(K, device=device).repeat(N, 1)  # (N, K), each particle its own ancestor
-    offset = K * torch.arange(N, device=device)[:, None]  # of a run's first slot among all N K
-    log_w = torch.zeros(N, K, dtype=torch.float64, device=device)  # since the last resampling
-    log_Z = torch.zeros(N, dtype=torch.float64, device=device)
-    psi_before = log_w  # psi_0 = 1
-    slot = None
+    own = torch.arange(K, device=logits.device).repeat(N, 1)  # (N, K), the slots of each run
+    log_w = torch.zeros(N, K, dtype=torch.float64, device=logits.device)  # of the present block
+    log_Z = log_w.new_zeros(N)
+    psi_before = log_w  # log psi_0 = 0
+    slot = None  # of the retained particles
     if retained is not None:
         slot = own[:, : retained.shape[1]]
-    path, moves, ess_of = [], [], []
+    path = []  # a Step for each t
+    moves = []  # for each t < T, the slot that each particle goes on from
+    ess_of = []
 
     for t in range(T):
-        # Propose: extend every particle by one token.
+        # Propose: extend every particle by one token, drawn from q (Eq. 14) unless it is retained.
         forced = None
         if retained is not None:
             forced = torch.full_like(own, -1).scatter(1, slot, retained[:, :, t]).view(-1)
@@ -423,7 +455,7 @@ def smc(
         path.append(step)
         psi = step.log_psi.view(N, K)
 
-        # Weigh: under the twist proposal w_t does not depend on the token drawn.
+        # Weigh: under the twist proposal w_t does not depend on the token that was drawn.
         if proposal == "twist":
             increment = step.log_norm.view(N, K) - psi_before  # Eq. 16
         else:
@@ -433,57 +465,40 @@ def smc(
         if t == T - 1:
             break
 
-        # Resample the runs whose effective sample size is low.  Not after t = 1 under the twist
-        # proposal: there w_1 = Z^pi_1 is one number for all particles.
+        # Resample the runs whose effective sample size is low; there a block ends, its mean weight
+        # becomes a factor of Z-hat (Eq. 8), and weights start again.  Not after t = 1 under the
+        # twist proposal, where w_1 = Z^pi_1 is one number for all particles.
+        last = step.tokens
+        ancestors, moved = None, own
         low = (ess_of[-1] < tau * K) & (ess_of[-1] > 0)
-        last, ancestors, moved = step.tokens, None, own
         if low.any() and (t > 0 or proposal == "base"):
-            low = low[:, None]
-            uniforms = torch.rand(N, K + 1, dtype=torch.float64, device=device)
-            parents, home = resample(log_w, uniforms, scheme, slot)
-            parents = torch.where(low, parents, own)
-            ancestors = stay_in_place((offset + parents).view(-1))  # survivors keep their slot
-            moved = ancestors.view(N, K) - offset
-            if retained is not None:
-                slot = follow(slot, torch.where(low, home, slot), parents, moved)
-
-            # A block ends: its mean weight is a factor of Z-hat (Eq. 8), and weights start again.
-            log_mean_w = log_w.logsumexp(-1) - math.log(K)
-            log_Z = log_Z + torch.where(low[:, 0], log_mean_w, 0.0)
-            log_w = torch.where(low, 0.0, log_w)
+            ancestors, moved, slot = draw_ancestors(log_w, low, scheme, slot)
+            log_Z = log_Z + torch.where(low, log_mean(log_w), 0.0)
+            log_w = torch.where(low[:, None], 0.0, log_w)
             psi = psi.gather(1, moved)
             last = last[ancestors]
         moves.append(moved)
         psi_before = psi
         logits, log_psi = scores(last, ancestors)
 
-    # At T the true potential takes the place of psi_T (Eq. 10), and the last block ends.
-    lineage = trace(moves, own)
-    tokens = along([step.tokens for step in path], lineage)
-    terminal = log_phi(tokens).double()
-    log_w = reweigh(log_w, terminal - psi)
-    ess_of[-1] = ess(log_w)
-    return Particles(
-        tokens=tokens,
-        log_p=along([step.log_p for step in path], lineage),
-        log_q=along([step.log_q for step in path], lineage),
-        log_psi=along([step.log_psi for step in path], lineage),
-        log_norm=along([step.log_norm for step in path], lineage),
-        lineage=lineage,
-        log_phi=terminal,
-        log_w=log_w,
-        log_Z=log_Z + log_w.logsumexp(-1) - math.log(K),  # Eq. 8
-        ess=torch.stack(ess_of, -1),
-    )
+    # At T the true potential takes the place of psi_T (Eq. 10), and the last block ends (Eq. 8).
+    particles = along_ancestry(path, moves, own)
+    particles.log_phi = log_phi(particles.tokens).double()
+    particles.log_w = reweigh(log_w, particles.log_phi - psi)
+    particles.log_Z = log_Z + log_mean(particles.log_w)
+    ess_of[-1] = ess(particles.log_w)
+    particles.ess = torch.stack(ess_of, -1)
+    return particles
 
 
 def log_Z_bounds(run, exact, K):
     """Stochastic bounds on log Z (Prop. 5.1, Eq. 24) of R runs with K particles each.
 
-    run(K, N, tau=..., retained=...) calls smc.  exact (R, T): exact samples of sigma (others would void
-    the upper bounds), or the number R: lower bounds only.
-    -> {name: (R,)}, and the Particles of the lower bounds, without and with resampling.  smc_*: as `run`
-    resamples.  sis_*: never, which is IWAE; for K = 1 these are F_q = E_q log w and G_q = E_sigma log w.
+    run(K, N, tau=..., retained=...) calls smc.
+    exact (R, T): exact samples of sigma (others would void the upper bounds); R: lower bounds only.
+    -> {name: (R,)}, and the Particles of the lower bounds, without and with resampling.
+    smc_*: as `run` resamples.  sis_*: never, which is IWAE; for K = 1 these are F_q = E_q log w and
+    G_q = E_sigma log w.
     """
     R = exact if isinstance(exact, int) else len(exact)
     sis = run(K, R, tau=0.0)
@@ -496,14 +511,18 @@ def log_Z_bounds(run, exact, K):
     return bounds, sis, twisted
 
 
-# ---- Section 4, Table 1: the learners' losses, means over t.  log psi_t(s_{1:t}) (..., K, T) -> (...)
+# ---- Section 4, Table 1: the learners' losses
+
+# Each takes log psi_t(s_{1:t}) or log q(s_t | s_{1:t-1}) of K particles, (..., K, T), and gives the
+# mean over t, (...).
 
 
 def ctl_loss(log_psi, W, log_psi_neg, w_neg):
-    """Contrastive twist learning, Eq. 21-22: sum_t KL(sigma(s_{1:t}) | pi_t); any c_t psi_t is optimal.
+    """Contrastive twist learning, Eq. 21-22: sum_t KL(sigma(s_{1:t}) | pi_t).
 
-    W (..., K) ~ p0 phi / q of the whole sequence, for every t.  w_neg (..., K, T) ~ p0 psi_t / q of
-    prefixes.  Both sum to 1 over K.  The value is a surrogate; its gradient is that of the KL.
+    W (..., K) ~ p0 phi / q of the whole sequence, for every t.  w_neg (..., K, T) ~ p0 psi_t / q
+    of prefixes.  Both sum to 1 over K.  The value is a surrogate; its gradient is that of the KL.
+    Each psi_t is learned up to a constant.
     """
     positive = (W[..., None].detach() * log_psi).sum(-2)  # E_sigma log psi_t
     negative = (w_neg.detach() * log_psi_neg).sum(-2)  # E_pi_t log psi_t
@@ -516,14 +535,14 @@ def rl_loss(log_psi, targets):
 
 
 def sixo_loss(log_psi, W, log_psi_neg):
-    """Noise contrastive estimation, App. C.3: prefixes of sigma, weighted W (..., K), against p0's."""
+    """Noise contrastive estimation, App. C.3: sigma's prefixes, weighted W (..., K), and p0's."""
     positive = (W[..., None].detach() * F.logsigmoid(log_psi)).sum(-2)
     negative = F.logsigmoid(-log_psi_neg).mean(-2)
     return -(positive + negative).mean(-1)
 
 
 def fudge_loss(logits, phi):
-    """App. C.4: cross-entropy of psi_t = sigmoid(logits) and phi in [0, 1] of a continuation by p0."""
+    """App. C.4: cross-entropy of psi_t = sigmoid(logits) and phi in [0, 1] of p0's continuation."""
     return -(phi * F.logsigmoid(logits) + (1 - phi) * F.logsigmoid(-logits)).mean((-2, -1))
 
 
@@ -534,7 +553,7 @@ def dpg_loss(log_q, W):
 
 
 def gae(rewards, values, lam=0.95):
-    """Generalised advantages for gamma = 1.  (..., T) each -> advantages, returns, whitened advantages."""
+    """Generalised advantages, gamma 1.  (..., T) each -> advantages, returns, whitened advantages."""
     advantages = rewards + F.pad(values[..., 1:], (0, 1)) - values
     for t in reversed(range(rewards.shape[-1] - 1)):
         advantages[..., t] += lam * advantages[..., t + 1]
@@ -557,12 +576,12 @@ def ppo_loss(log_q, old_log_q, advantages, values, old_values, returns, clip=0.2
 
 
 class Twist(nn.Module):
-    """App. G.2: log psi_t(s_{1:t-1}, .) of every next token, from the hidden state z (..., d) of s_{t-1}.
+    """App. G.2: log psi_t(s_{1:t-1}, .) of every next token from s_{t-1}'s hidden state z (..., d).
 
-    layers: 1 (linear) or 3 (MLP).  condition: z is joined by e (..., d), the hidden state of o's last
-    token.  body: a trainable transformer; without one z comes from the frozen p0, which runs anyway.
-    log_sigmoid: FUDGE's psi in (0, 1).  Weights are Xavier normal and biases 0: at first psi is near 1,
-    and q near p0.
+    layers: 1 (linear) or 3 (MLP).  condition: z is joined by e (..., d), the hidden state of o's
+    last token.  body: a trainable transformer; without one z comes from the frozen p0, which runs
+    anyway.  log_sigmoid: FUDGE's psi in (0, 1).  Weights are Xavier normal and biases 0: at first
+    psi is near 1, and q near p0.
     """
 
     def __init__(self, d, V, layers=1, condition=False, body=None, log_sigmoid=False):
@@ -625,7 +644,7 @@ class Policy:
 
 
 def make_twist(args, learner, world, model):
-    """The twist of args for a learner; for "none" None, which means psi = 1; for "policy" a Policy."""
+    """The twist of args for a learner; None, which means psi = 1, for "none"; else a Policy."""
     if learner == "none":
         return None
     if learner == "policy":
@@ -657,13 +676,15 @@ def make_twist(args, learner, world, model):
     return twist.to(model.device)
 
 
-# ---- Potentials of decoded texts: log_phi(tokens (M, T), texts) -> (M,); log_bound >= log phi, or None
+# ---- Potentials of decoded texts
+
+# Each has log_phi(tokens (M, T), texts) -> (M,), and log_bound >= log phi, or None if unbounded.
 
 FLOOR = 1e-16  # of the threshold's phi outside the set, as in the released code
 
 
 class TinyPotential:
-    """(0.98 if the story is polite, happy or has a monster, else 0.02)^beta; reward: exp(beta r)."""
+    """(0.98 if the story is polite, happy, has a monster, else 0.02)^beta; reward: exp(beta r)."""
 
     def __init__(self, what, beta):
         self.what = what
@@ -684,7 +705,7 @@ class TinyPotential:
 
 
 class FilePotential:
-    """exp(beta f(tokens, texts)) for a user's function f; its attribute log_bound allows rejection."""
+    """exp(beta f(tokens, texts)) for a user's f; an attribute f.log_bound allows rejection."""
 
     def __init__(self, path, name, beta):
         require(Path(path).is_file(), f"potential {path}:{name}: there is no file {path}")
@@ -705,9 +726,9 @@ class FilePotential:
 class ClassifierPotential:
     """What a sequence classification model says of a text.
 
-    class:LABEL p(label | text)^beta; reward exp(beta score), a single logit; threshold:ETA
-    1[score < eta] + floor, whose score is the single logit, or logit 1 less logit 0.  A single logit has
-    the classes 0, sigmoid(-logit), and 1, sigmoid(logit).
+    class:LABEL is p(label | text)^beta.  reward is exp(beta score), of a single logit.
+    threshold:ETA is 1[score < eta] + floor, whose score is the single logit, or logit 1 less logit 0.  A single
+    logit has the classes 0, of sigmoid(-logit), and 1, of sigmoid(logit).
     """
 
     def __init__(self, kind, what, classifier, beta, device):
@@ -739,7 +760,7 @@ class ClassifierPotential:
         else:
             raise ValueError(f"unknown potential of a classifier {kind!r}")
         problem = (
-            f"--potential {kind}:{what}: {classifier} has {n} labels, {judge.config.id2label}; class "
+            f"potential {kind}:{what}: {classifier} has {n} labels, {judge.config.id2label}; class "
             "needs one of them, threshold 1 or 2, reward 1, and all must be trained"
         )
         require(fits and not info["missing_keys"], problem)
@@ -772,7 +793,7 @@ class ClassifierPotential:
 
 
 def text_potential(args, device):
-    """The potential of --potential, or None for those that p0 itself gives: infilling, continuation."""
+    """The potential of args, or None for those that p0 itself gives: infilling, continuation."""
     kind, _, what = args.potential.rpartition(":")
     if args.potential in ("infilling", "continuation"):
         return None
@@ -802,7 +823,7 @@ class Decoder:
         self.cache = None
 
     def step(self, last=None, ancestors=None):
-        """Reorder by `ancestors` (n,), append `last` (n,) -> hidden states (n, d), next logits (n, V)."""
+        """Reorder by `ancestors` (n,), append `last` (n,) -> states (n, d), next logits (n, V)."""
         if self.cache is None:
             self.cache, hidden, logits = prefill(
                 self.model, [self.prompt], self.room, copies=self.n
@@ -817,9 +838,9 @@ class Decoder:
 class LMWorld:
     """p0, a causal LM after a prompt, and a potential phi: the target sigma of Eq. 1.
 
-    V: token ids that are drawn.  T: tokens of a sequence.  c: tokens of a condition or continuation.
+    V: token ids that are drawn.  T: tokens of a sequence.  c: of a condition or continuation.
     d: width of a hidden state.  conditional: sigma( . | o) for a condition o (N, c) (Sec. 3.3).
-    log_bound >= log phi, or None.  log_floor: where log phi is not above it, a sequence counts as missed.
+    log_bound >= log phi, or None.  log_floor: up to it a sequence counts as a miss.
     """
 
     def __init__(self, model, tokenizer, args):
@@ -858,8 +879,8 @@ class LMWorld:
         require(not self.conditional or n in (0, self.c), wrong)
         room = self.model.config.max_position_embeddings - self.T - self.c
         problem = (
-            f"--prompt: has {len(self.prompt)} tokens; with {self.T + self.c} to follow in a context of "
-            f"{self.model.config.max_position_embeddings} it must have 1 to {room}"
+            f"--prompt: has {len(self.prompt)} tokens; with {self.T + self.c} to follow in a "
+            f"context of {self.model.config.max_position_embeddings} it must have 1 to {room}"
         )
         require(1 <= len(self.prompt) <= room, problem)
 
@@ -885,7 +906,7 @@ class LMWorld:
         return states.unflatten(0, tokens.shape[:2])
 
     def embed(self, twist, o):
-        """e (N, d): the hidden state of the last token of o (N, c), read alone; None without condition."""
+        """e (N, d): the state of the last token of o (N, c), read alone; None without condition."""
         if not twist.condition:
             return None
         body = twist.body or self.model
@@ -903,27 +924,27 @@ class LMWorld:
         return values.view(tokens.shape[:2])
 
     def log_phi_of_texts(self, ids):
-        """log phi (M,) of the texts of (M, P + T) ids; exits if the potential's answer is no log phi."""
+        """log phi (M,) of the texts of (M, P + T) ids; exits if the answer is no log phi."""
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         answer = self.of_texts.log_phi(ids[:, -self.T :], texts)
         values = torch.as_tensor(answer, dtype=torch.float64, device=ids.device)
         problem = (
-            f"potential {self.name}: gives an array of shape {tuple(values.shape)} for {len(texts)} "
-            "texts; it must give one number for each"
+            f"potential {self.name}: gives an array of shape {tuple(values.shape)} for "
+            f"{len(texts)} texts; it must give one number for each"
         )
         require(values.shape == (len(texts),), problem)
         wrong = values.isnan() | values.isposinf()
         if wrong.any():
             i = wrong.nonzero()[0].item()
             raise SystemExit(
-                f"potential {self.name}: log phi is {values[i]} for {texts[i]!r}; it must be a number "
-                "below infinity, or -inf, for every text"
+                f"potential {self.name}: log phi is {values[i]} for {texts[i]!r}; it must be a "
+                "number below infinity, or -inf, for every text"
             )
         return values
 
     @torch.no_grad()
     def log_p_of_last(self, tokens):
-        """log p0 (N K,) of the last c of tokens (N, K, T + c) given what is before, 256 rows at a time."""
+        """log p0 (N K,) of the last c tokens of (N, K, T + c) given what is before, 256 rows a pass."""
         sums = []
         for ids in self.after_prompt(tokens).split(256):
             logits = self.model(ids, use_cache=False, logits_to_keep=self.c + 1).logits
@@ -941,7 +962,7 @@ def lm_world(model, tokenizer, args):
 
 
 class Scores:
-    """p0 and the twist, walking side by side through N K slots: what smc asks for the next scores."""
+    """p0 and the twist, side by side in N K slots: what smc asks for the next scores."""
 
     def __init__(self, world, twist, N, K, o):
         self.twist = twist
@@ -971,7 +992,7 @@ class Scores:
 
 
 class TerminalPotential:
-    """log phi of whole sequences under conditions o; 0 for sequences of another length, as BDMC draws."""
+    """log phi of whole sequences under conditions o; 0 for another length, as BDMC draws."""
 
     def __init__(self, world, o, T):
         self.world = world
@@ -995,10 +1016,10 @@ def states_along(states, lineage):
 
 @torch.no_grad()
 def sample(world, twist, K, N=1, o=None, T=None, **options):
-    """smc on a world -> Particles: N runs, or one for each row of o (N, c).  twist None means psi = 1.
+    """smc on a world -> Particles: N runs, or one for each row of o (N, c).
 
-    The hidden states of p0 (states) and of the twist's body (z) are kept with the particles: a head
-    trains on them without another pass through p0.  options: those of smc.
+    twist: a Twist, a Policy, or None for psi = 1.  options: those of smc.  The hidden states of p0
+    (states) and of the twist's body (z) are kept: a head trains on them without another pass.
     """
     T = T or world.T
     if o is not None:
@@ -1014,7 +1035,7 @@ def sample(world, twist, K, N=1, o=None, T=None, **options):
 
 
 def head_inputs(world, twist, particles):
-    """z (N, K, T, d) and e (N, 1, 1, d) that the twist's head reads, with gradient into its body."""
+    """z (N, K, T, d) and e (N, 1, 1, d) that the twist's head reads, with gradient into a body."""
     z = particles.z
     if twist.body is not None:
         z = world.hidden(twist.body, particles.tokens)
@@ -1038,7 +1059,7 @@ def log_q_in_full(world, twist, particles):
 
 
 def log_q(world, twist, particles):
-    """log q(s_t | s_{1:t-1}) of particles, (N, K, T); nothing V-sized is kept until the backward pass."""
+    """log q(s_t | s_{1:t-1}) of particles, (N, K, T); nothing V-sized waits for backward()."""
     return checkpoint(log_q_in_full, world, twist, particles, use_reentrant=False)
 
 
@@ -1068,8 +1089,8 @@ class Batch:
 def draw_positives(learner, world, twist, samples, exact, scheme):
     """Particles that stand for sigma, and their weights W (N, K'), not yet normalised.
 
-    As in the released code, resampling serves only SIXO's positives and those of conditional CTL, which
-    retain their one exact sample.  exact (N, n, T): exact samples, or None.
+    As in the released code, resampling serves only SIXO's positives and those of conditional CTL,
+    which retain their one exact sample.  exact (N, n, T): exact samples, or None.
     """
     N, K, _ = samples.tokens.shape
     o = samples.o
@@ -1106,7 +1127,7 @@ def fudge_labels(world, exact, o=None):
 def draw_batch(learner, world, twist, K, exact=None, o=None, beta=1.0, scheme="systematic"):
     """Draw what one update of a learner needs -> Batch.
 
-    K particles for each row of o (N, c), or once.  exact (N, n, T): n exact samples of each, or None.
+    K particles for each row of o (N, c), or once.  exact (N, n, T): n exact samples each, or None.
     """
     if learner not in LEARNERS:
         raise ValueError(f"unknown learner {learner!r}")
@@ -1197,8 +1218,8 @@ class Exact:
 def exact_samples(world, n, batch=1000, patience=1000):
     """n exact samples of sigma -> Exact.
 
-    Infilling: T + c tokens of p0, cut in two (BDMC, Sec. 3.3).  Otherwise rejection: draws of p0 are kept
-    with chance phi / bound; exits after `patience` batches for each sample found.
+    Infilling: T + c tokens of p0, cut in two (BDMC, Sec. 3.3).  Otherwise rejection: draws of p0
+    are kept with chance phi / bound; exits after `patience` batches for each sample found.
     """
     if world.conditional:
         T = world.T + world.c
@@ -1216,8 +1237,8 @@ def exact_samples(world, n, batch=1000, patience=1000):
         if draws % (100 * batch) == 0:
             print(f"exact samples: {len(kept)} of {n} after {draws} draws of p0", flush=True)
         problem = (
-            f"exact samples: {len(kept)} in {draws} draws of p0: phi is (nearly) zero everywhere; change "
-            "it or --beta, or take --exact 0: no upper bounds"
+            f"exact samples: {len(kept)} in {draws} draws of p0: phi is (nearly) zero everywhere; "
+            "change it or --beta, or take --exact 0: no upper bounds"
         )
         require(draws < patience * batch * (1 + len(kept)), problem)
     return Exact(torch.stack(kept[:n]), None)
@@ -1236,10 +1257,12 @@ def target_of(args):
 
 
 def read_exact_samples(path, args, world):
-    """Exact samples from a file that an earlier run has made; exits if they are of another target."""
+    """Exact samples that an earlier run has written; exits if they are of another target."""
     try:
         saved = torch.load(path, "cpu")
-        target, tokens, o = saved["target"], saved["tokens"], saved["o"]
+        target = saved["target"]
+        tokens = saved["tokens"]
+        o = saved["o"]
     except Exception as error:
         why = (
             f"{path}: no file of exact samples ({type(error).__name__}); delete it, or name another"
@@ -1257,7 +1280,7 @@ def read_exact_samples(path, args, world):
 
 
 def load_exact_samples(args, world, out, device):
-    """Exact samples from --exact-samples, drawn and written by the first process if there is no file."""
+    """Exact samples from --exact-samples; the first process draws and writes them if need be."""
     path = Path(args.exact_samples or out / "exact_samples.pt")
     found = [None]
     if dist.get_rank() == 0 and path.exists():
@@ -1322,7 +1345,7 @@ class Runs:
 
 
 def midpoint(bounds):
-    """log Z (R,) as released: the middle of the tighter of two pairs of bounds, and that pair's gap."""
+    """log Z (R,) as released: the middle of the tighter of two pairs of bounds, and its gap."""
     sis_gap = (bounds["sis_upper"] - bounds["sis_lower"]).mean().item()
     smc_gap = (bounds["smc_upper"] - bounds["smc_lower"]).mean().item()
     if smc_gap < sis_gap:
@@ -1362,7 +1385,7 @@ def kl_estimates(run, exact, bounds, log_w):
 def evaluate(args, world, twist, exact):
     """Bounds on log Z for every K of --bound-K, and both KLs with the last -> {name: value}.
 
-    Without exact samples there are lower bounds only.  Under conditions each case has its own log Z.
+    Without exact samples there are lower bounds only.  Under conditions each has its own log Z.
     """
     o = None
     R = args.runs
@@ -1392,8 +1415,8 @@ def evaluate(args, world, twist, exact):
     record["F_q"] = sis.log_w.mean().item()
     record["conditional"] = float(o is not None)
     problem = (
-        f"potential {args.potential}: zero on all {sis.log_phi.numel()} samples, so log Z-hat = -inf; "
-        "choose one that p0 reaches"
+        f"potential {args.potential}: zero on all {sis.log_phi.numel()} samples, so log Z-hat = "
+        "-inf; choose one that p0 reaches"
     )
     require(sis.log_phi.max() > -math.inf, problem)
 
@@ -1453,8 +1476,8 @@ def update(args, learner, world, twist, exact, optimizer, step):
             weight.grad /= dist.get_world_size()
         norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights]).item()
         problem = (
-            f"{learner}, update {step}: the loss or its gradient is not finite; take a smaller --lr, and "
-            "for rl a potential that is nowhere zero"
+            f"{learner}, update {step}: the loss or its gradient is not finite; take a smaller "
+            "--lr, and for rl a potential that is nowhere zero"
         )
         require(math.isfinite(norm), problem)
         optimizer.step()
@@ -1468,7 +1491,9 @@ def train(args, learner, seed, world, model, exact, out):
     torch.manual_seed(seed)
     twist = make_twist(args, learner, world, model)
     torch.manual_seed(1000 * seed + dist.get_rank())
-    updates, step, optimizer = 0, 0, None
+    updates = 0
+    step = 0
+    optimizer = None
     if learner in LEARNERS:
         updates = args.max_steps
         weights = [weight for weight in twist.parameters() if weight.requires_grad]
@@ -1538,22 +1563,16 @@ def pretty(name):
     return titles.get(name, name.replace("_", " "))
 
 
-def table_rows(finals, names):
+def table_rows(finals, names, log_Z):
     """Cells of the table, and a warning for each KL below the gap of its bounds on log Z.
 
-    finals: {learner: last records, one for each seed}.  As released, without conditions log Z is the
-    median of all midpoints.
+    finals: {learner: last records, one for each seed}.  log_Z: the common one of the KLs.
     """
-    middles = []
-    for records in finals.values():
-        for record in records:
-            middles.append(record.get("log_Z", 0.0))
-    log_Z = sorted(middles)[len(middles) // 2]
     rows, warnings = [], []
     for learner, records in finals.items():
         row = [learner]
         for name in names:
-            # Mean and half of its 95 % interval, over seeds if there are several, else over samples.
+            # Mean and half of its 95 % interval: over seeds if there are several, else samples.
             values = values_over_seeds(name, records, log_Z)
             mean = values.mean().item()
             width = records[0].get(f"{name}_ci", math.nan)
@@ -1566,8 +1585,8 @@ def table_rows(finals, names):
             gap = records[0].get("gap", 0.0)
             if name in ("kl_q_sigma", "kl_sigma_q") and gap > max(0.0, mean):
                 warnings.append(
-                    f"warning, {learner}: {pretty(name)} = {mean:.3f} is less than the gap {gap:.3f} "
-                    "between the bounds on log Z; a larger --bound-K closes it"
+                    f"warning, {learner}: {pretty(name)} = {mean:.3f} is less than the gap "
+                    f"{gap:.3f} between the bounds on log Z; a larger --bound-K closes it"
                 )
         rows.append(row)
     return rows, warnings
@@ -1579,13 +1598,16 @@ def write_table(out, records):
     records: {(learner, seed): its evaluations}.
     """
     finals = {}
+    middles = []
     for (learner, _), history in records.items():
         finals.setdefault(learner, []).append(history[-1])
+        middles.append(history[-1].get("log_Z", 0.0))
+    log_Z = sorted(middles)[len(middles) // 2]  # the median, as released
     first = next(iter(records.values()))
     if len(first) > 1:
         finals = {"untrained": [first[0]]} | finals
     names = [name for name in SHOWN if name in first[0]]
-    rows, warnings = table_rows(finals, names)
+    rows, warnings = table_rows(finals, names, log_Z)
     rows.insert(0, ["q"] + [pretty(name) for name in names])
 
     # Cells of a column have one width.
@@ -1702,7 +1724,8 @@ def draw_figure(out, records, args):
     figure.savefig(out / "figures" / "twisted_smc.png", dpi=100)
 
 
-# log Z of the default target and half of its 95 % interval: 200,000 draws of p0, log of the mean of phi.
+# log Z of the default target and half of its 95 % interval: the log of the mean of phi over 200,000
+# draws of p0; a test draws fewer.
 TINY_LOG_Z = (-1.2251, 0.0065)
 
 
