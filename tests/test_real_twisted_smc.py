@@ -16,9 +16,28 @@ PROMPT = "Once upon a time, there was a"
 
 
 def settings(out, **options):
-    return t.Args(**(dict(model=str(STORIES), prompts=(PROMPT,), potential="infilling", T=2, c=1, K=10, conditions=10,
-                          twist="mlp", lrs=(3e-3,) * 6, exact=150, runs=150, bound_K=(16,), max_steps=80, eval_every=80,
-                          out=str(out)) | options))
+    return t.Args(
+        **(
+            dict(
+                model=str(STORIES),
+                prompts=(PROMPT,),
+                potential="infilling",
+                T=2,
+                c=1,
+                K=10,
+                conditions=10,
+                twist="mlp",
+                lrs=(3e-3,) * 6,
+                exact=150,
+                runs=150,
+                bound_K=(16,),
+                max_steps=80,
+                eval_every=80,
+                out=str(out),
+            )
+            | options
+        )
+    )
 
 
 def tree(world):
@@ -29,10 +48,13 @@ def tree(world):
     h2, two = step(torch.arange(V, device=one.device), None)
     three = torch.empty(V, V, V, device=one.device)
     for start in range(0, V, block):
-        s1, s2 = (x.to(one.device) for x in torch.cartesian_prod(torch.arange(V), torch.arange(start, start + block)).T)
+        s1, s2 = (
+            x.to(one.device)
+            for x in torch.cartesian_prod(torch.arange(V), torch.arange(start, start + block)).T
+        )
         step = world.start(V * block, 1)
         step(None, None), step(s1, None)
-        three[:, start:start + block] = step(s2, None)[1].log_softmax(-1).view(V, block, V)
+        three[:, start : start + block] = step(s2, None)[1].log_softmax(-1).view(V, block, V)
     return one[0].log_softmax(-1), two.log_softmax(-1), three, h1[:1], h2
 
 
@@ -51,14 +73,26 @@ def exact_values(world, twist, conditions, levels):
             z1, z2 = h1, h2
             if twist.body is not None:
                 step = world.start(world.V, 1, None, twist.body)
-                z1, z2 = step(None, None)[0][:1], step(torch.arange(world.V, device=one.device), None)[0]
-            log_q = (one + twist(z1, e)[0]).log_softmax(-1)[:, None] + (two + twist(z2, e)).log_softmax(-1)
+                z1, z2 = (
+                    step(None, None)[0][:1],
+                    step(torch.arange(world.V, device=one.device), None)[0],
+                )
+            log_q = (one + twist(z1, e)[0]).log_softmax(-1)[:, None] + (
+                two + twist(z2, e)
+            ).log_softmax(-1)
         log_q = log_q.double()
-        values.append([log_Z, (log_q.exp() * (log_q - log_sigma)).sum(), (log_sigma.exp() * (log_sigma - log_q)).sum()])
+        values.append(
+            [
+                log_Z,
+                (log_q.exp() * (log_q - log_sigma)).sum(),
+                (log_sigma.exp() * (log_sigma - log_q)).sum(),
+            ]
+        )
     return torch.tensor(values, dtype=torch.float64)
 
 
 if STORIES.is_dir():
+
     @pytest.fixture(scope="module")
     def world():
         t.setup(0)
@@ -76,7 +110,9 @@ if STORIES.is_dir():
         log_Z = exact_values(world, None, [315], levels)[0, 0].item()
         assert len(t.load_tokenizer(str(STORIES))(PROMPT).input_ids) == 9
         assert (Z * Z.log()).sum().item() == pytest.approx(-2.7153363237, abs=2e-5)
-        assert (p * -(three.double().exp() * three).sum(-1)).sum().item() == pytest.approx(0.6151178113, abs=2e-5)
+        assert (p * -(three.double().exp() * three).sum(-1)).sum().item() == pytest.approx(
+            0.6151178113, abs=2e-5
+        )
         assert -(one.double().exp() * one).sum().item() == pytest.approx(1.8304062933, abs=2e-5)
         assert Z.argmax() == 315 and log_Z == pytest.approx(-0.8789467890, abs=2e-5)
 
@@ -89,11 +125,19 @@ if STORIES.is_dir():
         twist = t.make_twist(settings(""), "dpg", world, t.load_model(str(STORIES)))
         optimizer = torch.optim.Adam([p for p in twist.parameters() if p.requires_grad])
         assert t.load_checkpoint(tmp_path / "run" / "dpg-seed0", twist, optimizer)[0] == 80
-        exact = exact_values(world, twist, o[:, 0].tolist(), levels).mean(0)  # for the conditions of the record
+        exact = exact_values(world, twist, o[:, 0].tolist(), levels).mean(
+            0
+        )  # for the conditions of the record
         # log Z is the midpoint of bounds on the very same conditions: off by at most half of the gap and its noise
         slack = record["gap"] / 2 + 0.05
         assert record["log_Z"] == pytest.approx(exact[0].item(), abs=slack)
         assert record["smc_lower_16"] - 0.05 < exact[0] < record["smc_upper_16"] + 0.05
-        assert record["kl_q_sigma"] == pytest.approx(exact[1].item(), abs=2 * record["kl_q_sigma_ci"] + slack)
-        assert record["kl_sigma_q"] == pytest.approx(exact[2].item(), abs=2 * record["kl_sigma_q_ci"] + slack)
-        assert exact[2] < 2.1002185124 / 2  # I(s; o), the distance of sigma_o from p0: half of it is learned
+        assert record["kl_q_sigma"] == pytest.approx(
+            exact[1].item(), abs=2 * record["kl_q_sigma_ci"] + slack
+        )
+        assert record["kl_sigma_q"] == pytest.approx(
+            exact[2].item(), abs=2 * record["kl_sigma_q_ci"] + slack
+        )
+        assert (
+            exact[2] < 2.1002185124 / 2
+        )  # I(s; o), the distance of sigma_o from p0: half of it is learned
