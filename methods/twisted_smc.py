@@ -45,9 +45,10 @@ class Args:
         "\n\nHuman: Tell me a story about a fox in a cave."
         "\n\nAssistant: Fine. Once a fox lived in a cave. It"
     )
-    T: int = 8  # tokens generated; the end token is a token like others
-    # phi: tiny:monster, tiny:polite, tiny:happy, tiny:reward; class:LABEL, threshold:ETA, reward of a
-    # --classifier; infilling, continuation: p0 of what follows; FILE.py:FUNCTION, your own log phi
+    T: int = 5  # tokens generated; the end token is a token like others
+    # phi: tiny:monster, tiny:polite, tiny:happy, tiny:reward; class:LABEL, threshold:ETA, reward of
+    # a --classifier; infilling, continuation: p0 of what follows; FILE.py:FUNCTION, a log phi of
+    # yours
     potential: str = "tiny:monster"
     beta: float = 1.0  # phi^beta; the inverse of DPO's beta
     classifier: str = ""  # sequence classification model of the potentials class, threshold, reward
@@ -62,8 +63,8 @@ class Args:
     train_on_exact: bool = False  # positives are exact samples (Tables 9 and 10)
     lr: float = 0.0  # Adam's rate for every learner; 0: each its own, from the row --rates
     rates: str = "tiny"  # a row of the table LR: tiny, toxicity, sentiment, infilling, ...
-    max_steps: int = 64  # updates
-    eval_every: int = 16  # in updates, also saves; 0: after 0, 2, 4, 8, ... (the paper's epochs)
+    max_steps: int = 128  # updates
+    eval_every: int = 32  # in updates, also saves; 0: after 0, 2, 4, 8, ... (the paper's epochs)
     # How it is measured (Section 5).
     proposal: Literal["twist", "base"] = "twist"  # q of the bounds: Eq. 14 or p0
     scheme: Literal["systematic", "multinomial"] = "systematic"  # of resampling; paper: multinomial
@@ -83,7 +84,7 @@ class Args:
 # Learning rates by the learner's name: the released code's last commands.  Its first release had
 # 1e-4 for CTL on toxicity, 4096 updates for toxicity and sentiment, 6000 and 16384 for infilling.
 LR = {
-    "tiny": {"ctl": 3e-3, "rl": 3e-4, "sixo": 3e-3, "fudge": 3e-3, "dpg": 3e-3, "ppo": 3e-3},
+    "tiny": {"ctl": 3e-3, "rl": 5e-3, "sixo": 3e-3, "fudge": 3e-3, "dpg": 3e-3, "ppo": 1e-3},
     "toxicity": {"ctl": 3e-5, "rl": 3e-5, "sixo": 3e-5, "fudge": 1e-4, "dpg": 3e-5, "ppo": 1e-6},
     "toxicity-exact": {
         "ctl": 1e-4,
@@ -565,7 +566,7 @@ def dpg_loss(log_q, W):
 
 
 def gae(rewards, values, lam=0.95):
-    """Generalised advantages, gamma 1.  (..., T) each -> advantages, returns, whitened advantages."""
+    """Advantages (GAE), gamma = 1.  (..., T) each -> advantages, returns, whitened advantages."""
     advantages = rewards + F.pad(values[..., 1:], (0, 1)) - values
     for t in reversed(range(rewards.shape[-1] - 1)):
         advantages[..., t] += lam * advantages[..., t + 1]
@@ -739,8 +740,8 @@ class ClassifierPotential:
     """What a sequence classification model says of a text.
 
     class:LABEL is p(label | text)^beta.  reward is exp(beta score), of a single logit.
-    threshold:ETA is 1[score < eta] + floor, whose score is the single logit, or logit 1 less logit 0.  A single
-    logit has the classes 0, of sigmoid(-logit), and 1, of sigmoid(logit).
+    threshold:ETA is 1[score < eta] + floor, whose score is the single logit, or logit 1 less logit
+    0.  A single logit has the classes 0, of sigmoid(-logit), and 1, of sigmoid(logit).
     """
 
     def __init__(self, kind, what, classifier, beta, device):
@@ -956,7 +957,7 @@ class LMWorld:
 
     @torch.no_grad()
     def log_p_of_last(self, tokens):
-        """log p0 (N K,) of the last c tokens of (N, K, T + c) given what is before, 256 rows a pass."""
+        """log p0 (N K,) of the last c tokens of (N, K, T + c) after what is before, 256 at once."""
         sums = []
         for ids in self.after_prompt(tokens).split(256):
             logits = self.model(ids, use_cache=False, logits_to_keep=self.c + 1).logits

@@ -1,4 +1,5 @@
-"""Twisted SMC against enumeration: a world of 27 sequences whose every number is known, and random small language models."""
+"""Twisted SMC against enumeration: a world of 27 sequences whose every number is known, and random
+small language models."""
 
 import copy
 import itertools
@@ -37,7 +38,8 @@ def close(x, y, **tolerance):
 
 
 def table_twist(psi1, psi2, psi3, **kind):
-    """A linear twist on one-hot prefixes is the table of log psi_1 (3,), log psi_2 (3, 3), log psi_3 (9, 3)."""
+    """A linear twist on one-hot prefixes is the table of log psi_1 (3,), log psi_2 (3, 3), log
+    psi_3 (9, 3)."""
     twist = t.Twist(13, 3, **kind).double()
     twist.layers[0].weight.data = torch.cat([psi1[None], psi2, psi3]).T.contiguous()
     return twist
@@ -70,8 +72,8 @@ def optimal():
 class Delayed:
     """Scores that begin with a step of one token and of weight 1.
 
-    Under the twist proposal smc does not resample after its first step.  With this step before it, it
-    does so after s_1, as the published values have it.
+    Under the twist proposal smc does not resample after its first step.  With this step before it,
+    it does so after s_1, as the published values have it.
     """
 
     def __init__(self, scores):
@@ -94,7 +96,8 @@ class Delayed:
 def scripted_smc(
     twist, K, N, draw, resampler, every=True, retained=None, proposal="twist", **options
 ):
-    """smc on w1 with scripted draws of tokens and of ancestors -> Particles, without a step before s_1.
+    """smc on w1 with scripted draws of tokens and of ancestors -> Particles, without a step before
+    s_1.
 
     draw(scores) -> tokens, log_q.  resampler(log_w) -> parents.  every: also after s_1.
     """
@@ -132,7 +135,8 @@ def scripted_smc(
 
 
 def expected_bounds(twist, upper=False, scheme="multinomial", tau=2.0, **options):
-    """E log Z-hat, E Z-hat and E 1/Z-hat of smc with K = 2 over every path of tokens and ancestors, by scripting its draws."""
+    """E log Z-hat, E Z-hat and E 1/Z-hat of smc with K = 2 over every path of tokens and
+    ancestors, by scripting its draws."""
     choices = [9, 4, 9, 4, 9] if not upper else [27, 3, 2, 3, 2, 3]
     paths = torch.cartesian_prod(*map(torch.arange, choices))
     N, log_prob, E = (
@@ -271,9 +275,8 @@ def test_conditional_world_w2():
         sum(z * getattr(e, name) for z, e in zip(Z, E)) for name in ("kl_q_sigma", "kl_sigma_q")
     ]
     close(means, [0.1180023726, 0.1097196467])
-    torch.manual_seed(
-        0
-    )  # BDMC: pairs (s, o) are joint draws, so the error of a frequency is at most 0.5 / 100; 4.5 sigma
+    # BDMC: pairs (s, o) are joint draws, so a frequency's error is at most 0.5 / 100; 4.5 sigma
+    torch.manual_seed(0)
     exact = t.exact_samples(W2, 10_000)
     s, o = exact.tokens, exact.o
     close((o == torch.arange(3)).double().mean(0), Z, atol=0.0225, rtol=0)
@@ -407,12 +410,14 @@ def test_scripted_run(proposal, increments, running):
 
 @pytest.mark.parametrize("scheme", ["multinomial", "systematic"])
 def test_resampling_law(scheme):
-    """Offspring counts have mean K w; with a retained particle every slot's law is the scheme's, conditionally on it."""
+    """Offspring counts have mean K w; with a retained particle every slot's law is the scheme's,
+    conditionally on it."""
     torch.manual_seed(0)
     log_w = torch.tensor([0.1, 0.45, 0.0, 0.3, 0.15], dtype=torch.float64).log().repeat(40_000, 1)
     parents, home = t.resample(log_w, torch.rand(40_000, 6, dtype=torch.float64), scheme)
     offspring = (parents[..., None] == torch.arange(5)).sum(1).double()
-    # a count's standard deviation is below 1.2, so that of a mean is below 0.006: 5 sigma, error chance 5e-6 for all
+    # a count's standard deviation is below 1.2, so that of a mean is below 0.006: 5 sigma, error
+    # chance 5e-6 for all
     close(offspring.mean(0), 5 * log_w[0].exp(), atol=0.03, rtol=0)
     assert home is None and not (parents == 2).any()
     if scheme == "systematic":
@@ -422,7 +427,8 @@ def test_resampling_law(scheme):
     parents, home = t.resample(log_w, torch.rand(40_000, 6, dtype=torch.float64), scheme, j)
     assert (parents.gather(1, home) == j).all()
     again = (parents[..., None] == torch.arange(5)).sum(1).double()
-    # E over j ~ w of the conditional mean is K E[o_k o_j] / (K w_j) summed over j: sum_j E[o_k o_j] / K = E o_k
+    # E over j ~ w of the conditional mean is K E[o_k o_j] / (K w_j) summed over j: sum_j E[o_k
+    # o_j] / K = E o_k
     close(again.mean(0), 5 * log_w[0].exp(), atol=0.03, rtol=0)
 
 
@@ -432,7 +438,8 @@ SCALE = {"twist": 2.0, "base": 1.5}  # of the twists, so that weights are uneven
 
 
 def ratios(K, N, scale, retained, **options):
-    """N draws of Z-hat / Z or, with an exact sample retained, of Z / Z-hat: their mean is 1 (Prop. 5.1)."""
+    """N draws of Z-hat / Z or, with an exact sample retained, of Z / Z-hat: their mean is 1 (Prop.
+    5.1)."""
     twist = w1_twist()
     twist.layers[0].weight.data *= scale  # below 0 it misleads
     held = None
@@ -455,8 +462,8 @@ def off_by(x):
 def test_unbiased_and_upper_bound_identity(proposal, scheme, retained):
     """E Z-hat = Z and, with an exact sample retained, E 1/Z-hat = 1/Z, whatever K and tau are.
 
-    The limit is 4.5 standard errors: a false alarm has chance 7e-6 for each of the 64 means.  A bias of
-    1 % is at least 6 standard errors, so it would go unseen with a chance below 7 %.
+    The limit is 4.5 standard errors: a false alarm has chance 7e-6 for each of the 64 means.  A
+    bias of 1 % is at least 6 standard errors, so it would go unseen with a chance below 7 %.
     """
     torch.manual_seed(1)
     for K, N in RUNS.items():
@@ -467,7 +474,8 @@ def test_unbiased_and_upper_bound_identity(proposal, scheme, retained):
 
 
 def stratified_resample(log_w, u, scheme, slot=None):
-    """A planted fault: one point for each stretch of 1 / K, and the retained particle put into its slot.
+    """A planted fault: one point for each stretch of 1 / K, and the retained particle put into its
+    slot.
 
     Given the retained particle, the other points are not what the scheme's law says.
     """
@@ -484,9 +492,11 @@ def stratified_resample(log_w, u, scheme, slot=None):
 
 
 def test_a_planted_fault_is_seen(monkeypatch):
-    """Stratified resampling is biased by 1.4 % with a retained particle under q = p0, and the test sees it.
+    """Stratified resampling is biased by 1.4 % with a retained particle under q = p0, and the test
+    sees it.
 
-    With 20,000 runs that is 6.8 standard errors; below 4.5 with a chance of 1 %, for the fixed seed never.
+    With 20,000 runs that is 6.8 standard errors; below 4.5 with a chance of 1 %, for the fixed
+    seed never.
     """
     options = dict(
         K=16, N=20_000, scale=-3, retained=True, proposal="base", scheme="systematic", tau=2.0
@@ -585,7 +595,8 @@ def gradient(loss, twist):
     return grad.T[0], grad.T[1:4].flatten(), grad.T[4:]
 
 
-EXPECTED = {  # value; gradients of log psi_1, log psi_2, log psi_3 at [0, 0, :] and [2, 2, :]; norm of the last table
+# value; gradients of log psi_1, log psi_2, log psi_3 at [0, 0, :] and [2, 2, :]; norm of the last
+EXPECTED = {
     "ctl": (
         0.0092428371,
         [-0.0036041367, -0.0042757155, 0.0078798523],
@@ -816,7 +827,8 @@ def test_ppo_by_hand():
         whitened, [-0.3227697309, 1.1215226726, -0.7987529417], atol=1e-8, rtol=0
     )  # 1e-8 under the root
     one = lambda *x: torch.tensor([x], dtype=torch.float64)
-    # ratios 2 and 0.5 with advantages 1, 1: max(-2, -1.2) and max(-0.5, -0.8), mean -0.85; values 1 and 0 for returns 0, 0,
+    # ratios 2 and 0.5 with advantages 1, 1: max(-2, -1.2) and max(-0.5, -0.8), mean -0.85; values
+    # 1 and 0 for returns 0, 0,
     # old values 0: 0.5 * 1 and 0, times 0.1 and averaged: 0.025
     loss = t.ppo_loss(
         one(math.log(2), -math.log(2)), one(0, 0), one(1, 1), one(1, 0), one(0, 0), one(0, 0)
@@ -825,7 +837,8 @@ def test_ppo_by_hand():
 
 
 def test_fudge_labels_and_the_released_off_by_one():
-    """The label of s_{1:t} has mean psi*_t or, in the released code, psi*_{t-1}, which forgets s_t."""
+    """The label of s_{1:t} has mean psi*_t or, in the released code, psi*_{t-1}, which forgets
+    s_t."""
     torch.manual_seed(6)
     E, n = enumerate_sequences(W1, None), 4000
     psi = [torch.full((27,), LOG_Z, dtype=torch.float64).exp()]
@@ -833,7 +846,8 @@ def test_fudge_labels_and_the_released_off_by_one():
     means = []
     for labels, columns in ((t.fudge_labels, psi[1:]), (released.fudge_labels, psi[:3])):
         mean = labels(W1, ALL.repeat(n, 1)).view(n, 27, 3).mean(0)
-        # labels lie in [0.2, 0.9], so a mean's standard error is below 0.35 / sqrt(4000) = 0.0055; 5 sigma for 81 means
+        # labels lie in [0.2, 0.9], so a mean's standard error is below 0.35 / sqrt(4000) = 0.0055;
+        # 5 sigma for 81 means
         close(mean, torch.stack(columns, -1), atol=0.0277, rtol=0)
         means.append(mean[:, 2])
     print(
@@ -858,7 +872,8 @@ def test_fudge_labels_and_the_released_off_by_one():
 
 @pytest.mark.parametrize("learner", t.LEARNERS)
 def test_learns_the_optimal_twists(learner):
-    """Thousand-particle updates on w1 bring both KLs from above 0.05 to below 0.004, whichever learner."""
+    """Thousand-particle updates on w1 bring both KLs from above 0.05 to below 0.004, whichever
+    learner."""
     torch.manual_seed(7)
     twist = t.Twist(13, 3, log_sigmoid=learner == "fudge").double()
     optimizer, before = (
@@ -887,7 +902,8 @@ def test_learns_the_optimal_twists(learner):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A random GPT-NeoX of two layers in float64 with a byte-level BPE that has seen a few words."""
+    """A random GPT-NeoX of two layers in float64 with a byte-level BPE that has seen a few
+    words."""
     torch.manual_seed(8)
     path = tmp_path_factory.mktemp("lm")
     bpe = Tokenizer(models.BPE())
@@ -975,7 +991,8 @@ def small(folder, out, **options):
     ids=["head", "body", "infilling", "linear"],
 )
 def test_cache_follows_resampling(folder, options):
-    """After resampling at every step, the stored log-probs, twists and hidden states equal one teacher-forced pass."""
+    """After resampling at every step, the stored log-probs, twists and hidden states equal one
+    teacher-forced pass."""
     torch.manual_seed(9)
     t.setup(0)
     args = small(folder, "", T=7, **options)
@@ -1024,7 +1041,8 @@ def test_cache_follows_resampling(folder, options):
 
 
 def test_rejection_sampling_is_exact(folder):
-    """Bounded potentials, beta other than 1: log-weights of exact samples have mean G_q >= log Z, by importance sampling."""
+    """Bounded potentials, beta other than 1: log-weights of exact samples have mean G_q >= log Z,
+    by importance sampling."""
     t.setup(0)
     torch.manual_seed(10)
     args = small(folder, "", T=2, beta=2.0)
@@ -1098,13 +1116,13 @@ def test_resume_with_fewer_updates_ends(folder, tmp_path):
 
 
 def test_exact_samples_are_of_one_target(folder, tmp_path):
-    """A file is made if absent, and used again; one of another target, of too few samples or torn is refused."""
+    """A file is made if absent, and used again; one of another target, of too few samples or torn
+    is refused."""
     own, file = tmp_path / "mine.py", tmp_path / "exact.pt"
 
     def run(slope="0.1", **options):
-        own.write_text(
-            f"def f(tokens, texts):\n    return [-{slope} * len(x) for x in texts]\nf.log_bound = 0.0\n"
-        )
+        body = f"return [-{slope} * len(x) for x in texts]"
+        own.write_text(f"def f(tokens, texts):\n    {body}\nf.log_bound = 0.0\n")
         t.main(
             small(
                 folder,
@@ -1144,7 +1162,8 @@ def test_unbounded_potentials_leave_fudge_out(folder, tmp_path):
 
 
 def test_fudge_loss_of_a_large_potential_is_bounded():
-    """phi up to e^2 with its bound gives the same loss as phi / e^2 with bound 1; both are cross-entropies, so above 0."""
+    """phi up to e^2 with its bound gives the same loss as phi / e^2 with bound 1; both are
+    cross-entropies, so above 0."""
     losses = []
     for shift in (0.0, 2.0):
         world = copy.copy(W1)
@@ -1161,7 +1180,8 @@ def test_fudge_loss_of_a_large_potential_is_bounded():
 
 
 def test_a_policys_twist_is_its_normalised_ratio(folder):
-    """log psi_t is log q - log p0 of the token, not the difference of logits, so that Z^pi_t is 1."""
+    """log psi_t is log q - log p0 of the token, not the difference of logits, so that Z^pi_t is
+    1."""
     args = small(folder, "", learner="policy", policy=str(folder / "policy"))
     model = t.load_model(args.model)
     world = t.lm_world(model, t.load_tokenizer(args.model), args)
@@ -1171,7 +1191,8 @@ def test_a_policys_twist_is_its_normalised_ratio(folder):
 
 
 def test_policy_is_evaluated_with_both_bounds(folder, tmp_path):
-    """KL(q | sigma) of a policy is log Z - E_q log p0 phi / q: against a direct computation with full passes."""
+    """KL(q | sigma) of a policy is log Z - E_q log p0 phi / q: against a direct computation with
+    full passes."""
     args = small(
         folder,
         tmp_path / "run",
@@ -1217,7 +1238,8 @@ def test_policy_is_evaluated_with_both_bounds(folder, tmp_path):
 
 @pytest.mark.parametrize("name, log_Z", [("w1", LOG_Z), ("w2", -1.0877889338)])
 def test_evaluation_beside_exact_values(name, log_Z):
-    """A DPG twist of a small world after 64 updates: the KLs and log Z that evaluate() estimates are the exact ones."""
+    """A DPG twist of a small world after 64 updates: the KLs and log Z that evaluate() estimates
+    are the exact ones."""
     torch.manual_seed(0)
     world = MarkovWorld(name)
     args = small("", "", K=64, conditions=10, bound_K=(8, 32), runs=99, exact=99)
@@ -1242,7 +1264,8 @@ def test_evaluation_beside_exact_values(name, log_Z):
     "kl, gap, warned", [(0.1, 0.5, True), (-0.1, 0.5, True), (0.6, 0.5, False), (-0.1, -0.2, False)]
 )
 def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
-    """log Z is known no better than the gap between its bounds; an upper mean below a lower one is noise, and no gap."""
+    """log Z is known no better than the gap between its bounds; an upper mean below a lower one is
+    noise, and no gap."""
     first = dict(
         F_q=-1.0 - 5,
         G_q=-1.0 + 5,
@@ -1314,7 +1337,8 @@ def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, options, words):
     [("judge1", "class:0"), ("judge3", "class:1"), ("judge1", "reward"), ("judge2", "threshold:0")],
 )
 def test_classifier_potentials(folder, name, potential):
-    """The potential of decoded texts equals the classifier's output one text at a time; thresholds have their floor."""
+    """The potential of decoded texts equals the classifier's output one text at a time; thresholds
+    have their floor."""
     t.setup(0)
     args = small(folder, "", classifier=str(folder / name), potential=potential, beta=2.0)
     model, tokenizer = t.load_model(args.model), t.load_tokenizer(args.model)
@@ -1340,7 +1364,8 @@ def test_classifier_potentials(folder, name, potential):
 
 
 def test_threshold_without_hits_changes_nothing():
-    """Particles that all miss the set carry no information: zero gradient, not a pull towards p0."""
+    """Particles that all miss the set carry no information: zero gradient, not a pull towards
+    p0."""
     world = copy.copy(W1)
     world.log_floor, world.log_phi = (
         math.log(2e-16),
@@ -1366,7 +1391,8 @@ def test_presets_are_the_papers():
 
 
 def test_true_log_Z_of_the_default_run():
-    """The constant that the figure draws, again from 4000 draws of p0: 4.5 standard errors, chance 7e-6."""
+    """The constant that the figure draws, again from 4000 draws of p0: 4.5 standard errors, chance
+    7e-6."""
     t.setup(0)
     world = t.lm_world(t.load_model("tiny"), t.load_tokenizer("tiny"), t.PRESETS["tiny"])
     phi = t.sample(world, None, 4000, proposal="base", tau=0.0).log_phi[0].exp()

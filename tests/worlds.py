@@ -1,8 +1,8 @@
 """Worlds of twisted SMC that are small enough to enumerate, and their exact values.
 
 MarkovWorld has what smc and the learners ask of a world (LMWorld in twisted_smc.py), with tables in
-place of a language model.  enumerate_sequences computes log Z, sigma, the optimal twists of Prop. 3.2
-and both KLs from all V^T sequences.
+place of a language model.  enumerate_sequences computes log Z, sigma, the optimal twists of Prop.
+3.2 and both KLs from all V^T sequences.
 """
 
 import math
@@ -21,7 +21,8 @@ PREFIXES = 13  # 1 + 3 + 9 of at most two tokens
 
 
 class MarkovDecoder:
-    """n slots that walk through the tree of prefixes; a slot's state is the number of its prefix."""
+    """n slots that walk through the tree of prefixes; a slot's state is the number of its
+    prefix."""
 
     def __init__(self, world, n, o):
         self.world = world
@@ -100,7 +101,8 @@ def all_sequences(V, T):
 
 
 def enumerate_sequences(world, twist, o=None):
-    """All sequences of a world, under one condition o (1, c) if it has conditions -> Enumeration."""
+    """All sequences of a world, under one condition o (1, c) if it has conditions ->
+    Enumeration."""
     V, T = world.V, world.T
     sequences = all_sequences(V, T)
     if o is not None:
