@@ -337,10 +337,11 @@ def propose(logits, log_psi, proposal, forced=None):
     forced (n,): tokens of retained particles, -1 for the others; None: all are free.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # p0, p0 psi_t and q over the vocabulary, none of them normalised.
     log_p_psi = logits
     if log_psi is not None:
         log_p_psi = logits + log_psi
-    log_q = logits  # q = p0, not normalised
+    log_q = logits  # q = p0
     if proposal == "twist":
         log_q = log_p_psi  # Eq. 14
 
@@ -604,9 +605,11 @@ class Twist(nn.Module):
         self.log_sigmoid = log_sigmoid
         if condition:
             d = 2 * d
+        # All layers are square but the last, which has an output for every token.
         self.layers = nn.ModuleList()
-        for i in range(layers):
-            self.layers.append(nn.Linear(d, V if i == layers - 1 else d))
+        for _ in range(layers - 1):
+            self.layers.append(nn.Linear(d, d))
+        self.layers.append(nn.Linear(d, V))
         self.critic = nn.Linear(d, 1)  # PPO's value of s_{1:t-1}
         for layer in [*self.layers, self.critic]:
             nn.init.xavier_normal_(layer.weight)
@@ -706,6 +709,7 @@ class TinyPotential:
         self.log_bound = beta * best
 
     def log_phi(self, tokens, texts):
+        # What the prompt says does not count, only the story that follows it.
         values = []
         for text in texts:
             story = text.rpartition("Assistant:")[2]
@@ -721,12 +725,14 @@ class FilePotential:
     """exp(beta f(tokens, texts)) for a user's f; an attribute f.log_bound allows rejection."""
 
     def __init__(self, path, name, beta):
-        require(Path(path).is_file(), f"potential {path}:{name}: there is no file {path}")
+        # The file is run as a module, and the function is taken from it.
         spec = importlib.util.spec_from_file_location("potential", path)
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         require(hasattr(module, name), f"potential {path}:{name}: {path} has no function {name}")
         self.function = getattr(module, name)
+
+        # Without a bound there is no rejection, so there are no exact samples.
         self.beta = beta
         self.log_bound = None
         if hasattr(self.function, "log_bound"):
@@ -793,6 +799,7 @@ class ClassifierPotential:
         return torch.cat(parts)
 
     def log_phi(self, tokens, texts):
+        # The score is the log odds of class 1.
         logits = self.logits(texts)
         single = logits.shape[1] == 1
         score = logits[:, 0] if single else logits[:, 1] - logits[:, 0]
@@ -887,9 +894,12 @@ class LMWorld:
 
     def check_lengths(self, args):
         """Exit with one line if prompt, sequence and continuation do not fit together."""
+        # A condition to show under infilling is as long as those that are drawn.
         n = len(self.continuation)
         wrong = f"--continuation {args.continuation!r} has {n} tokens, but --c is {args.c}"
         require(not self.conditional or n in (0, self.c), wrong)
+
+        # What the model's context leaves for the prompt.
         room = self.model.config.max_position_embeddings - self.T - self.c
         problem = (
             f"--prompt: has {len(self.prompt)} tokens; with {self.T + self.c} to follow in a "
@@ -930,6 +940,7 @@ class LMWorld:
         if self.of_texts is not None:
             values = self.log_phi_of_texts(self.after_prompt(tokens))
         else:
+            # p0 of what follows: the condition of each run, or the one continuation.
             if not self.conditional:
                 o = torch.tensor([self.continuation], device=tokens.device).expand(len(tokens), -1)
             follows = o[:, None].expand(-1, tokens.shape[1], -1)
@@ -946,6 +957,8 @@ class LMWorld:
             f"{len(texts)} texts; it must give one number for each"
         )
         require(values.shape == (len(texts),), problem)
+
+        # log phi = -inf is a potential of 0; nan and inf are no potentials.
         wrong = values.isnan() | values.isposinf()
         if wrong.any():
             i = wrong.nonzero()[0].item()
@@ -978,25 +991,33 @@ class Scores:
     """p0 and the twist, side by side in N K slots: what smc asks for the next scores."""
 
     def __init__(self, world, twist, N, K, o):
+        # p0, and beside it the twist's own body if it has one.
         self.twist = twist
         self.base = world.decoder(N * K, o)
         self.body = None
         if twist is not None and twist.body is not None:
             self.body = world.decoder(N * K, o, twist.body)
+
+        # The condition is read once, and then shown to all particles of its run.
         self.e = None
         if isinstance(twist, Twist):
             self.e = world.embed(twist, o)
         if self.e is not None:
             self.e = self.e.repeat_interleave(K, 0)
+
+        # What sample() keeps for the learners.
         self.states = []  # of p0, (N K, d) for each t
         self.z = []  # of the twist's own body
 
     def __call__(self, last, ancestors):
+        # Both walk on by one token; a head reads the body's states, or those of p0.
         hidden, logits = self.base.step(last, ancestors)
         self.states.append(hidden)
         if self.body is not None:
             hidden, body_logits = self.body.step(last, ancestors)
             self.z.append(hidden)
+
+        # log psi_t of every next token.
         if self.twist is None:
             return logits, None
         if isinstance(self.twist, Policy):
@@ -1034,7 +1055,8 @@ def sample(world, twist, K, N=1, o=None, T=None, **options):
     twist: a Twist, a Policy, or None for psi = 1.  options: those of smc.  The hidden states of p0
     (states) and of the twist's body (z) are kept: a head trains on them without another pass.
     """
-    T = T or world.T
+    if T is None:
+        T = world.T
     if o is not None:
         N = len(o)
     scores = Scores(world, twist, N, K, o)
@@ -1089,11 +1111,9 @@ class Batch:
     hit: torch.Tensor  # (N,), 1 if some positive has weight, else 0: it says nothing of sigma
     w_neg: torch.Tensor | None = None  # CTL: (N, K, T), weights of the samples' prefixes under pi_t
     targets: torch.Tensor | None = (
-        None  # RL and FUDGE: (N, K, T or 1), what psi of samples should be
+        None  # RL, FUDGE: (N, K, T or 1), what the samples' psi should be
     )
-    positive_targets: torch.Tensor | None = (
-        None  # the same of exact positives; None: there are none
-    )
+    positive_targets: torch.Tensor | None = None  # the same for exact positives, if there are any
     advantages: torch.Tensor | None = None  # PPO: (N, K, T), whitened
     returns: torch.Tensor | None = None  # PPO: (N, K, T)
     values: torch.Tensor | None = None  # PPO: (N, K, T), the critic's before the update
@@ -1107,6 +1127,8 @@ def draw_positives(learner, world, twist, samples, exact, scheme):
     """
     N, K, _ = samples.tokens.shape
     o = samples.o
+
+    # Exact samples count alike; all others by their weight p0 phi / q.
     if exact is not None and learner == "ctl" and world.conditional:
         positives = sample(world, twist, K, N, o, scheme=scheme, retained=exact)
     elif exact is not None:
@@ -1126,8 +1148,9 @@ def soft_values(particles):
 
 def fudge_labels(world, exact, o=None):
     """phi (N, T) of a continuation by p0 of every prefix s_{1:t} of exact samples (N, T)."""
+    # Row t N + n keeps the first t tokens of sample n; -1 leaves the others to p0.
     N, T = exact.shape
-    prefixes = exact.repeat(T, 1)  # N rows for each t
+    prefixes = exact.repeat(T, 1)
     t = torch.arange(T, device=exact.device)
     after = t > t.repeat_interleave(N)[:, None]
     prefixes = prefixes.masked_fill(after, -1)[:, None]
@@ -1157,7 +1180,9 @@ def draw_batch(learner, world, twist, K, exact=None, o=None, beta=1.0, scheme="s
     W = W / W.sum(-1, keepdim=True).clamp(min=1e-300)
     batch = Batch(samples, positives, W, hit)
 
+    # What each learner wants to know of its own samples.
     if learner == "ctl":
+        # Prefixes of q, weighted to be those of pi_t (Eq. 9).
         ratio = (samples.log_p - samples.log_q).cumsum(-1)
         batch.w_neg = (ratio + samples.log_psi).softmax(1)
     elif learner == "rl":
@@ -1169,6 +1194,7 @@ def draw_batch(learner, world, twist, K, exact=None, o=None, beta=1.0, scheme="s
         if exact is not None and world.conditional:  # half of the loss is on prefixes that matter
             batch.positive_targets = fudge_labels(world, exact[:, 0], o)[:, None]
     elif learner == "ppo":
+        # The reward at T is log phi, and log q / p0 is the cost of every token.
         with torch.no_grad():
             z, e = head_inputs(world, twist, samples)
             batch.values = twist.value(z, e).double()
@@ -1238,6 +1264,8 @@ def exact_samples(world, n, batch=1000, patience=1000):
         T = world.T + world.c
         tokens = sample(world, None, 1, n, T=T, proposal="base", tau=0.0).tokens[:, 0]
         return Exact(tokens[:, : world.T], tokens[:, world.T :])
+
+    # Rejection, in batches.
     kept = []
     draws = 0
     while len(kept) < n:
@@ -1247,6 +1275,8 @@ def exact_samples(world, n, batch=1000, patience=1000):
         require(log_phi.max() <= world.log_bound + 1e-6, "potential: its log_bound is too small")
         accepted = torch.rand_like(log_phi).log() < log_phi - world.log_bound
         kept.extend(particles.tokens[0, accepted])
+
+        # Say how far it is, and stop if it leads nowhere.
         if draws % (100 * batch) == 0:
             print(f"exact samples: {len(kept)} of {n} after {draws} draws of p0", flush=True)
         problem = (
@@ -1281,6 +1311,8 @@ def read_exact_samples(path, args, world):
             f"{path}: no file of exact samples ({type(error).__name__}); delete it, or name another"
         )
         raise SystemExit(why) from None
+
+    # The same target, and samples enough.
     wanted = target_of(args)
     changed = [name for name in wanted if target.get(name) != wanted[name]]
     problem = f"{path}: exact samples of another target, with another {', '.join(changed)}"
@@ -1299,6 +1331,7 @@ def load_exact_samples(args, world, out, device):
     if dist.get_rank() == 0 and path.exists():
         found = [read_exact_samples(path, args, world)]
     elif dist.get_rank() == 0:
+        # Draw, and write under another name first, so that the file is never half-written.
         print(f"drawing {args.exact} exact samples: {path}", flush=True)
         exact = exact_samples(world, args.exact)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -1307,8 +1340,10 @@ def load_exact_samples(args, world, out, device):
             contents["o"] = exact.o.cpu()
         partial = Path(f"{path}.tmp")
         torch.save(contents, partial)
-        partial.replace(path)  # never half-written
+        partial.replace(path)
         found = [Exact(contents["tokens"], contents["o"])]
+
+    # The others get them from the first process.
     dist.broadcast_object_list(found)
     exact = found[0]
     exact.tokens = exact.tokens.to(device)
@@ -1436,7 +1471,8 @@ def evaluate(args, world, twist, exact):
     if exact is None:
         record["lower"] = max(bounds["sis_lower"].mean(), bounds["smc_lower"].mean()).item()
         return record
-    return record | kl_estimates(run, exact, bounds, sis.log_w)
+    record.update(kl_estimates(run, exact, bounds, sis.log_w))
+    return record
 
 
 SHOWN = ("kl_q_sigma", "kl_sigma_q", "log_Z", "gap", "lower", "kl_prior", "reward", "hits")
@@ -1449,8 +1485,9 @@ def evaluate_and_log(args, world, twist, exact, out, step):
         found = [evaluate(args, world, twist, exact)]
     dist.broadcast_object_list(found)
     record = found[0]
-    line = {name: record[name] for name in SHOWN if name in record}  # these first, for printing
-    log(out, step, **(line | record))
+    line = {name: record[name] for name in SHOWN if name in record}  # first, since they are printed
+    line.update(record)
+    log(out, step, **line)
 
 
 # ---- Training
@@ -1465,22 +1502,26 @@ def is_due(step, eval_every):
 
 def update(args, learner, world, twist, exact, optimizer, step):
     """One update of a learner's twist, of every process's own batch with the mean gradient."""
+    # Exact samples as positives: with every condition that BDMC draws, or if asked for.
     K = args.K
     retained = None
     o = None
     if world.conditional:
         conditions = args.conditions
         if learner != "ctl":
-            conditions, K = args.conditions * K, 1
-        fresh = exact_samples(world, conditions)  # exact, with their conditions, by BDMC
-        retained, o = fresh.tokens[:, None], fresh.o
+            conditions = args.conditions * K
+            K = 1
+        fresh = exact_samples(world, conditions)
+        retained = fresh.tokens[:, None]
+        o = fresh.o
     elif args.train_on_exact:
         chosen = torch.randint(len(exact.tokens), (K,), device=exact.tokens.device)
         retained = exact.tokens[chosen][None]
     batch = draw_batch(learner, world, twist, K, retained, o, args.beta, args.scheme)
 
+    # One step of Adam, with the mean gradient of all processes; PPO uses its batch four times.
     weights = optimizer.param_groups[0]["params"]
-    epochs = 4 if learner == "ppo" else 1  # PPO's inner epochs
+    epochs = 4 if learner == "ppo" else 1
     for _ in range(epochs):
         optimizer.zero_grad()
         batch_loss(learner, world, twist, batch).backward()
@@ -1510,7 +1551,10 @@ def train(args, learner, seed, world, model, exact, out):
     if learner in LEARNERS:
         updates = args.max_steps
         weights = [weight for weight in twist.parameters() if weight.requires_grad]
-        optimizer = torch.optim.Adam(weights, lr=args.lr or LR[args.rates][learner])
+        rate = args.lr
+        if rate == 0:
+            rate = LR[args.rates][learner]
+        optimizer = torch.optim.Adam(weights, lr=rate)
         if args.resume:
             step, _ = load_checkpoint(out, twist, optimizer)
     saved = step
@@ -1537,6 +1581,7 @@ def train(args, learner, seed, world, model, exact, out):
 
 def print_text(args, world, twist):
     """The heaviest of K samples of q, with its weight: what the learner would have us read."""
+    # Under infilling what follows is --continuation, or drawn like the conditions of training.
     o = None
     if world.conditional and world.continuation:
         o = torch.tensor([world.continuation], device=world.model.device)
@@ -1618,7 +1663,7 @@ def write_table(out, records):
     log_Z = sorted(middles)[len(middles) // 2]  # the median, as released
     first = next(iter(records.values()))
     if len(first) > 1:
-        finals = {"untrained": [first[0]]} | finals
+        finals = {"untrained": [first[0]], **finals}
     names = [name for name in SHOWN if name in first[0]]
     rows, warnings = table_rows(finals, names, log_Z)
     rows.insert(0, ["q"] + [pretty(name) for name in names])
@@ -1664,6 +1709,8 @@ def draw_updates(axis, name, records, args):
         steps = [record["step"] for record in history]
         values = [record[name] for record in history]
         axis.plot(steps, values, **style_of(learner, seed, args))
+
+    # KLs are compared with 0; the paper's epochs double the updates.
     axis.set(title=TITLES[name], xlabel="updates", ylabel="nats")
     if name.startswith("kl"):
         axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
@@ -1690,6 +1737,8 @@ def draw_bounds(axis, learner, history, args, known):
             axis.errorbar(
                 args.bound_K, means, widths, fmt=line, color=color, ms=4, capsize=3, lw=1.2
             )
+
+    # Where log Z really is, if it is known.
     title = f"log Z bounds, {learner} (grey: untrained)\nupper dashed; IWAE round, SMC square"
     if known is not None:
         log_Z, width = known
@@ -1727,6 +1776,7 @@ def draw_figure(out, records, args):
     draw_bounds(axes[1, 0], learner, history, args, known_log_Z(args))
     draw_ess(axes[1, 1], records, args)
 
+    # What it does not show, and one legend for all panels.
     where = f"model {args.model}"
     if args.model == "tiny":
         where = "the built-in tiny world, not the paper's setting"
@@ -1771,6 +1821,7 @@ def check_potential(args):
     """Exit with one line if --potential and its options do not fit."""
     name = args.potential
     kind, _, what = name.rpartition(":")
+    # Each kind needs options of its own.
     if name == "infilling":
         fits = args.c > 0 and args.beta == 1 and args.exact > 0
         problem = f"--c {args.c} must be above 0, --beta 1, and --exact above 0"
@@ -1810,6 +1861,8 @@ def check(args):
     known = args.learner in (*LEARNERS, "all", "none", "policy")
     require(known, f"unknown learner {args.learner!r}: choose one of {', '.join(LEARNERS)}, all")
     check_potential(args)
+
+    # One particle of a run has weight 1 whatever it is.
     if args.K == 1 and (args.conditions == 1 or args.learner in ("all", "ctl")):
         alone = args.learner in ("all", "ctl", "sixo", "dpg")
         problem = (
@@ -1835,6 +1888,8 @@ def choose_learners(args, world):
 
 def main(args):
     check(args)
+
+    # The target, and who learns to sample from it.
     device = setup(args.seed)
     model = load_model(args.model, args.dtype)
     world = lm_world(model, load_tokenizer(args.model), args)
@@ -1848,6 +1903,7 @@ def main(args):
         for old in out.glob("*-seed*"):
             shutil.rmtree(old)
 
+    # Exact samples, for upper bounds and KL(sigma | q).
     exact = None
     if world.log_bound is not None and args.exact > 0:
         exact = load_exact_samples(args, world, out, device)
@@ -1859,10 +1915,11 @@ def main(args):
             say(f"{learner}, seed {seed}")
             folder = out / f"{learner}-seed{seed}"
             twist = train(args, learner, seed, world, model, exact, folder)
-            records[learner, seed] = read_history(folder)
             if first:
+                records[learner, seed] = read_history(folder)
                 print_text(args, world, twist)
 
+    # Table and figure.
     if first:
         write_table(out, records)
         draw_figure(out, records, args)
