@@ -44,7 +44,7 @@ def raw_log_ratio(first_logps, second_logps):
 
 
 def score_the_first_tokens(row):
-    """Left padding shifts the prompt's mask: the first |y| tokens of x + y are scored, after BOS."""
+    """Left padding shifts the prompt's mask: the first |y| tokens of x + y are scored."""
     responses = []
     for response in row["responses"]:
         whole = row["prompt_ids"] + response
