@@ -114,15 +114,13 @@ def dpo_loss(
 ):
     """The loss of each pair, Eq. 7.  Four (B,) summed log-probs -> (B,) losses.
 
-    With label_smoothing = eps, each label is wrong with probability eps, and the loss is its
-    expectation. At eps = 1/2 there would be nothing to learn.
+    label_smoothing is the probability that a label is wrong, and the loss is then an expectation.
+    At 1/2 there would be nothing to learn.
     """
     chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # Eq. 5, without beta log Z(x)
     rejected_reward = beta * (rejected_logps - ref_rejected_logps)
     margin = chosen_reward - rejected_reward  # beta log Z(x) cancels
-    loss = -F.logsigmoid(margin)  # Eq. 7
-    flipped_loss = -F.logsigmoid(-margin)
-    return (1 - label_smoothing) * loss + label_smoothing * flipped_loss
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
 def load_rows(args, split, tokenizer):
@@ -221,8 +219,8 @@ def main(args):
         metrics = []
         for batch in pack_pairs(rows, args.tokens_per_microbatch):
             losses, pairs = pair_losses(model, batch, ref_train[index], args)
-            loss = losses.sum() * dist.get_world_size() / len(rows)  # FSDP averages over processes
-            loss.backward()
+            # FSDP takes the mean over the processes; the loss is the mean over all their pairs.
+            (losses.sum() * dist.get_world_size() / len(rows)).backward()
             metrics.append(pairs)
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, rows, out)
@@ -232,7 +230,7 @@ def main(args):
         optimizer.step()
         optimizer.zero_grad()
 
-        # Log: means over the pairs of all processes, as they were before the update.
+        # Log: means over all processes, of values from before the update.
         log(
             out,
             step,
