@@ -195,7 +195,7 @@ def check(args):
     require(finite and all(finite), "--gamma must be one or more finite numbers")
 
 
-def train(args):
+def train_one(args):
     """One run: args.gamma holds one number.  Returns the records of its metrics.jsonl."""
     setup(args.seed)
 
@@ -308,7 +308,7 @@ def main(args):
     check(args)
     records = []
     for run in runs_of_sweep(args):
-        records += train(run)
+        records += train_one(run)
     return records
 
 

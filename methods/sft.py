@@ -1,25 +1,25 @@
 """Supervised fine-tuning (SFT), the stage before preference learning.
 
-It makes the reference policy of DPO (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, App. B)
-by maximum likelihood of the chosen responses, given their prompts. The loss of an example is
+It makes the reference policy of DPO (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290,
+App. B) by maximum likelihood of the chosen responses, given their prompts. An example has the loss
 
     L = - sum_t log pi(y_t | x, y_<t)
 
 over the tokens of the response, its end-of-text token included and the prompt's excluded.
 
-    python methods/sft.py                                       tiny world, half a minute on a laptop
+    python methods/sft.py                                       tiny world, half a minute
     python methods/sft.py --data my_rows.jsonl --objective mean
     torchrun --standalone --nproc-per-node 4 methods/sft.py hh
 
 Presets: tiny (default) | hh: Pythia-2.8B on the chosen side of Anthropic HH | tldr: on TL;DR posts.
 
 The loss of a step is the mean of L over its examples, as in the released code. It gives long
-responses more weight than short ones. With --objective mean the sum of L is divided by the number of
-scored tokens, which is the usual loss of language modelling. With --all-turns every assistant turn
-of a dialogue is scored, and not only the last one.
+responses more weight than short ones. With --objective mean the sum of L is divided by the number
+of scored tokens, which is the usual loss of language modelling. With --all-turns every assistant
+turn of a dialogue is scored, and not only the last one.
 
-One thing differs from the released code (eric-mitchell/direct-preference-optimization): summaries of
-TL;DR begin with a space here, as they do in the preference data.
+One thing differs from the released code (eric-mitchell/direct-preference-optimization): summaries
+of TL;DR begin with a space here, as they do in the preference data.
 """
 
 import sys
