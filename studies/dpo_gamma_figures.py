@@ -59,6 +59,7 @@ def read_options(folder):
     options = {}
     for field in fields(dpo_gamma.Args):
         options[field.name] = config[field.name]
+    options["gamma"] = tuple(config["gamma"])
     options["out"] = str(folder)
     return dpo_gamma.Args(**options)
 
