@@ -33,7 +33,7 @@ import dpo_gamma
 # isort: off
 from common import subset, read_rows  # data
 from common import load_model, load_tokenizer  # models
-from common import require, say, setting  # processes
+from common import require, say, setting, setup  # processes
 # isort: on
 
 
@@ -107,6 +107,7 @@ def main(args):
     from matplotlib.figure import Figure
 
     # A panel for each gamma (Fig. 3), and one for all (Fig. 4).
+    setup(seed=0)  # the reference's log-probs are scored anew if they are not cached
     sweep = Path(args.sweep)
     folders = finished_runs(sweep)
     figure = Figure((4 * len(folders) + 4, 4), layout="constrained")

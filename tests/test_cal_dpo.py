@@ -416,7 +416,7 @@ def settle(losses_of, model, batch, reference, steps, lr):
 
 
 def test_chosen_reward_on_a_small_model():
-    """r_w can rise by a fraction of a nat only, since the reference knows the chosen responses well.
+    """r_w can rise by a fraction of a nat only: the reference knows the chosen responses well.
 
     Chosen and rejected ones differ in 3 of 8 tokens.  DPO lowers r_w by nats, Cal-DPO at beta 0.1
     does not, and at 0.001 it does.

@@ -1,4 +1,4 @@
-"""Real HH-RLHF pairs, real tokenizers, a real small model; collects nothing where they are absent."""
+"""Real HH-RLHF pairs, tokenizers and a small model; collects nothing where they are absent."""
 
 import json
 import math
