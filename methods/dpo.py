@@ -225,21 +225,14 @@ def main(args):
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, rows, out)
         clipped += grad_norm > args.max_grad_norm
-        lr = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
         optimizer.step()
         optimizer.zero_grad()
 
         # Log: means over all processes, of values from before the update.
-        log(
-            out,
-            step,
-            **merge(metrics),
-            grad_norm=grad_norm,
-            clipped_steps=clipped / (step + 1),
-            lr=lr,
-            **speed(rows, time.time() - started),
-        )
+        status = {"grad_norm": grad_norm, "clipped_steps": clipped / (step + 1)}
+        status["lr"] = optimizer.param_groups[0]["lr"]
+        log(out, step, **merge(metrics), **status, **speed(rows, time.time() - started))
 
         # Save: a checkpoint when it is due, and when the run is asked to stop.
         stop = stop_requested()

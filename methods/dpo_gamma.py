@@ -171,12 +171,15 @@ def evaluate(model, rows, reference, args):
     return merge(metrics, prefix="eval_")
 
 
+def copy_weights(model):
+    """The weights as they are now: a list of tensors, sharded as the model is."""
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
 @torch.no_grad()
-def squared_distance(model, first_weights):
-    """The squared distance of all weights from first_weights, a list in their order.  A scalar."""
-    distance = 0.0
-    for weight, first in zip(model.parameters(), first_weights):
-        distance = distance + (weight - first).square().sum()
+def squared_distance(model, weights):
+    """The squared distance of the model's weights from these, which are in the same order."""
+    distance = sum((new - old).square().sum() for new, old in zip(model.parameters(), weights))
     return distance.full_tensor() if isinstance(distance, DTensor) else distance  # DTensor: sharded
 
 
@@ -216,7 +219,7 @@ def train_one(args):
     model = load_model(args.model, args.dtype, train=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    first_weights = [weight.detach().clone() for weight in model.parameters()]
+    first_weights = copy_weights(model)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=args.lr)
     start = 0
     clipped = 0  # steps whose gradient was clipped so far
@@ -228,12 +231,8 @@ def train_one(args):
 
     for step in progress(range(start, steps)):
         if step % eval_steps == 0:
-            log(
-                out,
-                step,
-                **evaluate(model, test, ref_test, args),
-                eval_distance=squared_distance(model, first_weights),
-            )
+            held_out = evaluate(model, test, ref_test, args)
+            log(out, step, **held_out, eval_distance=squared_distance(model, first_weights))
 
         # Step: the gradients of the micro-batches add up to that of the mean over all pairs.
         started = time.time()
@@ -248,21 +247,14 @@ def train_one(args):
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, rows, out)
         clipped += grad_norm > args.max_grad_norm
-        lr = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
-        optimizer.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
         optimizer.step()
         optimizer.zero_grad()
 
         # Log: means over all processes, of values from before the update.
-        log(
-            out,
-            step,
-            **merge(metrics),
-            grad_norm=grad_norm,
-            clipped_steps=clipped / (step + 1),
-            lr=lr,
-            **speed(rows, time.time() - started),
-        )
+        status = {"grad_norm": grad_norm, "clipped_steps": clipped / (step + 1)}
+        status["lr"] = optimizer.param_groups[0]["lr"]
+        log(out, step, **merge(metrics), **status, **speed(rows, time.time() - started))
 
         # Save: a checkpoint when it is due, and when the run is asked to stop.
         stop = stop_requested()
@@ -272,12 +264,8 @@ def train_one(args):
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
     # After the last step: the model, the figure, and a table of the held-out metrics.
-    log(
-        out,
-        steps,
-        **evaluate(model, test, ref_test, args),
-        eval_distance=squared_distance(model, first_weights),
-    )
+    held_out = evaluate(model, test, ref_test, args)
+    log(out, steps, **held_out, eval_distance=squared_distance(model, first_weights))
     save_model(model, tokenizer, out / "model")
     history = plot_curves(
         out, PANELS, f"DPO^{args.gamma[0]} (Chen et al.), beta {args.beta}: {setting(args)}"
