@@ -21,7 +21,7 @@ log 2.
 
 Three things differ from the released code (eric-mitchell/direct-preference-optimization):
 - The policy and the reference compute in the same dtype, so that all rewards are 0 at step 0.
-- The order of the data follows --seed, and the rows left by an epoch's last whole batch are used.
+- The order of the data follows --seed, and no epoch drops its last rows.
 - A rejected transcript has the same prompt as the chosen one; other rows are dropped and counted.
 """
 

@@ -117,7 +117,7 @@ def load_rows(args, split, tokenizer):
         require("chosen" in row, f"{args.data}: {split} rows need chosen, the response to learn")
         row.pop("rejected", None)  # else it would be tokenised as a second response
 
-    # Fewer rows, or more.
+    # Of rows with one prompt the last, and of each dialogue every turn, if so asked.
     if args.one_per_prompt:
         last = {}
         for row in rows:
