@@ -5,6 +5,13 @@ A few plain lines for each difference; the tests print both values side by side.
 
 import numpy as np
 import torch
+import random
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import common
 
 # ---- DPO, Cal-DPO: loss, truncation, labels
 
@@ -14,6 +21,75 @@ def cut_prompt(prompt, room, keep):
     if keep == "end":
         return prompt[-room:]
     return prompt[:room]
+def dpo_data_order(n, epochs, seed):
+    """DPO: the order of n prompts in each epoch.  The seed of the run does not reach it."""
+    epoch_seeds = np.random.RandomState(0).randint(0, 2**32, size=epochs)
+    order = list(range(n))
+    orders = []
+    for epoch_seed in epoch_seeds:
+        random.Random(int(epoch_seed)).shuffle(order)  # in place: each epoch goes on from the last
+        orders.append(list(order))
+    return orders
+
+
+def dpo_optimiser_steps(n, batch_size, epochs):
+    """DPO: a partial last batch is dropped in every epoch."""
+    return epochs * (n // batch_size)
+
+
+def dpo_log_ratios_at_the_start(folder, rows):
+    """DPO: log pi/pi_ref of each response before the first step: bf16 policy, fp16 reference."""
+    (batch,) = common.pack_pairs(rows, 1_000_000)
+    with torch.no_grad():
+        policy = common.response_logps(common.load_model(folder, "bfloat16"), batch)[0]
+        reference = common.response_logps(common.load_model(folder, "float16"), batch)[0]
+    return policy - reference
+
+
+def hh_responses(chosen, rejected):
+    """DPO: both transcripts are cut where the chosen one's prompt ends, whatever differs there."""
+    cue = "\n\nAssistant:"
+    end = chosen.rindex(cue) + len(cue)
+    return chosen[end:], rejected[end:]
+
+
+def se_preferred(score_i, score_j):
+    """DPO: which of two Stack Exchange answers is chosen; of equal scores, the second."""
+    return "i" if score_i > score_j else "j"
+
+
+def tldr_texts(row):
+    """DPO: prompt and target of an SFT row.  No space before the summary; a null post is "None"."""
+    prompt = f"SUBREDDIT: r/{row['subreddit']}\nTITLE: {row['title']}\nPOST: {row['post']}\nTL;DR:"
+    return prompt, row["summary"]
+
+
+def cal_dpo_loss_pythia(
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, shift=0.0
+):
+    """Cal-DPO, Pythia code: the README's commands leave shift at 0, and 0 selects DPO."""
+    r_w = chosen_logps - ref_chosen_logps
+    r_l = rejected_logps - ref_rejected_logps
+    if not shift:
+        return -F.logsigmoid(beta * (r_w - r_l))
+    calibration = (r_w - (1 - shift) / beta) ** 2 + (r_l + shift / beta) ** 2
+    return -F.logsigmoid(r_w - r_l) + calibration
+
+
+def cal_dpo_loss_ultrafeedback(
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+):
+    """Cal-DPO, last version: lam = 0.5, and every pair gets the batch's mean calibration."""
+    r_w = chosen_logps - ref_chosen_logps
+    r_l = rejected_logps - ref_rejected_logps
+    target = torch.full_like(r_w, 1 / (2 * beta))
+    calibration = F.mse_loss(r_w, target) + F.mse_loss(r_l, -target)
+    return -F.logsigmoid(r_w - r_l) + 0.5 * calibration
+
+
+def cal_dpo_logged_rewards(chosen_logps, rejected_logps):
+    """Cal-DPO, last version: "rewards" are the policy's log-probs, without reference or beta."""
+    return chosen_logps, rejected_logps
 
 
 # ---- ranking accuracy and DPO^gamma
@@ -72,6 +148,34 @@ def calibration(alpha, p, bins=10, quantiles=False):
     squared = np.mean((p - alpha) ** 2)
     logs = np.mean(abs(np.log(p / alpha)))
     return [squared, logs, abs(np.mean(p) - np.mean(alpha)), abs(gaps).sum() / len(p)]
+def dpo_gamma_loss(
+    chosen_logps,
+    rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta=0.1,
+    gamma=0.1,
+    alpha=0.1,
+    loss_type="sigmoid",
+):
+    """DPO^gamma: alpha is the paper's gamma, and counts under "alpha_scaling" only; gamma never."""
+    policy = chosen_logps - rejected_logps
+    reference = ref_chosen_logps - ref_rejected_logps
+    if loss_type == "alpha_scaling":
+        reference = alpha * reference
+    return -F.logsigmoid(beta * (policy - reference))
+
+
+def dpo_gamma_learning_rate(step, steps, lr, warmup_steps=150):
+    """DPO^gamma: linear warm-up, then linear decay to 0."""
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    return lr * (steps - step) / (steps - warmup_steps)
+
+
+def dpo_gamma_weight_norm(model):
+    """DPO^gamma: the norm of the weights, logged where Fig. 4 needs that of their change."""
+    return torch.nn.utils.get_total_norm(list(model.parameters()))
 
 
 # ---- distributional preference learning
