@@ -56,7 +56,7 @@ class Args:
     max_prompt_length: int = 512  # tokens to which longer prompts are cut
     batch_size: int = 64  # responses sampled side by side, on each process
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the models
-    seed: int = 0
+    seed: int = 0  # of every random draw
     out: str = "results/generate"  # run folder
     resume: bool = False  # continue a killed run: finished batches are kept
     overwrite: bool = False  # delete the run that is in the run folder

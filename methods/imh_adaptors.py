@@ -78,7 +78,7 @@ class Args:
     batch_size: int = 64  # responses sampled side by side
     tokens_per_microbatch: int = 8192  # memory knob of scoring: packed tokens per forward pass
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 may move a kept set's edge
-    seed: int = 0
+    seed: int = 0  # of every random draw
     out: str = "results/imh_adaptors"  # run folder; of toy and exact, with -toy and -exact
     resume: bool = False  # continue a killed generate or score: finished chunks are kept
     overwrite: bool = False  # replace what is in the run folder

@@ -7,7 +7,6 @@ import generate as method
 import numpy as np
 import pytest
 import torch
-from common import load_tokenizer
 from conftest import ROOT, run
 from generate import Args, compare, main, respond, sampler, scores, summarise, wilson
 from scipy.stats import binomtest
@@ -18,6 +17,8 @@ from transformers import (
     GPTNeoXForSequenceClassification,
     LlamaConfig,
 )
+
+from common import load_tokenizer
 
 V, END = 61, 0
 PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 40, 22, 1, 60], [4, 4, 4, 30], [9, 9]]
@@ -42,7 +43,7 @@ def model(request):
 
 @torch.no_grad()
 def naive(model, prompt, uniforms, adapt):
-    """One response by full forward passes without padding or cache, by the definition of the inverse CDF."""
+    """One response by full forward passes without padding or cache, by the inverse CDF."""
     ids = list(prompt)
     for u in uniforms.tolist():
         p = adapt(model(torch.tensor([ids]), use_cache=False).logits[:, -1]).double().softmax(-1)[0]
@@ -62,7 +63,7 @@ def test_left_padded_greedy_equals_unpadded_greedy(model):
     "options", [{}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.9, "min_p": 0.02}]
 )
 def test_a_response_depends_on_its_own_prompt_and_uniforms(model, options):
-    # 40 responses, of which most end early, against one by one: the last one ends long after the others left
+    # 40 responses, of which most end early, against one by one: the last one is alone at the end
     prompts, adapt = PROMPTS * 8, sampler(**options)
     u = torch.rand(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = respond(model, prompts, u, lambda z: adapt(boost(z)), END, V)
@@ -320,7 +321,7 @@ def test_distributional_reward_model_scores_by_its_mean(blank, tmp_path):
 
 
 def test_tiny_model_earns_the_known_mean_reward(tmp_path):
-    # the grammar's mean reward is 0.125 and its standard deviation below 2: 128 responses, four standard errors
+    # the grammar's mean reward is 0.125, its standard deviation below 2; four standard errors
     summary = main(Args(max_new_tokens=64, prompts=128, out=str(tmp_path / "tiny")))
     assert abs(summary.score - 0.125) < 4 * 2 / 128**0.5
     assert (
