@@ -100,9 +100,7 @@ import torch.distributed as dist
 import transformers
 from matplotlib.figure import Figure
 
-sys.path.insert(
-    1, str(Path(__file__).resolve().parents[1])
-)  # common.py: beside this file or one up
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
 from common import row_texts, tokenize_pairs  # tokenization

@@ -1,16 +1,17 @@
 """Sampling adaptors, the probability-quality trade-off and independent Metropolis-Hastings (IMH).
 
-Tan, Valvoda, Liu, Svete, Qin, Kan, Cotterell 2024, https://arxiv.org/abs/2406.10203
-The numbers of the equations are ours.
+Tan, Valvoda, Liu, Svete, Qin, Kan, Cotterell 2024, https://arxiv.org/abs/2406.10203 (the
+numbers of the equations are ours)
 
-Eq. 1  aligned model     p_+(y) = p(y) exp(r(y) / beta) / Z, so log p + r / beta = log p_+ + log Z
-Eq. 2  sampling adaptor  a_t(v) = p_+(v | y_<t)^(1/T) 1[v in S_t] with the kept tokens S_t,
-                         Z_t = sum_v a_t(v)
-Eq. 3  local             q(y) = prod_t a_t(y_t) / Z_t, what a sampler draws
-Eq. 4  global            g(y) = prod_t a_t(y_t) / Z_g, so g(y) / q(y) = prod_t Z_t / Z_g
-Eq. 5  IMH               from y propose y' ~ q, move with probability min(1, w(y') / w(y)), else
-                         repeat y; w = target / q.  Targets: global (Eq. 4), aligned (p_+ on the
-                         support of q), posterior (Eq. 1)
+    Eq. 1  aligned model     p_+(y) = p(y) exp(r(y) / beta) / Z
+                             so log p + r / beta = log p_+ + log Z
+    Eq. 2  sampling adaptor  a_t(v) = p_+(v | y_<t)^(1/T) 1[v in S_t], Z_t = sum_v a_t(v);
+                             S_t: the kept tokens
+    Eq. 3  local             q(y) = prod_t a_t(y_t) / Z_t, what a sampler draws
+    Eq. 4  global            g(y) = prod_t a_t(y_t) / Z_g, so g(y) / q(y) = prod_t Z_t / Z_g
+    Eq. 5  IMH               from y propose y' ~ q, move with probability min(1, w(y') / w(y)),
+                             else repeat y; w = target / q.  Targets: global (Eq. 4),
+                             aligned (p_+ on the support of q), posterior (Eq. 1)
 
     python methods/imh_adaptors.py                 all on the tiny world: toy, exact, generate, ...
     python methods/imh_adaptors.py exact           p_+ known exactly, under every adaptor
@@ -131,9 +132,7 @@ from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-sys.path.insert(
-    1, str(Path(__file__).resolve().parents[1])
-)  # common.py: beside this file or one up
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import response_logps  # log-probabilities
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
@@ -192,9 +191,9 @@ def parse_adaptor(spec, vocabulary=math.inf):
 
 def check_adaptor(name, value, vocabulary):
     """Refuse a name that is no adaptor's, and a value that keeps nothing or means nothing."""
-    require(
-        name == "temperature" or name in ORDER, f"adaptor: no {name!r}: use temperature, {ORDER}"
-    )
+    known = name == "temperature" or name in ORDER
+    require(known, f"adaptor: no {name!r}: use temperature, {', '.join(ORDER)}")
+
     # Up to where the value means something: a temperature, a number of tokens, or a probability.
     if name == "temperature":
         highest = math.inf
@@ -481,9 +480,8 @@ def toy(args):
     for name, points in shown.items():
         pearson, spearman = correlations(points[:, 0], points[:, 1])
         found[name] = (len(points), pearson, spearman)
-        panels[name] = Panel(
-            f"{name}: Pearson {pearson:+.2f}", "mean log p (nats)", "mean r (nats)"
-        )
+        title = f"{name}: Pearson {pearson:+.2f}"
+        panels[name] = Panel(title, "mean log p (nats)", "mean r (nats)")
         panels[name].series["one each"] = points
         print(f"  {name:20s} n {len(points):5d}  Pearson {pearson:+.4f}  Spearman {spearman:+.4f}")
 
@@ -631,12 +629,12 @@ def exact(args, prompts=8, support=512, draws=64, settings=None):
     worlds = listed_worlds(args, tokenizer, prompts, support)
     listed = np.mean([len(world.ids) for world in worlds])
     covered = np.mean([world.covered for world in worlds])
-    print(
-        f"exact posterior: {len(worlds)} prompts, {listed:.0f} strings each, of mass {covered:.3f}"
-    )
+    head = f"exact posterior: {len(worlds)} prompts, {listed:.0f} strings each"
+    print(f"{head}, of mass {covered:.3f}")
     print(f"{'':32} local: log p, r | global: log p, r |  log_Z_g   accept  error of Eq. 1")
 
     # Setting by setting: exact numbers to the table, draws to a score file.
+    remove_chunks(Path(args.out, "scores"))
     found = {}
     means = []
     for spec in settings or all_settings(EXACT_TYPES, args.temperatures):
@@ -656,11 +654,8 @@ def exact(args, prompts=8, support=512, draws=64, settings=None):
     means = np.array(means)
     local, _ = correlations(means[:, 0], means[:, 1])
     globally, _ = correlations(means[:, 2], means[:, 3])
-    print(
-        f"Between settings, E log p and E r correlate {local:+.2f} under local normalisation (q) ",
-        end="",
-    )
-    print(f"and {globally:+.2f} under global (g).")
+    print(f"Seen here: between settings, E log p and E r correlate {local:+.2f} under local")
+    print(f"normalisation (Eq. 3), {globally:+.2f} under global normalisation (Eq. 4).")
     return found
 
 
@@ -1067,7 +1062,10 @@ def read_released(folder, beta):
     # Three files a setting, each with a part of the columns, are joined by prompt and text.
     joined = {}
     for path in sorted(Path(folder).glob("*numgenerations*_t*_scored*.csv")):
-        kind, T, end = RELEASED_NAME.search(path.name).groups()
+        name = RELEASED_NAME.search(path.name)
+        if name is None or name[3] not in RELEASED:
+            continue  # another file of theirs
+        kind, T, end = name.groups()
         setting_rows = joined.setdefault(f"{kind},temperature={T}", {})
         sign = 1 if end == "scoredreward" else -1  # their log-probs are negative
         for number, row in enumerate(read_rows(path), 2):
@@ -1207,10 +1205,9 @@ def imh_setting(args, spec, corpus, rng):
 def imh(args):
     """Run IMH over each setting's draws, write out/imh.json and print a table -> Records"""
     # A line a setting; chance depends on the seed and the setting's number.
-    print(f"IMH, target {args.target}", end="")
-    print("; means of log p and reward; correlations of the two")
-    print(f"{'':32}   as drawn        | chain           | limit           | ", end="")
-    print("accept limit   ess  log_Z | strings corpora typical")
+    print(f"IMH to {args.target}: mean log p and mean reward; correlations of the two")
+    head = f"{'':32}   as drawn        | chain            | limit            |"
+    print(f"{head} accept  limit   ess  log_Z | strings corpora typical")
     records = []
     for spec, corpus in read_corpora(args).items():
         rng = np.random.default_rng([args.seed, len(records)])
@@ -1244,13 +1241,13 @@ def what_is_seen(records):
     after = np.array([record.chain for record in records])
     local, _ = correlations(before[:, 0], before[:, 1])
     chain, _ = correlations(after[:, 0], after[:, 1])
-    seen = f"Seen here: typical corpora of one setting correlate {typical:+.2f} on average, "
+    seen = f"Seen here: typical corpora of one setting correlate {typical:+.2f} on average,\n"
     seen += (
         f"the means of the {len(records)} settings {local:+.2f} as drawn and {chain:+.2f} after IMH"
     )
     if typical < -0.5:
-        return f"{seen}: reward is paid for in likelihood, as the paper finds."
-    return f"{seen}: not the paper's trade-off, which needs p_+ to be Eq. 1 for this very reward."
+        return f"{seen}:\nreward is paid for in likelihood, as the paper finds."
+    return f"{seen}:\nnot the paper's trade-off, which needs p_+ to be Eq. 1 for this very reward."
 
 
 @dataclass
@@ -1325,16 +1322,16 @@ def reward_panels(records, corpora, column, ylabel):
     typical = "as drawn, typical"
     if records[0].target == "posterior":
         typical = "after IMH, typical"
+    n = records[0].n
     titles = {"local": "as drawn", "typical": typical, "chain": "after IMH"}
     for kind, title in titles.items():
-        panel = Panel(
-            f"corpora of {records[0].n} strings {title}", "mean log p (nats)", f"mean {ylabel}"
-        )
+        panel = Panel(f"corpora of {n} strings {title}", "mean log p (nats)", f"mean {ylabel}")
         for record in records:
             means = np.reshape(record.corpora[kind], (-1, 4))
             panel.series[record.setting] = means[:, [0, column]]
         panels.append(panel)
 
+    # The correlation over all points of a panel goes into its title.
     for panel in panels:
         points = np.concatenate(list(panel.series.values()))
         pearson, spearman = correlations(points[:, 0], points[:, 1])
@@ -1383,13 +1380,15 @@ def check(args):
 
 def main(args, command="all"):
     check(args)
-    first = os.environ.get("RANK", "0") == "0"  # generate and score alone use every process
+    # Generate and score use every process; the rest is light and needs one.
+    first = os.environ.get("RANK", "0") == "0"
     if command in ("all", "toy") and first:
         toy(args)
 
-    # p_+ that is Eq. 1 to the last digit: there the reward must be known.
+    # A p_+ that is Eq. 1 to the last digit; all runs it where the reward is known.
     tiny = args.data == "tiny" and args.reward == "tiny"
-    if (command == "exact" or command == "all" and tiny) and first:
+    wanted = command == "exact" or (command == "all" and tiny)
+    if wanted and first:
         known = replace(args, model="exact posterior", target="global", out=f"{args.out}-exact")
         exact(known)
         imh(known)

@@ -1,5 +1,8 @@
-"""A real language model (REAL_MODELS/stories260K) and real prompts (REAL_DATA), where the environment names
-them or ../shared beside the repository holds them; elsewhere nothing is collected."""
+"""A real language model (REAL_MODELS/stories260K) and real prompts (REAL_DATA).
+
+Where the environment names them or ../shared beside the repository holds them; elsewhere nothing is
+collected.
+"""
 
 import math
 import os
@@ -22,7 +25,7 @@ if MODEL.exists() and DATA.exists():
 
     @pytest.fixture(scope="module")
     def run(tmp_path_factory):
-        """Four settings, 12 prompts, 16 responses each; a warmer copy of the model is the aligned one."""
+        """Four settings, 12 prompts, 16 responses; a warmer copy of the model is p_+."""
         aligned = tmp_path_factory.mktemp("aligned")
         model = common.AutoModelForCausalLM.from_pretrained(MODEL)
         model.model.norm.weight.data *= (
@@ -58,13 +61,13 @@ if MODEL.exists() and DATA.exists():
             T = imh.parse_adaptor(spec).get("temperature", 1)
             check = corpus.log_aligned / T - corpus.log_q - corpus.log_kept
             assert abs(check).max() < 2e-3
-        # At temperature 0.8 the warmer model is the prior again: q = p, token by token, so log q = log p.
+        # At temperature 0.8 the warmer model is the prior again, token by token.
         same = corpora["ancestral_strict,temperature=0.8"]
         assert same.log_q == pytest.approx(same.log_prior, abs=5e-3)
         assert records["top_p090,temperature=1"].log_Z < 0  # log of a kept mass
 
     def test_posterior_without_a_reward(run, tmp_path):
-        """With the prior as sampler and r = 0, the posterior of Eq. 1 is the prior: equal weights."""
+        """With the prior as sampler and r = 0, Eq. 1 is the prior: equal weights."""
         args = imh.replace(
             run,
             model=str(MODEL),
@@ -82,8 +85,10 @@ if MODEL.exists() and DATA.exists():
         assert x.log_Z == pytest.approx(0, abs=1e-3)
 
     def test_two_tokens_by_enumeration(run):
-        """All 512 x 512 continuations of two tokens: Z_g by summation, and from 4000 draws as E_q prod Z_t
-        within 5 standard errors (seeded; a false alarm has probability below 1e-6)."""
+        """All 512 x 512 continuations of two tokens: Z_g by summation and as E_q prod Z_t.
+
+        4000 draws, 5 standard errors (seeded; a false alarm has probability below 1e-6).
+        """
         model, tokenizer = common.load_model(str(MODEL)), common.load_tokenizer(str(MODEL))
         prompt, V = tokenizer("Once upon a time").input_ids, len(tokenizer)
         logits = model(torch.tensor([prompt + [v] for v in range(V)])).logits[:, -2:].double()
