@@ -89,7 +89,7 @@ PRESETS = {
     "tiny": Args(
         sampling_types=("ancestral_strict", "top_k=5", "top_p090", "typical_p090", "greedy"),
         temperatures=(0.5, 1.0, 1.5),
-        prompts=32,
+        prompts=16,
         samples=8,
         max_length=128,
     ),
