@@ -41,18 +41,18 @@ from typing import Literal
 
 import tyro
 
+RewardType = Literal["base", "mean_and_variance", "categorical", "all"]
+
 
 @dataclass
 class Args:
     """Options of train, hh and hidden-context."""
 
-    type: Literal["base", "mean_and_variance", "categorical", "all"] = (
-        "mean_and_variance"  # reward type; all: hidden-context
-    )
+    type: RewardType = "mean_and_variance"  # all: each type in turn, as in hidden-context
     link: Literal["logistic", "probit"] = "logistic"  # P(win) of mean_and_variance; probit: Sec. 4
     num_atoms: int = 10  # K of categorical; App. C.2
     entropy: Literal["batch", "example"] = (
-        "batch"  # bonus: of the mean p, or the mean over p (App. C.2)
+        "batch"  # of the mean p; example: mean of each (App. C.2)
     )
     entropy_coeff: float = 0.1  # kappa, weight of the entropy bonus of categorical; App. C.2
     sigma_floor: float = 1e-4  # a width added to every comparison; none in the released code
@@ -65,9 +65,7 @@ class Args:
     max_length: int = 1024  # tokens; pairs with a longer side are dropped, not cut; App. C.2
     lr: float = 3e-3  # of AdamW, for the tiny model; the paper's is 3e-6
     head_lr: float = 0.0  # of the reward head; 0: the same as lr
-    schedule: Literal["cosine", "constant"] = (
-        "cosine"  # of both rates: to a tenth, without warm-up (released code)
-    )
+    schedule: Literal["cosine", "constant"] = "cosine"  # of both rates; cosine ends at a tenth
     weight_decay: float = 1e-3  # of AdamW; released code, 1e-4 in App. C.2
     batch_size: int = 32  # pairs per optimiser step, over all processes
     epochs: int = 1  # passes over the training pairs
@@ -567,11 +565,30 @@ def lr_factor(schedule, t, T):
     raise ValueError(f"unknown schedule {schedule!r}")
 
 
-def average_gradients(parameters):
-    """Mean over the processes, for weights that every process holds whole."""
-    for parameter in parameters:
-        dist.all_reduce(parameter.grad)
-        parameter.grad /= dist.get_world_size()
+def new_optimizer(model, args):
+    """AdamW with two groups of parameters, body and head, which may learn at different rates."""
+    head = model.score.weight
+    body = [p for p in model.parameters() if p.requires_grad and p is not head]
+    groups = [{"params": body}, {"params": [head]}]
+    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+
+
+def set_rates(optimizer, args, factor):
+    """Rates of the next step: of the body, which is returned, and of the head."""
+    body, head = optimizer.param_groups
+    body["lr"] = args.lr * factor
+    head["lr"] = args.head_lr * factor
+    if args.head_lr == 0:
+        head["lr"] = body["lr"]
+    return body["lr"]
+
+
+def average_gradients(model):
+    """Mean over the processes, for weights that every process holds whole (LoRA)."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
 
 
 def load_training_pairs(args, tokenizer):
@@ -594,12 +611,9 @@ def train(args):
     eval_steps = max(1, args.eval_every // args.batch_size)
     save_steps = max(1, args.save_every // args.batch_size)
 
-    # Body and head may learn at different rates.
+    # Model: the body is a language model, the head is new.
     model, adapted = new_reward_model(args, tokenizer)
-    head = [model.score.weight]
-    body = [p for p in model.parameters() if p.requires_grad and p is not model.score.weight]
-    groups = [{"params": body}, {"params": head}]
-    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+    optimizer = new_optimizer(model, args)
     start = 0
     if args.resume:
         start, _ = load_checkpoint(out, model, optimizer)
@@ -620,21 +634,19 @@ def train(args):
             (objective.sum() * share).backward()
             metrics.append(pairs)
 
-        # One step of AdamW, each group at its own rate.
+        # One step of AdamW.
         if args.lora:
-            average_gradients(body + head)
+            average_gradients(model)
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, batch_rows, out)
-        factor = lr_factor(args.schedule, step, steps)
-        body_group, head_group = optimizer.param_groups
-        body_group["lr"] = args.lr * factor
-        head_group["lr"] = (args.head_lr or args.lr) * factor
+        lr = set_rates(optimizer, args, lr_factor(args.schedule, step, steps))
         optimizer.step()
         optimizer.zero_grad()
 
-        rates = {"lr": body_group["lr"], "grad_norm": grad_norm}
-        rates.update(speed(batch_rows, time.time() - started))
-        history.append(log(out, step, **merge(metrics), **rates))
+        # Log, save, and stop when asked to.
+        seconds = time.time() - started
+        values = {**merge(metrics), "lr": lr, "grad_norm": grad_norm, **speed(batch_rows, seconds)}
+        history.append(log(out, step, **values))
         stop = stop_requested()
         if stop or args.save_every and (step + 1) % save_steps == 0:
             save_checkpoint(out, step + 1, model, optimizer)
@@ -893,10 +905,16 @@ def new_figure(rows, caption):
 
 
 def save_results(out, curves, figure):
-    """Write the curves that the figure shows, and the figure; by rank 0."""
+    """Write the curves that the figure shows, and the figure."""
     write(out / "curves.json", {name: values.tolist() for name, values in curves.items()})
     (out / "figures").mkdir(exist_ok=True)
     figure.savefig(out / "figures" / "dpl.png", dpi=120)
+
+
+def finish(out, table, curves, figure):
+    """Print the table, and let rank 0 write the curves and the figure."""
+    print_table(table)
+    on_rank0(lambda: save_results(out, curves, figure), f"{out}: cannot be written")
 
 
 def draw_1d(curves, caption):
@@ -1075,12 +1093,11 @@ def synthetic(args):
             "corr. Borda": correlation(learned, curves["borda"]),
         }
 
-    print_table(table)
     if args.env == "1d":
         figure = draw_1d(curves, f"As Figure 3: {args.steps} steps, seed {args.seed}")
     else:
         figure = draw_2d(curves, f"Synthetic 2d: {args.steps} steps, seed {args.seed}")
-    on_rank0(lambda: save_results(out, curves, figure), f"{out}: cannot be written")
+    finish(out, table, curves, figure)
     return table
 
 
@@ -1208,10 +1225,8 @@ def hidden_context(args):
         curves[f"{reward_type} sd"] = sd
         curves[f"{reward_type} P(win)"] = predicted
 
-    print_table(table)
     caption = f"Hidden context: {setting(args)}; {mean.numel()} held-out responses"
-    figure = draw_hidden(curves, SHOWN, caption)
-    on_rank0(lambda: save_results(out, curves, figure), f"{out}: cannot be written")
+    finish(out, table, curves, draw_hidden(curves, SHOWN, caption))
     return table
 
 
