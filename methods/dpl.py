@@ -12,7 +12,7 @@ P(a beats b) = P(u_a > u_b) + P(u_a = u_b) / 2, where u_a and u_b are independen
     categorical        softmax over K atoms          -log sum_ij p_i(a) p_j(b) M_ij
 
     python methods/dpl.py                hidden-context: the reward types in the tiny world
-    python methods/dpl.py synthetic 1d   Figure 3 in seconds; figure3: at full size; 2d: another world
+    python methods/dpl.py synthetic 1d   Figure 3 in seconds; figure3: in full; 2d: another world
     python methods/dpl.py train --type categorical --model gpt2 --data pairs.jsonl --lr 1e-5
     python methods/dpl.py evaluate --data pairs.jsonl --out eval.jsonl     rows: chosen, rejected
     python methods/dpl.py score --data prompts.jsonl --out outputs.jsonl   rows: prompt, responses
@@ -22,8 +22,8 @@ P(a beats b) = P(u_a > u_b) + P(u_a = u_b) / 2, where u_a and u_b are independen
 Presets: the commands above, figure3, and hh, which is train with Llama-2-7B and LoRA (App. C.2).
 
 These follow the released code and not the paper: the link of mean_and_variance (the paper's is
---link probit), the entropy bonus (--entropy example), the weight decay, and a context drawn for
-each side of a synthetic pair (--shared-context draws one for both, Eq. 2). These follow neither: the
+--link probit), the entropy bonus (--entropy example), the weight decay, and a context drawn
+for each side of a synthetic pair (--shared-context: one for both, Eq. 2). These follow neither: the
 reward head is float32 (in bfloat16 it stops learning at the paper's rate), losses stay in log
 space, sigma has a floor, LoRA has no dropout, and a coin breaks synthetic ties.
 
@@ -376,7 +376,7 @@ def borda(env, a, shared=False):
 
 
 def draw_pairs(env, n, shared, generator):
-    """n random pairs -> alternatives (2n, d), first sides before second; does the first win (n, 1)"""
+    """n random pairs -> alternatives (2n, d), first sides before second; who wins (n, 1)"""
     first, second = torch.rand(2, n, dimensions(env), generator=generator)
     context_first, context_second, coin = torch.rand(3, n, generator=generator)
     if shared:
@@ -663,7 +663,7 @@ def train(args):
 
 
 def rows_to_score(args):
-    """Rows of --data, each with "prompt" and "responses"; of a pair these are [rejected, chosen]."""
+    """Rows of --data with "prompt" and "responses", which are [rejected, chosen] of a pair."""
     path = Path(args.data)
     rows = []
     if path.is_file():
