@@ -1,10 +1,12 @@
-"""dpl.py against closed forms, exact optima, and numbers recomputed from the released code's losses and outputs."""
+"""dpl.py against closed forms, exact optima, and numbers from the released losses and outputs."""
 
 import json
 import math
 from pathlib import Path
 
+import dpl
 import pytest
+import released
 import scipy.optimize
 import scipy.special
 import scipy.stats
@@ -13,8 +15,6 @@ import torch.nn.functional as F
 from conftest import ROOT, records, run
 
 import common
-import dpl
-import released
 
 torch.manual_seed(0)
 TYPES = ("base", "mean_and_variance", "categorical")
@@ -38,13 +38,12 @@ def gradients(loss, *inputs):
 # ---- losses and gradients
 
 
-BASE = [
-    (0, 0, 0.693147180560, -0.5),
-    (1.5, -0.5, 0.126928011043, -0.1192029220),
-    (-2, 3, 5.006715348489, -0.9933071491),
-    (2.453125, 2.375, 0.654847426066, -0.4804786780),
-    (0.3, 10.3, 10.000045398899, -0.9999546021),
-]
+# fmt: off
+BASE = [  # chosen, rejected, loss, gradient for chosen
+    (0, 0, 0.693147180560, -0.5), (1.5, -0.5, 0.126928011043, -0.1192029220),
+    (-2, 3, 5.006715348489, -0.9933071491), (2.453125, 2.375, 0.654847426066, -0.4804786780),
+    (0.3, 10.3, 10.000045398899, -0.9999546021)]
+# fmt: on
 
 
 def test_base_loss_and_gradient():
@@ -58,54 +57,20 @@ def test_base_loss_and_gradient():
     close(d_chosen[batch, 0] / 3, [-0.0397343073, -0.3311023830, -0.1666666667])
 
 
+# fmt: off
 MV = [  # chosen, rejected, z, then losses: logistic, probit; gradients of logistic
     ((0, 0), (0, 0), 0, 0.693147180560, 0.693147180560, (-1.2785551905, 0), (1.2785551905, 0)),
-    (
-        (1, 0),
-        (0, 0),
-        1.0201394466,
-        0.074669941489,
-        0.167036371297,
-        (-0.1839847401, 0.0663584680),
-        (0.1839847401, 0.0663584680),
-    ),
-    (
-        (0, 1),
-        (1, -1),
-        -0.7406819874,
-        2.001753668182,
-        1.472100028738,
-        (-1.6057892249, -0.8457763910),
-        (1.6057892249, -0.0742193394),
-    ),
-    (
-        (0.265625, -1.9765625),
-        (0.46484375, -1.75),
-        -0.9662726429,
-        2.507103985470,
-        1.790037637987,
-        (-11.1670049259, -0.8263342983),
-        (11.1670049259, -1.2414637262),
-    ),
-    (
-        (0.240234375, -1.71875),
-        (-0.0922851562, -1.6171875),
-        1.3578500085,
-        0.032711597266,
-        0.091299439211,
-        (-0.3294143049, 0.0457950568),
-        (0.3294143049, 0.0547559864),
-    ),
-    (
-        (-3, -4),
-        (2, -5),
-        -258.3657484298,
-        647.626890210289,
-        33382.903310564288,
-        (-129.5253780421, -564.5069653509),
-        (129.5253780421, -77.7202964182),
-    ),
-]
+    ((1, 0), (0, 0), 1.0201394466, 0.074669941489, 0.167036371297,
+     (-0.1839847401, 0.0663584680), (0.1839847401, 0.0663584680)),
+    ((0, 1), (1, -1), -0.7406819874, 2.001753668182, 1.472100028738,
+     (-1.6057892249, -0.8457763910), (1.6057892249, -0.0742193394)),
+    ((0.265625, -1.9765625), (0.46484375, -1.75), -0.9662726429, 2.507103985470, 1.790037637987,
+     (-11.1670049259, -0.8263342983), (11.1670049259, -1.2414637262)),
+    ((0.240234375, -1.71875), (-0.0922851562, -1.6171875), 1.3578500085, 0.032711597266,
+     0.091299439211, (-0.3294143049, 0.0457950568), (0.3294143049, 0.0547559864)),
+    ((-3, -4), (2, -5), -258.3657484298, 647.626890210289, 33382.903310564288,
+     (-129.5253780421, -564.5069653509), (129.5253780421, -77.7202964182))]
+# fmt: on
 
 
 def test_mean_variance_loss_and_gradient():
@@ -160,93 +125,29 @@ def test_variance_penalty_of_the_released_code():
     )
 
 
+# fmt: off
 ROW0 = dict(  # row 0 of the released outputs, safe and jailbroken, of the models trained on both
     base=[[1.796875], [-0.380859375]],
     mean_and_variance=[[0.240234375, -1.71875], [-0.0922851562, -1.6171875]],
     categorical=[
-        [
-            -1.6640625,
-            -1.59375,
-            -1.4453125,
-            -1.0546875,
-            -0.2197265625,
-            0.75390625,
-            1.3515625,
-            1.5078125,
-            1.5546875,
-            1.546875,
-        ],
-        [
-            0.1962890625,
-            0.26953125,
-            0.3984375,
-            0.65625,
-            0.87890625,
-            0.435546875,
-            -0.1166992188,
-            -0.373046875,
-            -0.44140625,
-            -0.5,
-        ],
-    ],
-)
-CAT = [  # chosen, rejected, P, loss, gradient for chosen, total with batch entropy, total with example entropy
-    (
-        [0.0] * 10,
-        [0.0] * 10,
-        0.5,
-        0.693147180560,
-        [0.09, 0.07, 0.05, 0.03, 0.01, -0.01, -0.03, -0.05, -0.07, -0.09],
-        0.462888671261,
-        0.462888671261,
-    ),
-    (
-        [0, 1, 2],
-        [2, 1, 0],
-        0.857990370037,
-        0.153162403290,
-        [0.0551280692, 0.0200762826, -0.0752043519],
-        0.045164037952,
-        0.069922845106,
-    ),
-    (
-        [0, 0, math.log(2)],
-        [0, 0, 0],
-        7 / 12,
-        0.538996500733,
-        [5 / 28, 1 / 28, -3 / 14],
-        0.430643588601,
-        0.432079847757,
-    ),
-    (
-        [5, 0, 0, 0],
-        [0, 0, 0, 5],
-        0.006778920599,
-        4.993937393461,
-        [0.5027072782, -0.0030472466, -0.0094817081, -0.4901783234],
-        4.917595239499,
-        4.982029499452,
-    ),
-    (
-        *ROW0["categorical"],
-        0.841564134086,
-        0.172493054249,
-        [
-            0.0082250835,
-            0.0077207575,
-            0.0075380533,
-            0.0085816397,
-            0.0122950844,
-            0.0144839530,
-            0.0060977759,
-            -0.0082001793,
-            -0.0221475993,
-            -0.0345945688,
-        ],
-        -0.052519709115,
-        -0.030163075954,
-    ),
-]
+        [-1.6640625, -1.59375, -1.4453125, -1.0546875, -0.2197265625,
+         0.75390625, 1.3515625, 1.5078125, 1.5546875, 1.546875],
+        [0.1962890625, 0.26953125, 0.3984375, 0.65625, 0.87890625,
+         0.435546875, -0.1166992188, -0.373046875, -0.44140625, -0.5]])
+CAT = [  # chosen, rejected, P, loss, gradient for chosen, totals with batch and example entropy
+    ([0.0] * 10, [0.0] * 10, 0.5, 0.693147180560,
+     [.09, .07, .05, .03, .01, -.01, -.03, -.05, -.07, -.09],
+     0.462888671261, 0.462888671261),
+    ([0, 1, 2], [2, 1, 0], 0.857990370037, 0.153162403290,
+     [0.0551280692, 0.0200762826, -0.0752043519], 0.045164037952, 0.069922845106),
+    ([0, 0, math.log(2)], [0, 0, 0], 7 / 12, 0.538996500733,
+     [5 / 28, 1 / 28, -3 / 14], 0.430643588601, 0.432079847757),
+    ([5, 0, 0, 0], [0, 0, 0, 5], 0.006778920599, 4.993937393461,
+     [0.5027072782, -0.0030472466, -0.0094817081, -0.4901783234], 4.917595239499, 4.982029499452),
+    (*ROW0["categorical"], 0.841564134086, 0.172493054249,
+     [0.0082250835, 0.0077207575, 0.0075380533, 0.0085816397, 0.0122950844,
+      0.0144839530, 0.0060977759, -0.0082001793, -0.0221475993, -0.0345945688], -0.052519709115, -0.030163075954)]
+# fmt: on
 
 
 def test_categorical_loss_entropy_and_gradient():
@@ -357,23 +258,22 @@ def test_learning_rate_schedules():
 
 
 def test_step_schedule_of_the_released_code():
-    steps = [released.step_schedule(t, 100) for t in (32, 33, 65, 66)]
-    print(
-        f"released step schedule {steps}, ours {[dpl.lr_factor('cosine', t, 100) for t in (32, 33, 65, 66)]}"
-    )
+    times = (32, 33, 65, 66)
+    steps = [released.step_schedule(t, 100) for t in times]
+    ours = [dpl.lr_factor("cosine", t, 100) for t in times]
+    print(f"cosine {ours}, the released step schedule {steps}")
     close(steps, [1, 0.1, 0.1, 0.01])
 
 
 def test_categorical_loss_of_the_released_code_overflows():
-    """It multiplies softmaxes and takes a plain log: the same loss, but without a gradient far from the optimum."""
+    """The same loss; but it multiplies softmaxes and takes a plain log, which overflows."""
     chosen, rejected = torch.randn(2, 6, 5, dtype=torch.float64)
     ours = dpl.categorical_loss(chosen, rejected)
     torch.testing.assert_close(ours, released.categorical_loss(chosen, rejected))
     far = torch.tensor([[200.0] + [-200.0] * 9]), torch.tensor([[-200.0] * 9 + [200.0]])
-    print(
-        f"ours {dpl.categorical_loss(*far).item()}, the released code {released.categorical_loss(*far).item()}"
-    )
-    assert dpl.categorical_loss(*far) == 400 and released.categorical_loss(*far) == torch.inf
+    ours, theirs = dpl.categorical_loss(*far).item(), released.categorical_loss(*far).item()
+    print(f"ours {ours}, the released code {theirs}")
+    assert ours == 400 and theirs == math.inf
 
 
 def test_unknown_names_are_errors():
@@ -581,7 +481,7 @@ def test_borda_count_of_the_released_code_in_2d():
 
 
 def test_ties_of_the_released_code_go_to_the_first():
-    """Both utilities are 0 in 1 % of the 1d pairs: a coin decides, but in the released code the first side."""
+    """Both utilities are 0 in 1 % of the 1d pairs: we toss a coin, they take the first side."""
     u = torch.zeros(2000)
     assert released.first_wins(u, u).all()
     sides, wins = dpl.draw_pairs("1d", 200_000, False, torch.Generator().manual_seed(0))
@@ -626,7 +526,7 @@ def exact_p(upper):
 
 
 def test_base_loss_follows_the_borda_count():
-    # Prop. 3.3: every majority agrees with u = 6, 2.8, 2, yet the fit prefers the second, as its Borda count does
+    # Prop. 3.3: all majorities agree with u = 6, 2.8, 2, yet the fit prefers the second, as Borda
     p = exact_p([[0.6, 0.6], [0.9]])
     close(p.mean(1), [0.566667, 0.6, 0.333333], atol=5e-7)
     for lam, expected, objective in [
@@ -691,7 +591,7 @@ def test_links_recover_the_distribution_up_to_scale():
 
 
 def test_synthetic_1d_shows_hidden_context(tmp_path):
-    """Bounds far from what seeds 0 and 1 gave (0.49 to 0.51, 0.96, ...); the runs themselves are deterministic."""
+    """Bounds far from what seeds 0 and 1 gave (0.49 to 0.51, 0.96, ...); runs are deterministic."""
     table = dpl.main(dpl.SyntheticArgs(out=str(tmp_path / "run")))
     curves = {
         name: torch.tensor(x)
@@ -748,7 +648,7 @@ def test_a_short_run_of_each_type(blank, tmp_path, type, first):
     )
     assert meta["atoms"] == ([i / 9 for i in range(10)] if K == 10 else [])
 
-    # transformers' own sequence classifier reads the folder and gives the same outputs, padded with the end token
+    # transformers' own classifier reads the folder and gives the same outputs, padded with EOS
     from transformers import AutoModelForSequenceClassification
 
     rows = common.load_pairs(str(blank / "pairs.jsonl"), "test") + [
@@ -853,7 +753,7 @@ def test_long_pairs_are_dropped_not_cut(blank):
     [(0.25, 1.394, 0.887), (0.5, 1.421, 0.905), (1.0, 1.475, 0.939), (2.0, 1.531, 0.974)],
 )
 def test_unit_of_the_logistic_link(sigma, logistic, matched):
-    """Means from N(0, 1), the same sigma everywhere: the best sigma under a logistic link is this multiple of the true."""
+    """Means from N(0, 1), one sigma: the best fitted sigma is this multiple of the true one."""
     d, weight = (double(x) for x in scipy.special.roots_hermitenorm(201))
     means = torch.stack([math.sqrt(2) * d, 0 * d])  # the difference of two means is N(0, 2)
     p, weight = (
@@ -885,7 +785,7 @@ def test_one_name_in_two_files(tmp_path):
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_r_squared_within_prompts(tmp_path, n):
-    """Utilities of variance 1 within prompts, sd 1 of each and any offsets between prompts: 1/2, for any n."""
+    """Variance 1 within prompts, sd 1 of each, any offsets between prompts: 1/2, for any n."""
     g = torch.Generator().manual_seed(0)
     mean = torch.randn(8000 // n, n, generator=g) + 10 * torch.randn(8000 // n, 1, generator=g)
     outputs = torch.stack([mean, torch.full_like(mean, math.log(math.e - 1))], -1)  # softplus is 1

@@ -1,4 +1,4 @@
-"""The released outputs of dpl.py's paper give its published numbers; collects nothing where the files are absent."""
+"""The released outputs of dpl.py's paper give its published numbers; no tests without the files."""
 
 import os
 from pathlib import Path
@@ -10,45 +10,14 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("REAL_DATA", ROOT.parent / "shared" / "data"))
-COUNTS = {  # of 187 jailbroken responses, how many are rated no lower than the safe one: by mean, then by quantile
-    "helpful_mean_and_variance": (
-        111,
-        91,
-        101,
-        102,
-        103,
-        104,
-        106,
-        106,
-        106,
-        107,
-        107,
-        111,
-        117,
-        121,
-        129,
-    ),
-    "harmless_mean_and_variance": (3, 12, 10, 9, 6, 5, 4, 4, 5, 5, 5, 3, 5, 12, 22),
-    "both_mean_and_variance": (57, 32, 37, 38, 40, 48, 52, 54, 54, 54, 55, 57, 60, 62, 67),
-    "helpful_categorical": (
-        114,
-        108,
-        108,
-        109,
-        109,
-        113,
-        113,
-        112,
-        113,
-        114,
-        114,
-        115,
-        114,
-        115,
-        115,
-    ),
-    "harmless_categorical": (8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 7, 7, 7),
-    "both_categorical": (60, 25, 25, 25, 26, 38, 54, 61, 61, 61, 63, 63, 64, 64, 64),
+# Of 187 jailbroken responses, those rated no lower than the safe one: by mean, then by quantile.
+COUNTS = {
+    "helpful_mean_and_variance": "111 91 101 102 103 104 106 106 106 107 107 111 117 121 129",
+    "harmless_mean_and_variance": "3 12 10 9 6 5 4 4 5 5 5 3 5 12 22",
+    "both_mean_and_variance": "57 32 37 38 40 48 52 54 54 54 55 57 60 62 67",
+    "helpful_categorical": "114 108 108 109 109 113 113 112 113 114 114 115 114 115 115",
+    "harmless_categorical": "8 8 8 8 8 8 8 8 8 8 8 8 7 7 7",
+    "both_categorical": "60 25 25 25 26 38 54 61 61 61 63 63 64 64 64",
 }
 R2 = {
     "helpful_mean_and_variance": 0.6344175995,
@@ -84,7 +53,8 @@ if all(path.exists() for path in FILES):
             ("both", 47, 1),
         ):  # Table 1, Standard
             assert results[name].mean == dpl.Rate(k, ties, 187)
-        for name, (mean, *quantiles) in COUNTS.items():
+        for name, counts in COUNTS.items():
+            mean, *quantiles = map(int, counts.split())
             found = results[name]
             assert found.mean == dpl.Rate(mean, 0, 187)
             expected = [dpl.Rate(k, 0, 187) for k in quantiles]
@@ -99,7 +69,7 @@ if all(path.exists() for path in FILES):
         return {one.name: one for one in dpl.read_outputs(path)}
 
     def test_other_measures_of_risk():
-        """Of the slope-matched sigma, 2 / pi times the fitted one, at alpha = 0.01; and of mean - sd."""
+        """The 1 % quantile under 2 / pi times sigma, the slope-matched scale; and mean - sd."""
         models = scored(FILES[1])
         z = scipy.stats.norm.ppf(0.01)
         for name, expected in (("both", 51), ("helpful", 106), ("harmless", 5)):
