@@ -51,9 +51,7 @@ class Args:
     type: RewardType = "mean_and_variance"  # all: each type in turn, as in hidden-context
     link: Literal["logistic", "probit"] = "logistic"  # P(win) of mean_and_variance; probit: Sec. 4
     num_atoms: int = 10  # K of categorical; App. C.2
-    entropy: Literal["batch", "example"] = (
-        "batch"  # of the mean p; example: mean of each (App. C.2)
-    )
+    entropy: Literal["example", "batch"] = "example"  # batch: of a micro-batch's mean p (released)
     entropy_coeff: float = 0.1  # kappa, weight of the entropy bonus of categorical; App. C.2
     sigma_floor: float = 1e-4  # a width added to every comparison; none in the released code
     soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen instead of 1
@@ -200,6 +198,7 @@ def normal_loss(mu_chosen, sigma_chosen, mu_rejected, sigma_rejected, link, sigm
     pi / 2 times that of the probit, so that the fitted sigma comes out too large by that factor.
     The floor keeps z finite where both sigma vanish.
     """
+    # z is the mean of u_chosen - u_rejected in units of its standard deviation.
     variance = sigma_chosen**2 + sigma_rejected**2 + sigma_floor**2
     z = (mu_chosen - mu_rejected) / variance.sqrt()
     if link == "probit":
@@ -279,11 +278,14 @@ def categorical_utility(logits, measure, alpha):
     K = logits.shape[-1]
     p = logits.softmax(-1)
     if measure == "quantile":
+        # Full bins below the quantile, and a part of the bin that holds it.
         below = p.cumsum(-1) - p
         filled = (
             ((alpha - below) / p).nan_to_num(0).clamp(0, 1)
         )  # share of a bin under the quantile
         return filled.sum(-1) / K
+
+    # Moments of the points.
     atoms = torch.arange(K).to(logits) / (K - 1)
     mean = (p * atoms).sum(-1)
     if measure == "mean":
@@ -357,9 +359,11 @@ def dimensions(env):
 def borda(env, a, shared=False):
     """Borda count BC(a) = E_b[p(a, b)] (Sec. 3) in closed form.  (..., d) alternatives -> (...)
 
+    By Theorem 3.1 a base model orders the alternatives as BC does.
     shared: both sides of a pair have one context, Eq. 2; else each side its own, as in the released
     code. Only the 1d world has a closed form for shared contexts.
     """
+    # 1d: up to 0.8 the utility is a itself; beyond, it is 0 half the time.
     mean, q = environment(env, a)
     if env == "1d":
         beyond = 0.05 + 0.5 * mean if shared else 0.275 + 0.25 * mean
@@ -377,16 +381,19 @@ def borda(env, a, shared=False):
 
 def draw_pairs(env, n, shared, generator):
     """n random pairs -> alternatives (2n, d), first sides before second; who wins (n, 1)"""
+    # Alternatives, contexts z and coins, all uniform.
     first, second = torch.rand(2, n, dimensions(env), generator=generator)
     context_first, context_second, coin = torch.rand(3, n, generator=generator)
     if shared:
         context_second = context_first  # Eq. 2
 
+    # The utilities in these contexts.
     mean, q = environment(env, first)
     u_first = torch.where(context_first < q, mean / q, 0)
     mean, q = environment(env, second)
     u_second = torch.where(context_second < q, mean / q, 0)
 
+    # O_u of Eq. 2: the higher utility wins, and a tie goes either way.
     first_wins = torch.where(u_first == u_second, coin < 0.5, u_first > u_second)
     return torch.cat([first, second]), first_wins[:, None]
 
@@ -399,7 +406,10 @@ def encode(texts, tokenizer, max_length):
 
     Rows with a side of more than max_length tokens are dropped and counted, never cut (App. C.2).
     """
+    # Limits that nothing reaches: tokenize_pairs would cut.
     rows = tokenize_pairs(texts, tokenizer, 2**40, 2**39, what="")
+
+    # The reward is read at the last token of the text, and none is added (released code).
     kept = []
     for row in rows:
         row["responses"] = [ids[:-1] for ids in row["responses"]]
@@ -417,9 +427,11 @@ def encode(texts, tokenizer, max_length):
 
 def load_subset(args, split):
     """Pairs of --data and --subset: of the sub-folder of that name, else rows by data_subset."""
+    # The relabelled HH-RLHF has a folder for each subset; to read them all would take pairs twice.
     folder = Path(args.data, args.subset)
     if folder.is_dir():
         return load_pairs(str(folder), split)
+
     rows = load_pairs(args.data, split)
     if args.subset == "both":
         return rows
@@ -485,11 +497,14 @@ def load_reward_model(name, dtype):
     remedy = "so this is no reward model; `dpl.py train` makes one"
     require(meta, f"{config}: no entry dpl, {remedy}")
 
+    # load_model reads the body only; the head comes from the same files.
     weight = torch.zeros(0, 1)
     for path in folder.glob("*.safetensors"):
         file = safe_open(path, "pt")
         if "score.weight" in file.keys():
             weight = file.get_tensor("score.weight")
+
+    # A head of another shape would be read as another distribution.
     K = number_of_outputs(meta["type"], meta["K"])
     expected = f"those of {meta['type']} with K = {meta['K']} as in config.json"
     remedy = "restore the files that train saved"
@@ -509,6 +524,7 @@ def head_outputs(model, batch):
 @torch.no_grad()
 def raw_outputs(model, rows, tokens_per_microbatch):
     """Raw outputs for encoded rows, the same on all processes -> list of (responses, K), CPU"""
+    # Packed rows: a prompt is computed once for all its responses, and nothing is padded.
     sizes = [len(row["responses"]) for row in rows]
     outputs = [torch.zeros(n, model.config.num_labels) for n in sizes]
     for batch in pack_pairs(rows, tokens_per_microbatch):
@@ -603,6 +619,7 @@ def load_training_pairs(args, tokenizer):
 
 def train(args):
     """Fit a reward model of args.type to pairs -> the records of metrics.jsonl"""
+    # Data: pairs of token ids, the longer ones dropped.
     setup(args.seed)
     out = start_run(args, "dpl-train")
     tokenizer = load_tokenizer(args.model)
@@ -653,6 +670,7 @@ def train(args):
         if stop:
             raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
 
+    # The last record is that of the held-out pairs.
     history.append(log(out, steps, **evaluate(model, held_out, args)))
     whole = adapted.merge_and_unload() if args.lora else model
     save_model(whole, tokenizer, out / "model")
@@ -664,6 +682,7 @@ def train(args):
 
 def rows_to_score(args):
     """Rows of --data with "prompt" and "responses", which are [rejected, chosen] of a pair."""
+    # Pairs, in any form that train reads.
     path = Path(args.data)
     rows = []
     if path.is_file():
@@ -674,6 +693,7 @@ def rows_to_score(args):
             row["responses"] = [row["rejected"], row["chosen"]]
         return rows
 
+    # Prompts with responses, as in the released code's jailbroken_responses.jsonl.
     for number, row in enumerate(rows, 1):
         responses = row.get("responses")
         fine = isinstance(responses, list) and len(responses) > 0 and "prompt" in row
@@ -692,6 +712,7 @@ def add_scores(rows, name, checkpoint, args):
     complete = pairs or len(encoded) == len(rows)
     require(complete, f"{args.data}: drop these rows before scoring it")
 
+    # Pairs that are too long are gone; the others get their columns.
     scored = []
     outputs = raw_outputs(model, encoded, args.tokens_per_microbatch)
     for code, row_outputs in zip(encoded, outputs, strict=True):
@@ -763,9 +784,7 @@ class Summary:
     """What summarize prints of one reward model in one file."""
 
     r_squared: float
-    r_squared_within: (
-        float  # variance of means within prompts only; a prompt's offset is not identified
-    )
+    r_squared_within: float  # of the variance within prompts only
     mean: Rate
     quantile: Rate  # at --alpha
     quantiles: dict  # {alpha of ALPHAS: Rate}
@@ -826,11 +845,15 @@ def rate(utilities):
 
 def summary_of(scored, alpha):
     """r^2 (Sec. 4) and the rates of Table 1 of one reward model's outputs -> Summary"""
+    # 1 - r^2 is the share of hidden context.
     mean = utility(scored.outputs, scored.reward_type, "mean")
     sd = utility(scored.outputs, scored.reward_type, "sd")
+
+    # Comparisons within prompts say nothing about the differences between prompts.
     n = mean.shape[1]
     within = (mean - mean.mean(1, keepdim=True)) * math.sqrt(n / (n - 1))  # unbiased for any n
 
+    # How much risk aversion does it take to refuse the jailbreaks?
     quantiles = {}
     for level in ALPHAS:
         quantiles[level] = rate(utility(scored.outputs, scored.reward_type, "quantile", level))
