@@ -70,9 +70,7 @@ class Args:
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
     max_grad_norm: float = 1.0  # longer gradients are cut to this norm; released code
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
-    dtype: Literal["float32", "bfloat16"] = (
-        "float32"  # of compute; weights, head and losses stay float32
-    )
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; head and losses stay float32
     seed: int = 0  # of the head's first weights and the order of the pairs
 
     eval_every: int = 0  # training pairs between evaluations; 0: only at the end
@@ -87,9 +85,7 @@ class Args:
 class SyntheticArgs:
     """Options of synthetic and figure3."""
 
-    env: tyro.conf.Positional[Literal["1d", "2d"]] = (
-        "1d"  # 1d: the paper's; 2d: the released code's other one
-    )
+    env: tyro.conf.Positional[Literal["1d", "2d"]] = "1d"  # 1d: Figure 3; 2d: of the released code
     shared_context: bool = False  # one context for both sides of a pair, Eq. 2; 1d only
     width: int = 64  # of the three hidden layers
     batch_size: int = 512  # pairs, drawn anew for every step
@@ -124,9 +120,7 @@ class ScoreArgs:
 class SummarizeArgs:
     """Options of summarize."""
 
-    files: tuple[
-        str, ...
-    ] = ()  # of evaluate, score or the released code; of two responses the first is the safe one
+    files: tuple[str, ...] = ()  # written by evaluate, score or the released code
     alpha: float = 0.01  # of the quantile; Sec. 5
 
 
@@ -166,9 +160,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-sys.path.insert(
-    1, str(Path(__file__).resolve().parents[1])
-)  # common.py: beside this file or one up
+# common.py lies beside this file or one folder up.
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 # isort: off
 from common import response_hiddens  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
@@ -232,7 +225,7 @@ def categorical_loss(chosen, rejected):
     return -log_terms.flatten(1).logsumexp(-1)
 
 
-def entropy(chosen, rejected, over="batch"):
+def entropy(chosen, rejected, over="example"):
     """H of App. C.2, of which kappa times is taken off the mean loss.  (B, K) logits, twice -> ()
 
     "example" is the paper's, the mean of each alternative's H(p). "batch" is the released code's, H
@@ -240,7 +233,7 @@ def entropy(chosen, rejected, over="batch"):
     """
     log_p = torch.cat([chosen, rejected]).log_softmax(-1)
     if over == "batch":
-        log_p = log_p.logsumexp(0) - math.log(len(log_p))
+        log_p = log_p.logsumexp(0) - math.log(len(log_p))  # of the mean p
     elif over != "example":
         raise ValueError(f"unknown entropy {over!r}")
     return -(log_p.exp() * log_p).sum(-1).mean()
@@ -278,11 +271,9 @@ def categorical_utility(logits, measure, alpha):
     K = logits.shape[-1]
     p = logits.softmax(-1)
     if measure == "quantile":
-        # Full bins below the quantile, and a part of the bin that holds it.
+        # The share of each bin below the quantile: all, none, or a part of the bin that holds it.
         below = p.cumsum(-1) - p
-        filled = (
-            ((alpha - below) / p).nan_to_num(0).clamp(0, 1)
-        )  # share of a bin under the quantile
+        filled = ((alpha - below) / p).nan_to_num(0).clamp(0, 1)
         return filled.sum(-1) / K
 
     # Moments of the points.
@@ -611,9 +602,10 @@ def load_training_pairs(args, tokenizer):
     """-> encoded pairs to train on, and the held-out ones."""
     rows = encode(load_subset(args, "train"), tokenizer, args.max_length)
     held_out = encode(load_subset(args, "test"), tokenizer, args.max_length)
-    for row in rows if args.soft_labels else []:
+    for row in rows:
         known = isinstance(row["p"], int | float) and 0 <= row["p"] <= 1
-        require(known, "--soft-labels: every row needs p_chosen, a number from 0 to 1")
+        problem = "--soft-labels: every row needs p_chosen, a number from 0 to 1"
+        require(known or not args.soft_labels, problem)
     return rows, subset(held_out, args.eval_pairs, seed=0)
 
 
@@ -728,7 +720,6 @@ def add_scores(rows, name, checkpoint, args):
 def score(args):
     """Raw outputs of reward models for pairs or responses -> the rows, written to args.out."""
     alone = args.response != ""  # one text on the command line
-    require(alone or args.data, "give --data, or --prompt and --response")
     if alone:
         rows = [{"prompt": args.prompt, "responses": [args.response]}]
     else:
@@ -805,32 +796,49 @@ def output_table(path, rows, column):
     return torch.stack(table)
 
 
-def read_outputs(path):
-    """Raw outputs in a file of score, evaluate or the released code -> list of Scored
+def usual_type(K):
+    """The reward type with K outputs, for the released code's files, which do not name it."""
+    if K == 1:
+        return "base"
+    if K == 2:
+        return "mean_and_variance"
+    return "categorical"
 
-    Where the file does not tell the reward type, K = 1 is base and K = 2 mean_and_variance.
-    """
+
+def part_of(row):
+    """The subset of HH-RLHF that a row belongs to."""
+    return str(row.get("data_subset", "other"))
+
+
+def read_outputs(path):
+    """Raw outputs in a file of score, evaluate or the released code -> list of Scored"""
     rows = read_rows(Path(path))
     require(rows, f"{path}: no rows; write the file with score or evaluate")
-    for row in rows:  # the released code's eval_results: one reward model, a column for each side
+
+    # The released code's eval_results have one reward model, and a column for each side of a pair.
+    for row in rows:
         if "reward_output_chosen" in row:
             sides = [row.get("reward_output_rejected"), row["reward_output_chosen"]]
             row["reward_outputs_pairs"] = sides
+
+    # All others have a column for each reward model.
     prefix = "reward_outputs_"
     names = [key.removeprefix(prefix) for key in rows[0] if key.startswith(prefix)]
     require(names, f"{path}:1: no reward_outputs_NAME; write the file with score or evaluate")
 
     found = []
-    parts = sorted({row.get("data_subset", "") for row in rows})
+    parts = sorted(set(map(part_of, rows)))
     for name in names:
         outputs = output_table(path, rows, prefix + name)
         meta = rows[0].get(f"reward_model_{name}", {})
-        guess = {1: "base", 2: "mean_and_variance"}.get(outputs.shape[-1], "categorical")
-        reward_type = meta.get("type", guess)
+        reward_type = meta.get("type") or usual_type(outputs.shape[-1])
         found.append(Scored(name, reward_type, outputs))
-        for part in parts if len(parts) > 1 else []:
-            members = [row.get("data_subset", "") == part for row in rows]
-            found.append(Scored(f"{name}, {part}", reward_type, outputs[members]))
+
+        # Helpfulness accuracy is that of the helpful rows (Table 1).
+        if len(parts) > 1:
+            for part in parts:
+                members = [part_of(row) == part for row in rows]
+                found.append(Scored(f"{name}, {part}", reward_type, outputs[members]))
     return found
 
 
@@ -1029,6 +1037,16 @@ def draw_hidden(curves, shown, caption):
 # ---- synthetic and figure3
 
 
+def synthetic_grid(env):
+    """Alternatives to look at, the midpoints of 400 or of 50 x 50 cells.  -> (cells, d)"""
+    if env == "1d":
+        return ((torch.arange(400) + 0.5) / 400)[:, None]
+    if env == "2d":
+        line = (torch.arange(50) + 0.5) / 50
+        return torch.cartesian_prod(line, line)
+    raise ValueError(f"unknown environment {env!r}")
+
+
 def synthetic_net(reward_type, env, width):
     """The net of App. C.1: three hidden layers, and K outputs of reward_type."""
     K = number_of_outputs(reward_type, 20 if env == "1d" else 8)
@@ -1048,16 +1066,18 @@ def synthetic_sigma(outputs):
     return (outputs[..., 1] - 2).exp()
 
 
-def synthetic_losses(net, env, n, shared_context, reward_type, generator):
+def synthetic_losses(net, reward_type, n, args, generator):
     """Losses of n new pairs.  -> (n,)"""
-    sides, first_wins = draw_pairs(env, n, shared_context, generator)
+    sides, first_wins = draw_pairs(args.env, n, args.shared_context, generator)
     first, second = net(sides).chunk(2)
     chosen = torch.where(first_wins, first, second)
     rejected = torch.where(first_wins, second, first)
     if reward_type == "mean_and_variance":
-        sigmas = (synthetic_sigma(chosen), synthetic_sigma(rejected))
-        mu_chosen, mu_rejected = chosen[:, 0], rejected[:, 0]
-        return normal_loss(mu_chosen, sigmas[0], mu_rejected, sigmas[1], "logistic", 1e-12)
+        sigma_chosen = synthetic_sigma(chosen)
+        sigma_rejected = synthetic_sigma(rejected)
+        return normal_loss(
+            chosen[:, 0], sigma_chosen, rejected[:, 0], sigma_rejected, "logistic", 1e-12
+        )
     return pair_losses(chosen, rejected, reward_type)
 
 
@@ -1065,9 +1085,8 @@ def fit_synthetic(reward_type, args, generator, out):
     """Train a net on fresh pairs in every step -> the net, and its loss on 50,000 more."""
     net = synthetic_net(reward_type, args.env, args.width)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-    world = (args.shared_context, reward_type, generator)
     for step in range(args.steps):
-        losses = synthetic_losses(net, args.env, args.batch_size, *world)
+        losses = synthetic_losses(net, reward_type, args.batch_size, args, generator)
         if step % 100 == 0:
             log(out, step, **{reward_type: losses})
         losses.mean().backward()
@@ -1077,7 +1096,7 @@ def fit_synthetic(reward_type, args, generator, out):
 
     net.eval()
     with torch.no_grad():
-        losses = synthetic_losses(net, args.env, 50000, *world)
+        losses = synthetic_losses(net, reward_type, 50000, args, generator)
     log(out, args.steps, **{reward_type: losses})
     return net, losses.mean().item()
 
@@ -1088,15 +1107,12 @@ def synthetic(args):
     out = start_run(args, f"dpl-{args.env}")
     generator = torch.Generator().manual_seed(args.seed)
 
-    # Midpoints of a grid: 400 of them, or 50 a side.
-    if args.env == "1d":
-        grid = ((torch.arange(400) + 0.5) / 400)[:, None]
-    else:
-        line = (torch.arange(50) + 0.5) / 50
-        grid = torch.cartesian_prod(line, line)
+    # What is true of the alternatives on a grid.
+    grid = synthetic_grid(args.env)
     expected, _ = environment(args.env, grid)
     curves = {"u": expected, "borda": borda(args.env, grid, args.shared_context)}
 
+    # What each reward type learns of them.
     table = {}
     for reward_type in ("base", "categorical", "mean_and_variance"):
         net, loss = fit_synthetic(reward_type, args, generator, out)
@@ -1277,7 +1293,10 @@ def check(args):
             low, high = RANGES[name]
             flag = "--" + name.replace("_", "-")
             require(low <= value <= high, f"{flag} {value}: must be from {low:g} to {high:g}")
-    if isinstance(args, SyntheticArgs):
+    if isinstance(args, Args):
+        known = args.type != "all" or args.data == "tiny"
+        require(known, "--type all: compares with the readers of the tiny world; --data tiny")
+    elif isinstance(args, SyntheticArgs):
         closed = args.env == "1d" or not args.shared_context
         require(closed, "--shared-context: its Borda count is for 1d only")
     elif isinstance(args, ScoreArgs):
