@@ -1153,9 +1153,7 @@ class Readers:
     borda: torch.Tensor  # mean probability of beating a response to any prompt
     divides: torch.Tensor  # 1 where the groups disagree, which is where there is a monster
     first_wins: torch.Tensor  # (prompts * 6,), of the pairs of four
-    attributes: (
-        torch.Tensor
-    )  # (prompts * 4, 5): 1, polite, happy, adjectives away from two, monster
+    attributes: torch.Tensor  # (prompts * 4, 5): 1, polite, happy, adjectives off two, monster
 
 
 def pairs_of_four(values):
