@@ -285,7 +285,7 @@ def test_unknown_names_are_errors():
         lambda: dpl.entropy(x, x, "epoch"),
         lambda: dpl.utility(x, "normal"),
         lambda: dpl.utility(x, "base", "median"),
-        lambda: dpl.number_of_outputs("all", 10),
+        lambda: dpl.number_of_outputs("compare", 10),
         lambda: dpl.lr_factor("linear", 0, 1),
         lambda: dpl.environment("3d", x),
         lambda: dpl.borda("3d", x),
