@@ -622,6 +622,51 @@ def test_synthetic_2d_follows_the_true_borda_count(tmp_path):
     assert (tmp_path / "run/figures/dpl.png").stat().st_size > 10_000
 
 
+# ---- hidden-context
+
+
+def test_readers_of_the_tiny_world():
+    """Their utilities by the rewards of the world, and the readers measured against themselves."""
+    rows = common.load_pairs("tiny", "test")
+    readers = dpl.ask_readers(rows)
+    for i, row in enumerate(rows):
+        for j, text in enumerate(row["responses"]):
+            expected = common.tiny_reward(row["prompt"], text)
+            assert readers.mean[i, j].item() == pytest.approx(expected)
+            assert readers.divides[i, j] == common.tiny_attributes(text)["monster"]
+    wins = readers.first_wins.view(len(rows), 6)
+    for i, row in enumerate(rows[:20]):
+        first, second = (
+            row["responses"].index(row["chosen"]),
+            row["responses"].index(row["rejected"]),
+        )
+        pair = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)].index(
+            tuple(sorted((first, second)))
+        )
+        p = row["p_chosen"] if first < second else 1 - row["p_chosen"]
+        assert wins[i, pair].item() == pytest.approx(p, abs=1e-6)
+    column = dpl.compare(readers, readers.mean, readers.sd, readers.worst)
+    assert column["corr. E[u]"] == pytest.approx(1) and column["AUC of sd for monsters"] == 1
+    assert column["worth of a monster / happy end"] == pytest.approx(-0.125, abs=1e-5)
+    assert column["best of 4 by 1 % quantile: monsters"] == 0
+
+
+def test_hidden_context_in_a_few_steps(tmp_path, capsys):
+    """All of the command, too short to learn; a second call with --resume trains nothing again."""
+    options = dict(type="compare", soft_labels=True, batch_size=4, max_steps=2, eval_pairs=8)
+    table = dpl.main(dpl.Args(out=str(tmp_path / "run"), **options))
+    assert list(table) == ["expected u", "base", "mean_and_variance"]
+    assert 0 <= table["base"]["|P(win) - true P(win)|"] < 0.5
+    assert "categorical is not shown" in capsys.readouterr().out
+    curves = json.loads((tmp_path / "run/curves.json").read_text())
+    assert len(curves["mean_and_variance sd"]) == 256
+    assert (tmp_path / "run/figures/dpl.png").stat().st_size > 10_000
+    again = dpl.main(dpl.Args(out=str(tmp_path / "run"), resume=True, **options))
+    assert again == table
+    with pytest.raises(SystemExit, match="--data tiny"):
+        dpl.main(dpl.Args(data="hh", **options))
+
+
 # ---- training, scoring, choosing
 
 
