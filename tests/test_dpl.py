@@ -662,7 +662,8 @@ def test_hidden_context_in_a_few_steps(tmp_path, capsys):
     assert len(curves["mean_and_variance sd"]) == 256
     assert (tmp_path / "run/figures/dpl.png").stat().st_size > 10_000
     again = dpl.main(dpl.Args(out=str(tmp_path / "run"), resume=True, **options))
-    assert again == table
+    for name, column in table.items():
+        assert again[name] == pytest.approx(column, abs=1e-4), name
     with pytest.raises(SystemExit, match="--data tiny"):
         dpl.main(dpl.Args(data="hh", **options))
 
