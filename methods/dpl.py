@@ -27,10 +27,10 @@ These follow the released code and not the paper: the link of mean_and_variance 
 bfloat16 it stops learning at the paper's rate), losses stay in log space, sigma has a floor, LoRA
 has no dropout, and a coin breaks synthetic ties.
 
-Found by hidden-context, seeds 0, 1, 2: base follows Borda count (correlation .95 to .97) and rates up
-the monsters that a quarter of the readers hate; the sd of mean_and_variance finds what divides the
-readers (AUC .84 to 1.00). categorical is not shown, since it needs more updates: AUC .55 to .65 in
-as many, .91 and .72 (seeds 0, 1) at --lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03.
+Found by hidden-context, seeds 0, 1, 2: base follows Borda count (correlation .95 to .97) and rates
+up the monsters that a quarter of the readers hate; the sd of mean_and_variance finds what divides
+the readers (AUC .84 to 1.00). categorical is not shown, since it needs more updates: AUC .55 to .65
+in as many, .91 and .72 (seeds 0, 1) at --lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03.
 """
 
 import json
