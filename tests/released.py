@@ -3,19 +3,15 @@
 A few plain lines for each difference; the tests print both values side by side.
 """
 
-import numpy as np
-import torch
+import math
 import random
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+import twisted_smc
 
 import common
-import math
-import torch.nn.functional as F
-import torch
-import twisted_smc
 
 # ---- DPO, Cal-DPO: loss, truncation, labels
 
@@ -25,6 +21,8 @@ def cut_prompt(prompt, room, keep):
     if keep == "end":
         return prompt[-room:]
     return prompt[:room]
+
+
 def dpo_data_order(n, epochs, seed):
     """DPO: the order of n prompts in each epoch.  The seed of the run does not reach it."""
     epoch_seeds = np.random.RandomState(0).randint(0, 2**32, size=epochs)
@@ -152,6 +150,8 @@ def calibration(alpha, p, bins=10, quantiles=False):
     squared = np.mean((p - alpha) ** 2)
     logs = np.mean(abs(np.log(p / alpha)))
     return [squared, logs, abs(np.mean(p) - np.mean(alpha)), abs(gaps).sum() / len(p)]
+
+
 def dpo_gamma_loss(
     chosen_logps,
     rejected_logps,
