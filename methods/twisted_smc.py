@@ -10,7 +10,7 @@ Zhao, Brekelmans, Makhzani, Grosse 2024, https://arxiv.org/abs/2404.17546
     estimate, Eq. 8      Z-hat = product over blocks of mean_k prod_t w_t^k, with E Z-hat = Z
     bounds, Eq. 24       E log Z-hat <= log Z <= E log Z-hat with one exact sample retained
 
-    python methods/twisted_smc.py                          the tiny world, six learners, a minute
+    python methods/twisted_smc.py                          the tiny world, six learners, 90 seconds
     python methods/twisted_smc.py toxicity --learner ctl   one row of Table 2 (GPU, downloads)
     torchrun --standalone --nproc-per-node 4 methods/twisted_smc.py infilling --learner dpg
 
@@ -1495,7 +1495,8 @@ def is_due(step, eval_every):
     """Whether to evaluate after `step` updates: at multiples, or for 0 at 0, 2, 4, 8, ..."""
     if eval_every:
         return step % eval_every == 0
-    return step != 1 and step & (step - 1) == 0
+    power_of_two = (step & (step - 1)) == 0  # of 0 too
+    return power_of_two and step != 1
 
 
 def update(args, learner, world, twist, exact, optimizer, step):
