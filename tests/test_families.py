@@ -1,6 +1,6 @@
-"""Any decoder-only family: scored and decoded as its own plain forward pass does, or refused in one line.
+"""Any decoder-only family: scored and decoded as its plain forward pass does, or refused in a line.
 
-Each is a small random model; what is right is the library's forward pass on one row without padding or cache.
+Each is a small random model; right is the library's forward pass on one row, no padding, no cache.
 """
 
 import pytest
@@ -179,7 +179,7 @@ def numbers(n, start):
 
 
 def build(name):
-    """The model of a family with random weights, large enough that every term of its forward matters."""
+    """The model of a family with random weights, so large that every term of its forward matters."""
     kind, fields, _ = FAMILIES[name]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**fields)
@@ -244,7 +244,7 @@ def test_gradients_of_packed_rows(name):
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_twelve_tokens(name):
-    """Greedy tokens of two prompts of different lengths, one of them forked, against whole prefixes."""
+    """Tokens of two prompts of different lengths, forked and reordered, against whole prefixes."""
     model = build(name)
     prompts = [numbers(12, 1), numbers(7, 9)]
     cache, _, logits = common.prefill(model, prompts, 12, copies=2)
