@@ -108,7 +108,7 @@ def packed_attention(
 
     segments lists each row's lengths: (prompt, response 1, response 2, ...).  It travels as a
     keyword through the model, so that gradient checkpointing recomputes with its own batch's table.
-    Without it: the library's attention.
+    Without it: the library's attention.  No row is longer than a sliding window (see `packs`).
     """
     if segments is None:
         return sdpa_attention_forward(
@@ -116,13 +116,6 @@ def packed_attention(
         )
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise ValueError("capped attention scores and attention sinks are not written here")
-    window = kwargs.get("sliding_window")
-    longest = max(prompt + max(responses) for prompt, *responses in segments)
-    if window and longest > window:
-        raise SystemExit(
-            f"a row of {longest} tokens exceeds the model's attention window: --max-length {window}"
-        )
-
     # One split: slicing q, k, v for each segment would make every backward write a zero tensor as
     # long as the row.
     sizes = []
@@ -242,8 +235,7 @@ def token_logps(model, batch):
     fp32; batch["owner"] says which response a token belongs to.  Dropout must be off: the responses
     of a row share their prompt.
     """
-    _probe(model)
-    if model.packs:
+    if packs(model, batch):
         return model._packed_token_logps(batch)
     return model._padded_token_logps(batch)
 
@@ -266,9 +258,9 @@ def response_hiddens(model, batch):
 
     SystemExit for a family of models that cannot be packed.
     """
-    _probe(model)
     name = type(model).__name__
-    require(model.packs, f"{name} cannot be packed: choose a GPT-NeoX, Llama or GPT-2 model")
+    fits = packs(model, batch)
+    require(fits, f"{name}: rows cannot be packed; choose a GPT-NeoX, Llama or GPT-2 model")
     hiddens = model._packed_hiddens(batch)
     return hiddens.index_select(0, batch["last_at"].to(hiddens.device))
 
@@ -313,14 +305,25 @@ def _padded_token_logps(model, batch):
     return log_p[scored[:, 1:]]
 
 
-def _probe(model):
-    """At first use: is packing exact for this model?  Then model.packs says so.
+def packs(model, batch):
+    """Is the packed row exact for this model and batch?
+
+    The model is probed once, at first use; and no row may reach beyond a sliding window, which
+    packed attention does not cut.
+    """
+    if not hasattr(model, "packs"):
+        _probe_packing(model)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    longest = max(prompt + max(responses) for prompt, *responses in batch["segments"])
+    return model.packs and (window is None or longest <= window)
+
+
+def _probe_packing(model):
+    """Set model.packs, with a line if it is False.
 
     The functions above become methods of the model, called through the root module, where FSDP
     gathers the parameters.
     """
-    if hasattr(model, "packs"):
-        return
     for function in (_packed_hiddens, _packed_token_logps, _padded_token_logps):
         setattr(model, function.__name__, types.MethodType(function, model))
         register_fsdp_forward_method(model, function.__name__)
@@ -339,7 +342,7 @@ def _packing_problem(model):
     recurrent layers (Mamba) and logits scaled or capped after the head (Gemma 2, Cohere).
     """
     config = model.config.get_text_config()
-    ids = [(7 * i * i + 3 * i + 1) % min(config.vocab_size, 256) for i in range(40)]
+    ids = _probe_ids(model, 40)
     two = {"prompt_ids": ids[:9], "responses": [ids[9:15], ids[15:18]]}
     more = {"prompt_ids": ids[18:23], "responses": [ids[23:27], ids[27:34]]}
     one = {"prompt_ids": ids[34:36], "responses": [ids[36:40]]}
@@ -447,6 +450,8 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
 # nothing is copied.  Resampling overwrites the slots of dead particles only, survivors stay where
 # they are.  Chance is an argument: a draw takes one uniform a row, and its log-prob comes from the
 # very scores that it was drawn from (scoring it again moves tokens across the edge of a filter).
+# Families whose state is no list of keys and values (Mamba, RWKV, hybrids) are found by a probe,
+# and get whole prefixes at every step: slow and exact.
 
 
 class Slab(DynamicLayer):
@@ -471,6 +476,73 @@ class Slab(DynamicLayer):
         return self.keys, self.values
 
 
+class WholePrefixes:
+    """In place of a cache: the ids of every slot, run from their start at every step."""
+
+    def __init__(self, texts):
+        self.texts = texts  # a list of ids for each slot
+
+
+@torch.no_grad()
+def _run_whole(model, texts):
+    """Final-norm hidden states (n, d) and logits (n, V) at the end of n texts, no cache.
+
+    Right padding: no causal model sees it.
+    """
+    hidden, logits = [], []
+    for start in range(0, len(texts), 64):
+        group = [torch.tensor(text) for text in texts[start : start + 64]]
+        ids = pad_sequence(group, batch_first=True).to(model.device)
+        lengths = torch.tensor([len(text) for text in group], device=ids.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        inputs = []
+
+        def catch(_, given, inputs=inputs):
+            inputs.append(given[0])
+
+        with model.get_output_embeddings().register_forward_pre_hook(catch):
+            out = model(ids, attention_mask=mask.long(), use_cache=False)
+        row = torch.arange(len(group), device=ids.device)
+        hidden.append(inputs[0][row, lengths - 1])
+        logits.append(out.logits[row, lengths - 1])
+    return torch.cat(hidden), torch.cat(logits)
+
+
+def _probe_decoding(model):
+    """Set model.decodes: does the cache give what whole prefixes give?  A line if it does not."""
+    problem = _decoding_problem(model)
+    model.decodes = not problem
+    if problem:
+        name = type(model).__name__
+        say(f"{name}: every step runs the whole prefix, because its cache fails: {problem}")
+
+
+@torch.no_grad()
+def _decoding_problem(model):
+    """Why the cache is wrong, from two prompts, two steps and an exchange; "" if it is exact."""
+    ids = _probe_ids(model, 16)
+    texts = [ids[:9], ids[9:13]]
+    try:
+        cache, _, _ = _prefill_cache(model, texts, 2, copies=1)
+        _step_cache(model, cache, torch.tensor(ids[13:15], device=model.device))
+        _reorder_cache(cache, torch.tensor([1, 0], device=model.device))
+        _, found = _step_cache(model, cache, torch.tensor([ids[15], ids[0]], device=model.device))
+    except Exception as error:  # hybrids fail in many ways
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else "an error"
+    swapped = [texts[1] + [ids[14], ids[15]], texts[0] + [ids[13], ids[0]]]
+    _, expected = _run_whole(model, swapped)
+    worst = (found.float() - expected.float()).abs().max().item()
+    scale = expected.float().abs().max().clamp(min=1.0).item()
+    tolerance = scale * (1e-4 if model.dtype == torch.float32 else 5e-2)
+    return "" if worst <= tolerance else f"a logit differs by {worst:.1e}"
+
+
+def _probe_ids(model, n):
+    """n token ids of no meaning."""
+    vocabulary = min(model.config.get_text_config().vocab_size, 256)
+    return [(7 * i * i + 3 * i + 1) % vocabulary for i in range(n)]
+
+
 @torch.no_grad()
 def prefill(model, prompts, max_new_tokens, copies=1):
     """Run N lists of ids of any lengths, once each, for `copies` slots: i continues i // copies.
@@ -483,6 +555,18 @@ def prefill(model, prompts, max_new_tokens, copies=1):
             len(prompt) > 0,
             f"prompt {number} has no tokens: begin it with a BOS token, or drop it",
         )
+    if not hasattr(model, "decodes"):
+        _probe_decoding(model)
+    if model.decodes:
+        return _prefill_cache(model, prompts, max_new_tokens, copies)
+    hidden, logits = _run_whole(model, prompts)
+    slots = torch.arange(len(prompts), device=model.device).repeat_interleave(copies)
+    cache = WholePrefixes([list(prompts[i]) for i in slots.tolist()])
+    return cache, hidden[slots], logits[slots]
+
+
+def _prefill_cache(model, prompts, max_new_tokens, copies):
+    """prefill with keys and values."""
     texts = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(texts, batch_first=True, padding_side="left").to(model.device)
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=ids.device)
@@ -494,7 +578,7 @@ def prefill(model, prompts, max_new_tokens, copies=1):
     cache.padded = bool(pads.any())
     columns = torch.arange(ids.shape[1] + max_new_tokens, device=ids.device)
     cache.positions = columns - pads  # (N, columns); below 0: padding
-    hidden, logits = decode_step(model, cache, ids)
+    hidden, logits = _step_cache(model, cache, ids)
     cache.prompts = torch.arange(len(prompts), device=ids.device).repeat_interleave(copies)
     cache.layers = [Slab(layer, cache.prompts, max_new_tokens) for layer in cache.layers]
     cache.positions = cache.positions[cache.prompts]
@@ -504,6 +588,15 @@ def prefill(model, prompts, max_new_tokens, copies=1):
 @torch.no_grad()
 def decode_step(model, cache, tokens):
     """Append a token to every slot.  (n,) -> (n, d) final-norm hidden states, (n, V) next logits"""
+    if isinstance(cache, WholePrefixes):
+        for text, token in zip(cache.texts, tokens.tolist()):
+            text.append(token)
+        return _run_whole(model, cache.texts)
+    return _step_cache(model, cache, tokens)
+
+
+def _step_cache(model, cache, tokens):
+    """decode_step with keys and values; (n, t) tokens append t columns."""
     tokens = tokens.view(len(tokens), -1)
     start = cache.get_seq_length()
     at = cache.positions[:, : start + tokens.shape[1]]
@@ -536,9 +629,16 @@ def stay_in_place(ancestors):
 def reorder(cache, ancestors):
     """In place: slot i goes on from slot ancestors[i].
 
-    n ancestors for more than n slots leave n slots.  The prompt's columns move only where a slot
-    changes its prompt.
+    n ancestors for more than n slots leave n slots.
     """
+    if isinstance(cache, WholePrefixes):
+        cache.texts = [list(cache.texts[i]) for i in ancestors.tolist()]
+    else:
+        _reorder_cache(cache, ancestors)
+
+
+def _reorder_cache(cache, ancestors):
+    """The prompt's columns move only where a slot changes its prompt."""
     n = len(ancestors)
     slots = torch.arange(n, device=ancestors.device)
     moved = (ancestors != slots).nonzero()[:, 0]
@@ -1229,7 +1329,7 @@ def load_model(name, dtype="float32", train=False):
 
     train=False: whole on every rank, frozen, in `dtype`.  train=True: fp32 weights and gradient
     sums, `dtype` compute, a slice of every layer on every rank if there are several.
-    SystemExit: not a model that transformers can load, or weights missing.
+    SystemExit: not a model that transformers can load, weights missing, not a decoder-only model.
     """
     folder = model_folder(name)
     rank, world = rank_and_world()
@@ -1238,6 +1338,8 @@ def load_model(name, dtype="float32", train=False):
     sharded = train and (dtype != "float32" or world > 1)
     try:
         config = AutoConfig.from_pretrained(folder)
+        refused = f"{folder}: an encoder-decoder; choose a decoder-only language model"
+        require(not config.is_encoder_decoder, refused)
         _turn_dropout_off(config)
         if sharded and rank > 0:
             model = _empty_model(config, weights_dtype)
@@ -1247,10 +1349,26 @@ def load_model(name, dtype="float32", train=False):
         why = str(error).strip().partition("\n")[0]
         raise SystemExit(f"{folder}: not a model that transformers can load ({why})") from None
     if sharded:
-        return _shard(model, compute_dtype).train()
-    if train:
-        return model.to(DEVICE).train()
-    return model.to(DEVICE).eval().requires_grad_(False)
+        model = _shard(model, compute_dtype).train()
+    elif train:
+        model = model.to(DEVICE).train()
+    else:
+        model = model.to(DEVICE).eval().requires_grad_(False)
+    sees_the_future = f"{folder}: its logits depend on later tokens; choose a decoder-only model"
+    require(_is_causal(model), sees_the_future)
+    return model
+
+
+@torch.no_grad()
+def _is_causal(model):
+    """Does changing the last token leave the logits before it alone?  Masked models do not."""
+    ids = _probe_ids(model, 8)
+    changed = ids[:-1] + [ids[-1] + 1]
+    before = model(torch.tensor([ids], device=DEVICE), use_cache=False).logits[0, :-1].float()
+    after = model(torch.tensor([changed], device=DEVICE), use_cache=False).logits[0, :-1].float()
+    tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
+    worst = (before - after).abs().max().item()
+    return worst <= tolerance * before.abs().max().item()
 
 
 def _turn_dropout_off(config):

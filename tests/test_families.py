@@ -179,7 +179,7 @@ def numbers(n, start):
 
 
 def build(name):
-    """The model of a family with random weights, so large that every term of its forward matters."""
+    """The model of a family with random weights, so large that every term matters."""
     kind, fields, _ = FAMILIES[name]
     torch.manual_seed(0)
     config = getattr(transformers, kind)(**fields)
