@@ -88,15 +88,16 @@ transformers.logging.set_verbosity_error()  # load_model itself refuses missing 
 # ---- log-probabilities
 #
 # A row is scored as [prompt | chosen | rejected]: the prompt is computed once, no response sees the
-# other, and nothing is padded (HH pairs: 209 tokens instead of 738 for padded pairs).  The output
-# matrix meets only the positions that predict a response token, since for small models it costs
-# more than the body; its logits exist once and become their own gradient.  Log-softmax is fp32 and
-# sums are fp64: a bf16 softmax is off by seven nats over 512 tokens, more than most DPO margins.
-# A family of models for which the packed row is not exact is found by a probe at first use and gets
-# padded rows, the definition.
+# other, and nothing is padded (HH pairs: 209 tokens instead of 738 for padded pairs).  Only hidden
+# states that predict a response token are multiplied with the output matrix, which for small models
+# costs more than the body; the logits are kept once, and backward overwrites them with their
+# gradient.  Log-softmax is fp32 and sums are fp64: a bf16 softmax is off by seven nats over 512
+# tokens, more than most DPO margins.  Every model is probed at first use: where the packed row is
+# not exact, responses are scored in padded rows, which is the definition.
 
 LOGITS_BYTES = 2**30  # logits up to here are kept for backward, beyond it made again
 CHUNK = 512  # rows of logits that are made at a time where they are not kept
+SCORING_VERSION = 1  # in the key of cached log-probs: raise it when scoring changes
 
 
 def packed_attention(
@@ -108,7 +109,7 @@ def packed_attention(
 
     segments lists each row's lengths: (prompt, response 1, response 2, ...).  It travels as a
     keyword through the model, so that gradient checkpointing recomputes with its own batch's table.
-    Without it: the library's attention.
+    Without it: the library's attention.  No row is longer than a sliding window (see `packs`).
     """
     if segments is None:
         return sdpa_attention_forward(
@@ -116,38 +117,32 @@ def packed_attention(
         )
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise ValueError("capped attention scores and attention sinks are not written here")
-    window = kwargs.get("sliding_window")
-    longest = max(prompt + max(responses) for prompt, *responses in segments)
-    if window and longest > window:
-        raise SystemExit(
-            f"a row of {longest} tokens exceeds the model's attention window: --max-length {window}"
-        )
 
-    # One split: slicing q, k, v for each segment would make every backward write a zero tensor as
-    # long as the row.
+    # The pieces of each row: prompt + first response, second response, ...  One split for all of
+    # them, since slicing would make every backward write a zero tensor as long as the row.
     sizes = []
     for prompt, first, *others in segments:
         sizes += [prompt + first, *others]
-    queries = iter(query.split(sizes, dim=2))
-    keys = iter(key.split(sizes, dim=2))
-    values = iter(value.split(sizes, dim=2))
+    queries = query.split(sizes, dim=2)
+    keys = key.split(sizes, dim=2)
+    values = value.split(sizes, dim=2)
     attend = functools.partial(
         F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
     )
     out = []
     for prompt, _, *others in segments:
         # The prompt and its first response are one causal sequence.
-        k = next(keys)
-        v = next(values)
-        out.append(attend(next(queries), k, v, is_causal=True))
-        k_prompt = k[:, :, :prompt]
-        v_prompt = v[:, :, :prompt]
+        piece = len(out)
+        out.append(attend(queries[piece], keys[piece], values[piece], is_causal=True))
+        k_prompt = keys[piece][:, :, :prompt]
+        v_prompt = values[piece][:, :, :prompt]
         # Each further response sees the prompt and itself.
         for n in others:
+            piece = len(out)
             mask = torch.ones(n, prompt + n, dtype=torch.bool, device=query.device).tril(prompt)
-            k = torch.cat([k_prompt, next(keys)], dim=2)
-            v = torch.cat([v_prompt, next(values)], dim=2)
-            out.append(attend(next(queries), k, v, attn_mask=mask))
+            k = torch.cat([k_prompt, keys[piece]], dim=2)
+            v = torch.cat([v_prompt, values[piece]], dim=2)
+            out.append(attend(queries[piece], k, v, attn_mask=mask))
     return torch.cat(out, dim=2).transpose(1, 2), None
 
 
@@ -155,10 +150,9 @@ AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def _cache_sized(x):
-    """Rows of x in blocks that stay in a CPU core's cache while passes walk the vocabulary.
-
-    On a GPU all rows are one block.
+def _row_blocks(x):
+    """Split x into blocks of rows: 8 on a CPU, so that a block's logits stay in the core's cache
+    while log-softmax, gather and exp each read them; on a GPU one block.
     """
     return x.split(8 if x.device.type == "cpu" else max(1, len(x)))
 
@@ -170,14 +164,16 @@ class HeadLogps(torch.autograd.Function):
 
     The naive form holds several fp32 copies of the logits.  Here they exist once, in compute dtype,
     and backward turns them into their own gradient, d logit = grad (onehot - softmax).  Where they
-    would exceed LOGITS_BYTES, and in scoring, they are made in chunks, forward and again backward.
+    would exceed LOGITS_BYTES, and in scoring, they are made in chunks, and in backward made again.
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, targets):
         logits_bytes = len(hidden) * weight.shape[0] * weight.element_size()
         keep = hidden.requires_grad and logits_bytes <= LOGITS_BYTES
-        ctx.rows = max(1, len(hidden)) if keep else CHUNK
+        ctx.rows = CHUNK
+        if keep:
+            ctx.rows = max(1, len(hidden))  # one chunk, held for backward
         logps = torch.empty(len(hidden), device=hidden.device)
         log_norms = torch.empty(len(hidden), device=hidden.device)
         logits = None
@@ -186,16 +182,17 @@ class HeadLogps(torch.autograd.Function):
             chunk = slice(start, start + ctx.rows)
             logits = None  # the last chunk's memory is free before this one's is taken
             logits = F.linear(hidden[chunk], weight, bias)
+            # The blocks of logps and log_norms are views: copy_ fills the results.
             blocks = zip(
-                _cache_sized(logits),
-                _cache_sized(targets[chunk]),
-                _cache_sized(logps[chunk]),
-                _cache_sized(log_norms[chunk]),
+                _row_blocks(logits),
+                _row_blocks(targets[chunk]),
+                _row_blocks(logps[chunk]),
+                _row_blocks(log_norms[chunk]),
             )
             for z, target, logp, log_norm in blocks:
                 log_p = torch.log_softmax(z, -1, dtype=torch.float32)
                 logp.copy_(log_p.gather(1, target[:, None])[:, 0])
-                log_norm.copy_(z[:, 0].float() - log_p[:, 0])  # without another pass
+                log_norm.copy_(z[:, 0].float() - log_p[:, 0])  # = z_v - log p_v for every v
         ctx.kept = logits if keep else None
         ctx.save_for_backward(hidden, weight, bias, targets, log_norms)
         return logps
@@ -205,14 +202,16 @@ class HeadLogps(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight, bias, targets, log_norms = ctx.saved_tensors
         d_hidden = torch.empty_like(hidden)
-        d_bias = None if bias is None else torch.zeros_like(bias)
-        d_weight = None
-        if len(hidden) > ctx.rows:  # sums over chunks are fp32
+        d_bias = None
+        if bias is not None:
+            d_bias = torch.zeros_like(bias, dtype=torch.float32)
+        d_weight = None  # of one chunk: the product itself, without an fp32 copy of (V, d)
+        if len(hidden) > ctx.rows:  # of several: their sum, in fp32
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), ctx.rows):
             chunk = slice(start, start + ctx.rows)
             logits = ctx.kept
-            ctx.kept = None
+            ctx.kept = None  # it is overwritten below; a second backward makes it again
             if logits is None:
                 logits = F.linear(hidden[chunk], weight, bias)
 
@@ -220,7 +219,7 @@ class HeadLogps(torch.autograd.Function):
             g = grad[chunk]
             log_norm = log_norms[chunk]
             blocks = zip(
-                _cache_sized(logits), _cache_sized(log_norm[:, None]), _cache_sized(g[:, None])
+                _row_blocks(logits), _row_blocks(log_norm[:, None]), _row_blocks(g[:, None])
             )
             for z, log_n, g_z in blocks:
                 z.copy_((z.float() - log_n).exp_().mul_(-g_z))  # in bf16 z - log_n loses percents
@@ -233,7 +232,10 @@ class HeadLogps(torch.autograd.Function):
                 d_weight.add_(logits.T @ hidden[chunk])
             if bias is not None:
                 d_bias += logits.sum(0)
-        return d_hidden, d_weight.to(weight.dtype), d_bias, None
+        d_weight = d_weight.to(weight.dtype)
+        if bias is not None:
+            d_bias = d_bias.to(bias.dtype)
+        return d_hidden, d_weight, d_bias, None
 
 
 def token_logps(model, batch):
@@ -242,8 +244,9 @@ def token_logps(model, batch):
     fp32; batch["owner"] says which response a token belongs to.  Dropout must be off: the responses
     of a row share their prompt.
     """
-    _probe(model)
-    if model.packs:
+    # `packs` has made the two functions below methods of the model: FSDP gathers its weights only
+    # inside methods that it knows.
+    if packs(model, batch):
         return model._packed_token_logps(batch)
     return model._padded_token_logps(batch)
 
@@ -266,9 +269,9 @@ def response_hiddens(model, batch):
 
     SystemExit for a family of models that cannot be packed.
     """
-    _probe(model)
     name = type(model).__name__
-    require(model.packs, f"{name} cannot be packed: choose a GPT-NeoX, Llama or GPT-2 model")
+    fits = packs(model, batch)
+    require(fits, f"{name}: rows cannot be packed; choose a GPT-NeoX, Llama or GPT-2 model")
     hiddens = model._packed_hiddens(batch)
     return hiddens.index_select(0, batch["last_at"].to(hiddens.device))
 
@@ -279,7 +282,7 @@ def _packed_hiddens(model, batch):
     output = model.base_model(
         input_ids=batch["input_ids"].to(device),
         position_ids=batch["position_ids"].to(device),
-        attention_mask=torch.zeros(1, 1, 1, 1, device=device),  # 4-D, taken as ready: none is built
+        attention_mask=torch.zeros(1, 1, 1, 1, device=device),  # 4-D: the library builds no other
         segments=batch["segments"],
         use_cache=False,
     )
@@ -313,14 +316,25 @@ def _padded_token_logps(model, batch):
     return log_p[scored[:, 1:]]
 
 
-def _probe(model):
-    """At first use: is packing exact for this model?  Then model.packs says so.
+def packs(model, batch):
+    """Is the packed row exact for this model and batch?
+
+    The model is probed once, at first use; and no row may reach beyond a sliding window, which
+    packed attention does not cut.
+    """
+    if not hasattr(model, "packs"):
+        _probe_packing(model)
+    window = getattr(model.config.get_text_config(), "sliding_window", None)
+    longest = max(prompt + max(responses) for prompt, *responses in batch["segments"])
+    return model.packs and (window is None or longest <= window)
+
+
+def _probe_packing(model):
+    """Set model.packs, with a line if it is False.
 
     The functions above become methods of the model, called through the root module, where FSDP
     gathers the parameters.
     """
-    if hasattr(model, "packs"):
-        return
     for function in (_packed_hiddens, _packed_token_logps, _padded_token_logps):
         setattr(model, function.__name__, types.MethodType(function, model))
         register_fsdp_forward_method(model, function.__name__)
@@ -339,19 +353,19 @@ def _packing_problem(model):
     recurrent layers (Mamba) and logits scaled or capped after the head (Gemma 2, Cohere).
     """
     config = model.config.get_text_config()
-    ids = [(7 * i * i + 3 * i + 1) % min(config.vocab_size, 256) for i in range(40)]
-    two = {"prompt_ids": ids[:9], "responses": [ids[9:15], ids[15:18]]}
-    more = {"prompt_ids": ids[18:23], "responses": [ids[23:27], ids[27:34]]}
-    one = {"prompt_ids": ids[34:36], "responses": [ids[36:40]]}
-    rows = [two, more, one]
-    batch = _pack(rows, range(3))
-    expected = model._padded_token_logps(batch)
-    tolerance = 1e-4
-    if expected.dtype != torch.float32 or model.dtype != torch.float32:
-        tolerance = 5e-2
     for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, field, None) not in (None, 1, 1.0):
             return f"its logits pass through {field}"
+
+    # What padded rows give for two responses, two longer ones, and one.
+    ids = _probe_ids(model, 40)
+    two = {"prompt_ids": ids[:9], "responses": [ids[9:15], ids[15:18]]}
+    more = {"prompt_ids": ids[18:23], "responses": [ids[23:27], ids[27:34]]}
+    one = {"prompt_ids": ids[34:36], "responses": [ids[36:40]]}
+    batch = _pack([two, more, one], range(3))
+    expected = model._padded_token_logps(batch)
+    compute_dtype = getattr(model, "compute_dtype", model.dtype)  # FSDP: not that of the weights
+    tolerance = 1e-4 if compute_dtype == torch.float32 else 5e-2
 
     # The packed row must give what the padded rows gave.
     implementation = model.config._attn_implementation
@@ -371,8 +385,8 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
     """Summed log-probs of every response under a frozen model, cached on disk.  -> (len(rows), n)
 
     Every row must have n responses.  The cache's key is a hash of the model's files, the token ids
-    and dtype: another model, tokenizer, data set or truncation is another entry, another beta is
-    not.  SystemExit: another vocabulary than the policy's.
+    and dtype, so that another model, data set or truncation is scored anew, and a sweep over beta
+    shares one entry.  Raises SystemExit if the vocabulary is not the policy's.
     """
     same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
     why = "and the policy have different vocabularies: choose models with the same tokenizer"
@@ -381,7 +395,7 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
     if on_rank0(path.exists, path):
         return torch.from_numpy(np.load(path))
 
-    # Every process scores its share.
+    # Every process scores its share; without gradients twice the tokens fit.
     model = load_model(name, dtype)
     sums = torch.zeros(len(rows), len(rows[0]["responses"]), device=model.device)
     for batch in pack_pairs(rows, 2 * tokens_per_microbatch):
@@ -402,7 +416,7 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
 
 def _reference_key(name, rows, dtype):
     """A hash of all that reference log-probs depend on."""
-    key = hashlib.sha256(f"{dtype} 1".encode())
+    key = hashlib.sha256(f"{dtype} {SCORING_VERSION}".encode())
     for file in sorted(model_folder(name).iterdir()):
         if file.suffix in (".json", ".safetensors", ".bin"):
             key.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
@@ -414,7 +428,7 @@ def _reference_key(name, rows, dtype):
 def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
     """What every preference method logs of each pair.  Four (B,) log-probs -> dict of (B,)
 
-    The names are those of other libraries.  Implicit rewards are beta log pi/pi_ref in nats; a tie
+    The names are those of TRL.  Implicit rewards are beta log pi/pi_ref in nats; a tie
     is wrong: equal models have reward accuracy 0.  Pairs that the reference ranks right are kept or
     lost, those that it ranks wrong are fixed or missed.
     """
@@ -446,18 +460,26 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
 # keys and values lie in slabs that are as long as the sequences will be: a step writes one column,
 # nothing is copied.  Resampling overwrites the slots of dead particles only, survivors stay where
 # they are.  Chance is an argument: a draw takes one uniform a row, and its log-prob comes from the
-# very scores that it was drawn from (scoring it again moves tokens across the edge of a filter).
+# very scores that it was drawn from: scored a second time, a token could round to the other side of
+# a filter's edge, and its log-prob would be -inf.
+# Families whose state is no list of keys and values (Mamba, RWKV, hybrids) are found by a probe,
+# and get whole prefixes at every step: slow and exact.
 
 
 class Slab(DynamicLayer):
-    """A layer's keys and values, preallocated: (slots, heads, room, head_dim) each."""
+    """A layer's keys and values, preallocated: (slots, heads, columns, head_dim) each.
 
-    def __init__(self, prompt, prompts, room):
+    layer: the cache layer of the prompts.  prompt_of_slot (slots,): which of them each slot goes on
+    from.  room: columns to come.
+    """
+
+    def __init__(self, layer, prompt_of_slot, room):
         super().__init__()
-        self.key_slab = F.pad(prompt.keys[prompts], (0, 0, 0, room))
-        self.value_slab = F.pad(prompt.values[prompts], (0, 0, 0, room))
-        self.keys = self.key_slab[:, :, : prompt.keys.shape[2]]
-        self.values = self.value_slab[:, :, : prompt.keys.shape[2]]
+        columns = layer.keys.shape[2]
+        self.key_slab = F.pad(layer.keys[prompt_of_slot], (0, 0, 0, room))
+        self.value_slab = F.pad(layer.values[prompt_of_slot], (0, 0, 0, room))
+        self.keys = self.key_slab[:, :, :columns]
+        self.values = self.value_slab[:, :, :columns]
         self.is_initialized = True
 
     def update(self, keys, values, *args, **kwargs):
@@ -471,10 +493,78 @@ class Slab(DynamicLayer):
         return self.keys, self.values
 
 
+class WholePrefixes:
+    """In place of a cache: the ids of every slot, run from their start at every step."""
+
+    def __init__(self, texts):
+        self.texts = texts  # a list of ids for each slot
+
+
+@torch.no_grad()
+def _run_whole(model, texts):
+    """Final-norm hidden states (n, d) and logits (n, V) at the end of n texts, no cache.
+
+    Right padding: no causal model sees it.
+    """
+    hidden, logits = [], []
+    for start in range(0, len(texts), 64):
+        group = [torch.tensor(text) for text in texts[start : start + 64]]
+        ids = pad_sequence(group, batch_first=True).to(model.device)
+        lengths = torch.tensor([len(text) for text in group], device=ids.device)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+        inputs = []
+
+        def catch(_, given, inputs=inputs):
+            inputs.append(given[0])
+
+        with model.get_output_embeddings().register_forward_pre_hook(catch):
+            out = model(ids, attention_mask=mask.long(), use_cache=False)
+        row = torch.arange(len(group), device=ids.device)
+        hidden.append(inputs[0][row, lengths - 1])
+        logits.append(out.logits[row, lengths - 1])
+    return torch.cat(hidden), torch.cat(logits)
+
+
+def _probe_decoding(model):
+    """Set model.decodes: does the cache give what whole prefixes give?  A line if it does not."""
+    problem = _decoding_problem(model)
+    model.decodes = not problem
+    if problem:
+        name = type(model).__name__
+        say(f"{name}: every step runs the whole prefix, because its cache fails: {problem}")
+
+
+@torch.no_grad()
+def _decoding_problem(model):
+    """Why the cache is wrong, from two prompts, two steps and an exchange; "" if it is exact."""
+    ids = _probe_ids(model, 16)
+    texts = [ids[:9], ids[9:13]]
+    try:
+        cache, _, _ = _prefill_cache(model, texts, 2, copies=1)
+        _step_cache(model, cache, torch.tensor(ids[13:15], device=model.device))
+        _reorder_cache(cache, torch.tensor([1, 0], device=model.device))
+        _, found = _step_cache(model, cache, torch.tensor([ids[15], ids[0]], device=model.device))
+    except Exception as error:  # hybrids fail in many ways
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else "an error"
+    swapped = [texts[1] + [ids[14], ids[15]], texts[0] + [ids[13], ids[0]]]
+    _, expected = _run_whole(model, swapped)
+    worst = (found.float() - expected.float()).abs().max().item()
+    scale = expected.float().abs().max().clamp(min=1.0).item()
+    tolerance = scale * (1e-4 if model.dtype == torch.float32 else 5e-2)
+    return "" if worst <= tolerance else f"a logit differs by {worst:.1e}"
+
+
+def _probe_ids(model, n):
+    """n arbitrary token ids that every vocabulary has."""
+    vocabulary = min(model.config.get_text_config().vocab_size, 256)
+    return [(7 * i * i + 3 * i + 1) % vocabulary for i in range(n)]
+
+
 @torch.no_grad()
 def prefill(model, prompts, max_new_tokens, copies=1):
-    """Run N lists of ids of any lengths, once each, for `copies` slots: i continues i // copies.
+    """Run N lists of ids of any lengths, once each.
 
+    Each prompt gets `copies` slots: slot i goes on from prompt i // copies.
     -> cache, (N copies, d) final-norm hidden states and (N copies, V) logits of the last prompt
     position.  SystemExit: a prompt without tokens.
     """
@@ -483,18 +573,32 @@ def prefill(model, prompts, max_new_tokens, copies=1):
             len(prompt) > 0,
             f"prompt {number} has no tokens: begin it with a BOS token, or drop it",
         )
+    if not hasattr(model, "decodes"):
+        _probe_decoding(model)
+    if model.decodes:
+        return _prefill_cache(model, prompts, max_new_tokens, copies)
+    hidden, logits = _run_whole(model, prompts)
+    slots = torch.arange(len(prompts), device=model.device).repeat_interleave(copies)
+    cache = WholePrefixes([list(prompts[i]) for i in slots.tolist()])
+    return cache, hidden[slots], logits[slots]
+
+
+def _prefill_cache(model, prompts, max_new_tokens, copies):
+    """prefill with keys and values."""
     texts = [torch.tensor(prompt) for prompt in prompts]
     ids = pad_sequence(texts, batch_first=True, padding_side="left").to(model.device)
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=ids.device)
     pads = ids.shape[1] - lengths
 
-    # The prompts' own cache, then its layers as slabs with a row for each slot.
+    # The prompts' own cache, with what a step needs to know of its columns.
     cache = DynamicCache()
-    cache.prompt_length = ids.shape[1]
+    cache.prompt_length = ids.shape[1]  # columns
     cache.padded = bool(pads.any())
     columns = torch.arange(ids.shape[1] + max_new_tokens, device=ids.device)
-    cache.positions = columns - pads  # (N, columns); below 0: padding
-    hidden, logits = decode_step(model, cache, ids)
+    cache.positions = columns - pads  # (N, columns), of each column's token; below 0: padding
+    hidden, logits = _step_cache(model, cache, ids)
+
+    # The same with a row for each slot.
     cache.prompts = torch.arange(len(prompts), device=ids.device).repeat_interleave(copies)
     cache.layers = [Slab(layer, cache.prompts, max_new_tokens) for layer in cache.layers]
     cache.positions = cache.positions[cache.prompts]
@@ -504,6 +608,15 @@ def prefill(model, prompts, max_new_tokens, copies=1):
 @torch.no_grad()
 def decode_step(model, cache, tokens):
     """Append a token to every slot.  (n,) -> (n, d) final-norm hidden states, (n, V) next logits"""
+    if isinstance(cache, WholePrefixes):
+        for text, token in zip(cache.texts, tokens.tolist()):
+            text.append(token)
+        return _run_whole(model, cache.texts)
+    return _step_cache(model, cache, tokens)
+
+
+def _step_cache(model, cache, tokens):
+    """decode_step with keys and values; (n, t) tokens append t columns."""
     tokens = tokens.view(len(tokens), -1)
     start = cache.get_seq_length()
     at = cache.positions[:, : start + tokens.shape[1]]
@@ -524,21 +637,34 @@ def decode_step(model, cache, tokens):
 
 
 def stay_in_place(ancestors):
-    """Permute (n,) ancestors so that survivors keep their slots, and only dead slots change."""
+    """Permute (n,) ancestors so that survivors keep their slots, and only dead slots change.
+
+    [2, 2, 0] becomes [0, 2, 2]: 0 and 2 stay, and the dead slot 1 goes on from 2.
+    """
+    # A survivor's first offspring stands in its own slot.
     slots = torch.arange(len(ancestors), device=ancestors.device)
     offspring = ancestors.bincount(minlength=len(slots))
     dead = offspring[: len(slots)] == 0
     offspring[slots[~dead]] -= 1
-    slots[dead] = torch.repeat_interleave(offspring)  # the surplus: index i, offspring[i] times
+
+    # The others fill the dead slots: index i as often as i has offspring left.
+    slots[dead] = torch.repeat_interleave(offspring)
     return slots
 
 
 def reorder(cache, ancestors):
     """In place: slot i goes on from slot ancestors[i].
 
-    n ancestors for more than n slots leave n slots.  The prompt's columns move only where a slot
-    changes its prompt.
+    With fewer ancestors than slots, as many slots are left as there are ancestors.
     """
+    if isinstance(cache, WholePrefixes):
+        cache.texts = [list(cache.texts[i]) for i in ancestors.tolist()]
+    else:
+        _reorder_cache(cache, ancestors)
+
+
+def _reorder_cache(cache, ancestors):
+    """Columns before `start` are the prompt's, equal in all its slots: they need not move."""
     n = len(ancestors)
     slots = torch.arange(n, device=ancestors.device)
     moved = (ancestors != slots).nonzero()[:, 0]
@@ -558,12 +684,12 @@ def sample_tokens(scores, uniforms):
 
     Scores may be unnormalised, or -inf; a token without mass is never drawn, whatever the rounding.
     """
-    n = len(scores)
+    block = len(scores)
     if scores.is_cpu:
-        n = max(8, 2**19 // scores.shape[1])  # rows that fit a cache
+        block = max(8, 2**19 // scores.shape[1])  # rows that fit a cache
     dtype = torch.promote_types(scores.dtype, torch.float32)
     tokens, log_probs = [], []
-    for rows, u in zip(scores.split(n), uniforms.split(n)):
+    for rows, u in zip(scores.split(block), uniforms.split(block)):
         p = rows.softmax(-1, dtype=dtype)
         cdf = p.cumsum(-1, dtype=torch.float64)
         total = cdf[:, -1:]
@@ -587,31 +713,36 @@ def sample_tokens(scores, uniforms):
 def row_texts(tokenizer, row):
     """[prompt, response, ...] as text, chat messages in the chat template; or why to drop the row.
 
-    SystemExit: chat messages, and a tokenizer without a chat template.
+    Raises SystemExit for chat messages and a tokenizer without a chat template.
     """
     parts = [row["prompt"]]
-    pair = [row[key] for key in ("chosen", "rejected") if key in row]
-    parts += pair or row["responses"]
+    if "chosen" in row:
+        parts += [row[key] for key in ("chosen", "rejected") if key in row]
+    else:
+        parts += row["responses"]
     for token, place in ((tokenizer.bos_token, "begin"), (tokenizer.eos_token, "end")):
         if token and any(token in words(part) for part in parts):
             return f"contains the {place}-of-text token"  # it would become the special token
-    if not any(isinstance(part, list) for part in parts):
-        return [words(part) for part in parts]
+    if any(isinstance(part, list) for part in parts):
+        return _chat_texts(tokenizer, parts)
+    return [words(part) for part in parts]
+
+
+def _chat_texts(tokenizer, parts):
+    """row_texts of chat messages: the prompt ends with the template's cue for an answer."""
     no_template = (
         "the data are chat messages, but the tokenizer has no chat template: use text data"
     )
     require(tokenizer.chat_template, no_template)
-
-    # The prompt with the template's cue for an answer; what comes after it is the response.
     chat = _messages(parts[0], "user")
-    start = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
     responses = []
     for part in parts[1:]:
         whole = tokenizer.apply_chat_template(chat + _messages(part, "assistant"), tokenize=False)
-        if not whole.startswith(start):
+        if not whole.startswith(prompt):
             return "the chat template changes the prompt"
-        responses.append(_without_end(whole[len(start) :], tokenizer.eos_token))
-    return [start.removeprefix(tokenizer.bos_token or ""), *responses]
+        responses.append(_without_end(whole[len(prompt) :], tokenizer.eos_token))
+    return [prompt.removeprefix(tokenizer.bos_token or ""), *responses]
 
 
 def _messages(part, role):
@@ -623,7 +754,9 @@ def _messages(part, role):
 
 def _without_end(text, eos_token):
     """A response without the end token that the template puts after it: one is added later."""
-    return re.sub(rf"({re.escape(eos_token)}\s*)?\Z", "", text, count=1)
+    if text.rstrip().endswith(eos_token):
+        return text.rstrip().removesuffix(eos_token)
+    return text
 
 
 def _ids_of(tokenizer, texts):
@@ -639,7 +772,8 @@ def _response_lead(tokenizer):
     """What is put before a response's text, and how many tokens of it are then taken off.
 
     sentencepiece puts a space before any text, which a response that continues a prompt must not
-    have: it is read after a newline, which is taken off.
+    have.  It is found by reading "1" alone and after a newline: where the ids do not just add up, a
+    response is read after a newline, whose ids are dropped.
     """
     newline, one, both = _ids_of(tokenizer, ["\n", "1", "\n1"])
     if both == newline + one:
@@ -647,15 +781,48 @@ def _response_lead(tokenizer):
     return "\n", len(newline)
 
 
-def _cut_prompt(prompt, room, cue):
-    """`room` tokens of a prompt that is too long: its end; or its start and its cue if it has one.
+def _cut(prompt, responses, cue, n_bos, max_length, max_prompt_length):
+    """Make prompt + longest response fit: the prompt gives way first, then the responses.
 
-    The cue ("TL;DR:") tells what to do with the text before it.
+    A prompt that is cut keeps its end; or, if it has a cue ("TL;DR:", which tells what to do with
+    the text before it), its start and the cue.  -> prompt, how many tokens a response may have
     """
-    if not cue:
-        return prompt[len(prompt) - room :]
-    head = max(room - len(cue), 0)
-    return prompt[:head] + cue[:room]
+    longest = n_bos + max(map(len, responses))
+    room = max_prompt_length - n_bos
+    if len(prompt) + longest > max_length and len(prompt) > room:
+        if cue:
+            head = max(room - len(cue), 0)
+            prompt = prompt[:head] + cue[:room]
+        else:
+            prompt = prompt[len(prompt) - room :]
+    if len(prompt) + longest > max_length:
+        return prompt, max_length - max_prompt_length
+    return prompt, max_length
+
+
+def _ids_of_rows(tokenizer, rows, lead, skip):
+    """Ids of every row's texts, [prompt, response, ...], no special tokens; or why to drop it."""
+    # All texts of all usable rows in one list: a tokenizer is fast on many texts at a time.
+    texts_of_rows = [row_texts(tokenizer, row) for row in rows]
+    flat = []
+    for texts in texts_of_rows:
+        if isinstance(texts, list):
+            flat.append(texts[0])
+            flat += [lead + text for text in texts[1:]]
+    ids = _ids_of(tokenizer, flat)
+
+    # Back to rows, in the same order.
+    found = []
+    start = 0
+    for texts in texts_of_rows:
+        if isinstance(texts, str):
+            found.append(texts)
+            continue
+        end = start + len(texts)
+        responses = [response[skip:] for response in ids[start + 1 : end]]
+        found.append([ids[start], *responses])
+        start = end
+    return found
 
 
 def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, what="tokens"):
@@ -666,9 +833,9 @@ def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, what=
 
     Responses end with EOS; a BOS goes first if the tokenizer puts one before plain text.  If prompt
     and longest response exceed max_length, the prompt is cut, once for all its responses, to
-    max_prompt_length (`_cut_prompt`).  If they still do, responses are cut to max_length -
-    max_prompt_length; a cut one has no EOS.  `what` begins the line that is printed; None: no line.
-    SystemExit: lengths out of range, a tokenizer without EOS, no row left.
+    max_prompt_length.  If they still do, responses are cut to max_length - max_prompt_length; a cut
+    one has no EOS.  `what` begins the line that is printed; None: no line.
+    Raises SystemExit for lengths out of range, a tokenizer without EOS, and if no row is left.
     """
     require(
         0 < max_prompt_length < max_length,
@@ -683,52 +850,31 @@ def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, what=
     bos = [tokenizer.bos_token_id] if adds_bos else []
     lead, skip = _response_lead(tokenizer)
 
-    # All texts of all usable rows in one list, and their ids in the same order.
-    parts_of_rows = [row_texts(tokenizer, row) for row in rows]
-    flat = []
-    for parts in parts_of_rows:
-        if isinstance(parts, list):
-            flat.append(parts[0])
-            flat += [lead + text for text in parts[1:]]
-    ids_of_texts = iter(_ids_of(tokenizer, flat))
-
     kept, dropped = [], Counter()
-    for index, (row, parts) in enumerate(zip(rows, parts_of_rows)):
-        if isinstance(parts, str):
-            dropped[parts] += 1
+    for index, found in enumerate(_ids_of_rows(tokenizer, rows, lead, skip)):
+        if isinstance(found, str):
+            dropped[found] += 1
             continue
-        prompt = next(ids_of_texts)
-        responses = []
-        for _ in parts[1:]:
-            responses.append(next(ids_of_texts)[skip:] + [tokenizer.eos_token_id])
-        if not bos + prompt:
+        whole_prompt = found[0]
+        responses = [ids + [tokenizer.eos_token_id] for ids in found[1:]]
+        if not bos + whole_prompt:
             dropped["empty prompt"] += 1
             continue
         if not responses or min(map(len, responses)) < 2:
             dropped["empty response"] += 1
             continue
 
-        # The prompt gives way first, then the responses.
-        room = max_prompt_length - len(bos)
-        longest = len(bos) + max(map(len, responses))
-        prompt_cut = len(prompt) > room and len(prompt) + longest > max_length
-        if prompt_cut:
-            cue = []
-            if row.get("cue"):
-                cue = _ids_of(tokenizer, [lead + row["cue"]])[0][skip:]
-            prompt = _cut_prompt(prompt, room, cue)
-        keep = max_length
-        if len(prompt) + longest > max_length:
-            keep = max_length - max_prompt_length
-        kept.append(
-            {
-                "prompt_ids": bos + prompt,
-                "responses": [ids[:keep] for ids in responses],
-                "row": index,
-                "prompt_cut": prompt_cut,
-                "responses_cut": sum(len(ids) > keep for ids in responses),
-            }
-        )
+        # Fit the row to max_length.
+        cue = []
+        if rows[index].get("cue"):
+            cue = _ids_of(tokenizer, [lead + rows[index]["cue"]])[0][skip:]
+        limits = (max_length, max_prompt_length)
+        prompt, most = _cut(whole_prompt, responses, cue, len(bos), *limits)
+        row = {"prompt_ids": bos + prompt, "row": index}
+        row["responses"] = [ids[:most] for ids in responses]
+        row["prompt_cut"] = len(prompt) < len(whole_prompt)
+        row["responses_cut"] = sum(len(ids) > most for ids in responses)
+        kept.append(row)
     if what:
         prompts_cut = sum(row["prompt_cut"] for row in kept)
         responses_cut = sum(row["responses_cut"] for row in kept)
@@ -748,9 +894,10 @@ def pack_pairs(rows, tokens_per_microbatch=8192, rank=None, world=None):
 
     A micro-batch is one packed row without padding: [prompt | response 1 | response 2 ...] [prompt
     | ...].  Positions restart at every prompt and each response continues its prompt's positions.
-    Longest rows go first, each into the emptiest micro-batch; one exceeds the budget only if a
-    single row does or the rows do not divide by the processes.  Fields: see `_pack`.
-    SystemExit: fewer rows than processes.
+    Longest rows go first, each into the emptiest micro-batch.  One exceeds the budget only if a
+    single row does, or if there are too few rows for all processes to have equally many.
+    rank, world: this process and how many there are; by default those of the process group.
+    Fields of a micro-batch: see `_pack`.  Raises SystemExit if there are fewer rows than processes.
     """
     if world is None:
         rank, world = rank_and_world()
@@ -758,19 +905,16 @@ def pack_pairs(rows, tokens_per_microbatch=8192, rank=None, world=None):
         len(rows) >= world,
         f"{len(rows)} rows for {world} processes: every process needs at least one",
     )
-    # As few micro-batches as the budget allows; more where the bins do not fit it.
+    # As few micro-batches as the budget allows; more while the fullest one does not fit it.
     sizes = [len(row["prompt_ids"]) + sum(map(len, row["responses"])) for row in rows]
-    per_process = max(1, math.ceil(sum(sizes) / (tokens_per_microbatch * world)))
     most = len(rows) // world
-    while True:
-        per_process = min(per_process, most)
+    least = math.ceil(sum(sizes) / (tokens_per_microbatch * world))
+    for per_process in range(min(max(1, least), most), most + 1):
         bins = _deal_out(sizes, per_process * world)
-        loads = []
-        for members in bins:
-            loads.append(sum(sizes[i] for i in members))
-        if max(loads) <= tokens_per_microbatch or per_process == most:
-            return [_pack(rows, sorted(members)) for members in bins[rank::world]]
-        per_process += 1
+        fullest = max(bins, key=lambda members: sum(sizes[i] for i in members))
+        if sum(sizes[i] for i in fullest) <= tokens_per_microbatch:
+            break
+    return [_pack(rows, sorted(members)) for members in bins[rank::world]]
 
 
 def _deal_out(sizes, n):
@@ -785,7 +929,7 @@ def _deal_out(sizes, n):
 
 
 def _pack(rows, index):
-    """One micro-batch of `rows[i] for i in index`.  SystemExit: an empty prompt."""
+    """One micro-batch of `rows[i] for i in index`.  Raises SystemExit for an empty prompt."""
     ids = []
     positions = []
     segments = []
@@ -803,6 +947,7 @@ def _pack(rows, index):
         positions += range(len(prompt))
         segments.append((len(prompt), *map(len, row["responses"])))
         for response in row["responses"]:
+            # The prompt predicts the first token, each token the one after it.
             score_at += [prompt_end, *range(len(ids), len(ids) + len(response) - 1)]
             targets += response
             owner += [len(counts)] * len(response)
@@ -869,14 +1014,16 @@ def load_pairs(name, split, pairs=True):
     layout = _layout(rows[0])
     kept, dropped = [], Counter()
     for number, row in enumerate(rows, 1):
+        columns = ", ".join(row)
         try:
             found = layout(row)
-            if pairs and layout is pair_rows:
-                row["rejected"]
         except KeyError as key:
-            columns = ", ".join(row)
             why = f"{name}: {split} row {number} has no {key}, only {columns}"
             raise SystemExit(why) from None
+        no_pair = pairs and layout is pair_rows and "rejected" not in row
+        require(not no_pair, f"{name}: {split} row {number} has no 'rejected', only {columns}")
+
+        # A layout gives rows, or the reason why there is none.
         for one in found:
             reason = one if isinstance(one, str) else _why_unusable(one)
             if reason:
@@ -889,10 +1036,13 @@ def load_pairs(name, split, pairs=True):
 
 def _source_rows(name, split):
     """The rows of one split as they stand in their source, and a note for the line."""
-    path = tiny_folder() / "data" if name == "tiny" else Path(name).expanduser()
-    is_local = name == "tiny" or path.exists() or DATA_FILE.search(name)
-    if name in HUB or not is_local:
-        return hub_rows(name, split), ""
+    if name == "tiny":
+        path = tiny_folder() / "data"
+    else:
+        path = Path(name).expanduser()
+        is_local = path.exists() or DATA_FILE.search(name)
+        if name in HUB or not is_local:
+            return hub_rows(name, split), ""
     if path.is_dir():
         rows = []
         for file in sorted(path.glob(f"{split}[._-]*")):
@@ -922,13 +1072,14 @@ def _why_unusable(row):
 
 
 def hub_rows(name, split):
-    """Rows of a hub data set.  SystemExit: not to be had."""
+    """The rows of a hub data set.  Raises SystemExit if it cannot be downloaded."""
     import datasets
 
-    hub_id, options, *splits = HUB.get(name, (name, {}, "train", "test"))
+    hub_id, options, train_split, test_split = HUB.get(name, (name, {}, "train", "test"))
+    wanted = test_split if split == "test" else train_split
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not a line for each retry
     try:
-        data = datasets.load_dataset(hub_id, split=splits[split == "test"], **options)
+        data = datasets.load_dataset(hub_id, split=wanted, **options)
     except Exception as error:  # no network, no such data set, no such split: many types
         why = str(error).splitlines()[0]
         raise SystemExit(
@@ -954,14 +1105,15 @@ def read_rows(path):
     choose = "not a .json, .jsonl, .csv or .parquet file (or one of these with .gz)"
     require(kind, f"{path}: {choose}")
     try:
+        extension = kind[1]
         opened = gzip.open(path, "rb") if kind[2] else open(path, "rb")
         with opened as file:
-            if kind[1] == "parquet":
+            if extension == "parquet":
                 import pyarrow.parquet
 
                 return pyarrow.parquet.read_table(file).to_pylist()
             text = file.read().decode("utf-8-sig")
-        if kind[1] == "csv":  # not by datasets, which reads "NA" as None and "1.50" as a number
+        if extension == "csv":  # not by datasets, which reads "NA" as None and "1.50" as a number
             csv.field_size_limit(2**31 - 1)
             return list(csv.DictReader(io.StringIO(text, newline="")))
     except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
@@ -983,7 +1135,7 @@ def _json_rows(path, text):
         try:
             found = json.loads(line)
         except json.JSONDecodeError as error:
-            place = number + error.lineno
+            place = number + error.lineno  # one of the two is that of the file, the other 0 or 1
             raise SystemExit(f"{path}:{place}: not JSON rows: {error.msg}") from None
         except ValueError as error:  # a number too long to be one
             raise SystemExit(f"{path}: cannot be read: {error}") from None
@@ -1011,22 +1163,24 @@ def _layout(row):
 
 def pair_rows(row):
     """Pairs, SFT rows, chat messages, transcripts with or without prompt -> [row] or [reason]."""
-    known = [key for key in ("chosen", "completion", "messages", "responses") if key in row]
-    key = known[0] if known else "chosen"
-    if key == "responses":
-        return [{**row, "prompt": row["prompt"]}]
     prompt = row.get("prompt")
-    answers = [row[key]]
-    if "rejected" in row:
-        answers.append(row["rejected"])
+    answers = _answers(row)
+    if answers is None:  # a list of responses
+        if "prompt" not in row:
+            raise KeyError("prompt")
+        return [row]
     if not all(words(answer) for answer in answers):
         return ["empty response"]
 
     # Where does the prompt end?
     first = answers[0]
     if isinstance(first, list):  # as in UltraFeedback, all messages but the last are the prompt
-        if not isinstance(prompt, list):
-            prompt = first[:-1] or [{"role": "user", "content": prompt}]
+        if isinstance(prompt, list):
+            pass
+        elif len(first) > 1:
+            prompt = first[:-1]
+        else:  # a prompt of text, and one message as the answer
+            prompt = [{"role": "user", "content": prompt}]
     elif _is_transcript(first, prompt):  # it ends with the cue of the last turn
         prompt = first[: first.rindex(ASSISTANT) + len(ASSISTANT)]
     elif words(prompt):
@@ -1045,6 +1199,23 @@ def pair_rows(row):
     return [_with_answers(row, prompt, answers)]
 
 
+def _answers(row):
+    """[chosen] or [chosen, rejected], whatever they are called; None for a list of responses."""
+    if "chosen" in row:
+        answers = [row["chosen"]]
+    elif "completion" in row:
+        answers = [row["completion"]]
+    elif "messages" in row:
+        answers = [row["messages"]]
+    elif "responses" in row:
+        return None
+    else:
+        raise KeyError("chosen")
+    if "rejected" in row:
+        answers.append(row["rejected"])
+    return answers
+
+
 def _is_transcript(answer, prompt):
     """HH-style: a whole dialogue as one text, whose start is the prompt if there is one."""
     if not isinstance(prompt, str | None):
@@ -1054,7 +1225,10 @@ def _is_transcript(answer, prompt):
 
 def _with_answers(row, prompt, answers):
     """The row with its prompt, chosen and, if there are two answers, rejected."""
-    return {**row, "prompt": prompt, **dict(zip(("chosen", "rejected"), answers))}
+    found = {**row, "prompt": prompt, "chosen": answers[0]}
+    if len(answers) > 1:
+        found["rejected"] = answers[1]
+    return found
 
 
 def tldr_rows(row):
@@ -1070,7 +1244,8 @@ def tldr_rows(row):
         best = 0
     texts = [" " + text.strip() for text in texts]
     prompt = f"SUBREDDIT: r/{post['subreddit']}\nTITLE: {post['title']}\nPOST: {post['post']}{CUE}"
-    answers = [texts[best], *texts[:best], *texts[best + 1 :]]
+    chosen = texts.pop(best)
+    answers = [chosen, *texts]
     return [{**_with_answers(row, prompt, answers), "cue": CUE}]
 
 
@@ -1084,7 +1259,7 @@ def shp_rows(row):
 
 
 def stack_exchange_rows(row):
-    """Stack Exchange: every pair of answers with different pm_score; HTML goes, but for <code>."""
+    """Stack Exchange: every pair of answers with different pm_score, without HTML tags."""
     question = _without_tags(row["question"])
     answers = [(one["pm_score"], _without_tags(one["text"])) for one in row["answers"]]
     found = []
@@ -1098,6 +1273,7 @@ def stack_exchange_rows(row):
 
 
 def _without_tags(text):
+    """The text without HTML tags, but <code> and </code>, and with its entities decoded."""
     return html.unescape(re.sub(r"</?(?!code\b)[a-zA-Z!][^>]*>", "", text)).strip()
 
 
@@ -1128,7 +1304,6 @@ def words(value):
         return value
     if not isinstance(value, list):
         return ""
-    # All messages must hold text.
     texts = []
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get("content"), str):
@@ -1152,7 +1327,9 @@ def subset(rows, n, seed):
     """n of the rows, drawn by `seed`, in their original order; all of them if there are no more."""
     if n >= len(rows):
         return rows
-    chosen = np.random.default_rng([seed, 1]).permutation(len(rows))[:n]
+    chosen = np.random.default_rng([seed, 1]).permutation(len(rows))[
+        :n
+    ]  # 1: not a shuffle's stream
     return [rows[i] for i in sorted(chosen)]
 
 
@@ -1198,7 +1375,8 @@ def model_folder(name):
             return Path(name, "model")
         if Path(name).exists():
             return Path(name)
-        for weights in ("*.safetensors", "*.bin"):  # the second only where there is no first
+        # .bin files only where there are no others; subfolders hold other forms of the weights.
+        for weights in ("*.safetensors", "*.bin"):
             wanted = ["*.json", "*.model", "*.txt", weights]
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
             if any(folder.glob(weights)):
@@ -1229,15 +1407,18 @@ def load_model(name, dtype="float32", train=False):
 
     train=False: whole on every rank, frozen, in `dtype`.  train=True: fp32 weights and gradient
     sums, `dtype` compute, a slice of every layer on every rank if there are several.
-    SystemExit: not a model that transformers can load, or weights missing.
+    SystemExit: not a model that transformers can load, weights missing, not a decoder-only model.
     """
     folder = model_folder(name)
     rank, world = rank_and_world()
     compute_dtype = getattr(torch, dtype)
     weights_dtype = torch.float32 if train else compute_dtype
+    # FSDP also serves one process: it keeps fp32 weights and computes in bf16.
     sharded = train and (dtype != "float32" or world > 1)
     try:
         config = AutoConfig.from_pretrained(folder)
+        refused = f"{folder}: an encoder-decoder; choose a decoder-only language model"
+        require(not config.is_encoder_decoder, refused)
         _turn_dropout_off(config)
         if sharded and rank > 0:
             model = _empty_model(config, weights_dtype)
@@ -1247,10 +1428,27 @@ def load_model(name, dtype="float32", train=False):
         why = str(error).strip().partition("\n")[0]
         raise SystemExit(f"{folder}: not a model that transformers can load ({why})") from None
     if sharded:
-        return _shard(model, compute_dtype).train()
-    if train:
-        return model.to(DEVICE).train()
-    return model.to(DEVICE).eval().requires_grad_(False)
+        model = _shard(model, compute_dtype).train()
+    elif train:
+        model = model.to(DEVICE).train()
+    else:
+        model = model.to(DEVICE).eval().requires_grad_(False)
+    model.compute_dtype = compute_dtype
+    sees_the_future = f"{folder}: its logits depend on later tokens; choose a decoder-only model"
+    require(_is_causal(model), sees_the_future)
+    return model
+
+
+@torch.no_grad()
+def _is_causal(model):
+    """Does changing the last token leave the logits before it alone?  Masked models do not."""
+    ids = _probe_ids(model, 8)
+    changed = ids[:-1] + [ids[-1] + 1]
+    before = model(torch.tensor([ids], device=DEVICE), use_cache=False).logits[0, :-1].float()
+    after = model(torch.tensor([changed], device=DEVICE), use_cache=False).logits[0, :-1].float()
+    tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
+    worst = (before - after).abs().max().item()
+    return worst <= tolerance * before.abs().max().item()
 
 
 def _turn_dropout_off(config):
@@ -1280,8 +1478,8 @@ def _empty_model(config, dtype):
 def _shard(model, compute_dtype):
     """Rank 0's values on all ranks, then FSDP2 layer by layer.
 
-    The root is resharded after forward as well: else a forward pass between backward() and step()
-    leaves the old embeddings in use.
+    The root is resharded after forward as well: else the embeddings and the head that an evaluation
+    has gathered would outlive the optimiser's step.
     """
     n = model.config.get_text_config().num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
@@ -1290,7 +1488,8 @@ def _shard(model, compute_dtype):
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for unit in [*layers, model]:
         unit.to(DEVICE)
-        for tensor in [*unit.parameters(), *unit.buffers()]:  # rotary buffers are in no file
+        # Unit by unit, so that one alone is whole on the device; rotary buffers are in no file.
+        for tensor in [*unit.parameters(), *unit.buffers()]:
             if not isinstance(tensor, DTensor):
                 dist.broadcast(tensor.data, 0)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
@@ -1415,7 +1614,7 @@ def tiny_row(rng):
     Within a group readers follow Bradley-Terry: P(a preferred to b) = sigmoid(r(a) - r(b)).
     """
     prompt = tiny_text("PROMPT", rng)
-    by_reward = {}
+    by_reward = {}  # reward: the first response that has it
     while len(by_reward) < 4:
         response = tiny_story(prompt, rng)
         by_reward.setdefault(tiny_reward(prompt, response), response)
@@ -1617,12 +1816,12 @@ def on_rank0(function, problem):
     """
     rank, _ = rank_and_world()
     result = None
-    failure = None
+    failure = None  # a line for code 1, or an exit code: 0 where rank 0 wants a clean end
     if rank == 0:
         try:
             result = function()
         except SystemExit as error:
-            failure = error.code
+            failure = error.code or 0
         except Exception as error:  # a full disk comes as OSError, RuntimeError, SafetensorError
             why = str(error).strip().partition("\n")[0]
             failure = f"{problem} ({type(error).__name__}: {why})"
@@ -1648,8 +1847,8 @@ def write(path, data):
     os.replace(f"{path}.tmp", path)
 
 
-# The least value of every flag that counts something.
-LEAST = {
+# The least value of flags that several methods have.
+LEAST_VALUES = {
     "batch_size": 1,
     "epochs": 1,
     "tokens_per_microbatch": 1,
@@ -1665,7 +1864,7 @@ LEAST = {
     "save_every": 0,
 }
 # Flags that a resumed run may change.
-FREE = (
+MAY_CHANGE_ON_RESUME = (
     "resume",
     "overwrite",
     "out",
@@ -1686,10 +1885,12 @@ def start_run(args, method):
     # Flags as they will stand in config.json, counts within their range.
     flags = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     out = Path(flags.get("out") or f"results/{method}")
-    for name in sorted(LEAST.keys() & flags.keys()):
+    for name in sorted(LEAST_VALUES.keys() & flags.keys()):
         value = flags[name]
         flag = "--" + name.replace("_", "-")
-        require(LEAST[name] <= value < math.inf, f"{flag} {value}: at least {LEAST[name]}")
+        require(
+            LEAST_VALUES[name] <= value < math.inf, f"{flag} {value}: at least {LEAST_VALUES[name]}"
+        )
 
     def prepare():
         config = out / "config.json"
@@ -1719,7 +1920,7 @@ def _check_resumable(out, old, flags):
     require(old, missing)
     new = []
     for name, value in flags.items():
-        if name not in FREE and old.get(name) != value:
+        if name not in MAY_CHANGE_ON_RESUME and old.get(name) != value:
             new.append(f"{name} {old.get(name)} -> {value}")
     changed = f"{out}: --resume with new flags {', '.join(new)}; restore them or change --out"
     require(not new, changed)
@@ -1846,20 +2047,21 @@ def save_checkpoint(out, step, model, optimizer, keep=2, **extra):
     try:
         dcp.save(state, checkpoint_id=tmp)
     except dcp.api.CheckpointException as error:  # a BaseException; all ranks get it
-        failure = next(iter(error.failures.values()))[0]
+        failure, _ = list(error.failures.values())[0]  # of each rank: exception, traceback
 
     def finish():
         if failure:
-            raise failure
+            raise failure  # on_rank0 ends all ranks with one line
         torch.save({"rng": rng, "extra": extra}, tmp / "extra.pt")
         manifest = {"step": step, "world_size": len(rng), "sha256": _hashes(tmp)}
         write(tmp / "COMPLETE.json", manifest)
         shutil.rmtree(folder, ignore_errors=True)
         os.replace(tmp, folder)
-        # Later ones are damaged: the run resumed before them.
+        # The newest are kept; those after this step were found damaged when the run resumed.
         past = [old for old in checkpoints(out) if _step_of(old) <= step]
-        for old in set(out.glob("step-*")) - set(past[-keep:]):
-            shutil.rmtree(old)
+        for old in out.glob("step-*"):
+            if old not in past[-keep:]:
+                shutil.rmtree(old)
 
     on_rank0(finish, f"{tmp}: checkpoint not saved; make room, then --resume from the one before")
 
@@ -1898,19 +2100,25 @@ def _newest_undamaged(out):
     """The newest checkpoint whose files are those of its manifest; None if there are none."""
     found = checkpoints(out)
     for folder in reversed(found):
-        manifest = folder / "COMPLETE.json"
-        damaged = [manifest.name]
-        wrote = {}
-        if manifest.is_file():  # read without a JSON parser, since its bytes may be anything
-            wrote = dict(re.findall(r'"(\S+)": "(\w{64})"', manifest.read_text("latin-1")))
-        if wrote:
-            differ = set(wrote.items()) ^ set(_hashes(folder).items())
-            damaged = sorted({name for name, _ in differ})
+        damaged = _damaged_files(folder)
         if not damaged:
             return folder
         print(f"skip {folder.name}: damaged {damaged}", flush=True)
     require(not found, f"{out}: no checkpoint is undamaged; start anew: --overwrite")
     return None
+
+
+def _damaged_files(folder):
+    """Names of the files that are not as the manifest says; its own if it is unreadable."""
+    manifest = folder / "COMPLETE.json"
+    if not manifest.is_file():
+        return [manifest.name]
+    # Read without a JSON parser, since its bytes may be anything.
+    wrote = dict(re.findall(r'"(\S+)": "(\w{64})"', manifest.read_text("latin-1")))
+    if not wrote:
+        return [manifest.name]
+    differ = set(wrote.items()) ^ set(_hashes(folder).items())
+    return sorted({name for name, _ in differ})
 
 
 def _forget_lines_from(step, metrics):
@@ -1927,7 +2135,7 @@ def _forget_lines_from(step, metrics):
 
 
 def setting(args):
-    """Model, data and seed of a run for the caption of a figure, which must say what it is not."""
+    """Model, data and seed of a run, for a caption; the tiny world says that it is no paper's."""
     where = " (the built-in tiny world, not the paper's setting)" if args.data == "tiny" else ""
     return f"model {args.model}, data {args.data}{where}, seed {args.seed}"
 
@@ -1978,6 +2186,7 @@ def print_evaluations(records):
     for record in records:
         if any(name.startswith("eval_") for name in record):
             held_out.append(record)
+    print(f"{'':32} {'before':>12} {'after':>12}")
     for name in held_out[0]:
         before, after = held_out[0][name], held_out[-1][name]
         print(f"{name.replace('eval_', 'held out '):32} {before:12.4g} {after:12.4g}")
