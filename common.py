@@ -720,7 +720,7 @@ def row_texts(tokenizer, row):
         parts += [row[key] for key in ("chosen", "rejected") if key in row]
     else:
         parts += row["responses"]
-    for token, place in ((tokenizer.bos_token, "begin"), (tokenizer.eos_token, "end")):
+    for token, place in ((tokenizer.eos_token, "end"), (tokenizer.bos_token, "begin")):
         if token and any(token in words(part) for part in parts):
             return f"contains the {place}-of-text token"  # it would become the special token
     if any(isinstance(part, list) for part in parts):
@@ -1014,7 +1014,7 @@ def load_pairs(name, split, pairs=True):
     layout = _layout(rows[0])
     kept, dropped = [], Counter()
     for number, row in enumerate(rows, 1):
-        columns = ", ".join(row)
+        columns = ", ".join(map(str, row))
         try:
             found = layout(row)
         except KeyError as key:
@@ -1150,6 +1150,8 @@ def _json_rows(path, text):
 def _layout(row):
     """The function that reads rows of this layout, known by its columns."""
     columns = set(row)
+    if {"prompt", "chosen", "rejected"} <= columns:
+        return pair_rows  # whatever else it has
     if {"info", "summaries", "choice"} <= columns:
         return tldr_rows
     if {"subreddit", "title", "post", "summary"} <= columns:
@@ -1327,9 +1329,8 @@ def subset(rows, n, seed):
     """n of the rows, drawn by `seed`, in their original order; all of them if there are no more."""
     if n >= len(rows):
         return rows
-    chosen = np.random.default_rng([seed, 1]).permutation(len(rows))[
-        :n
-    ]  # 1: not a shuffle's stream
+    rng = np.random.default_rng([seed, 1])  # another stream than the shuffles'
+    chosen = rng.permutation(len(rows))[:n]
     return [rows[i] for i in sorted(chosen)]
 
 
@@ -1483,10 +1484,13 @@ def _shard(model, compute_dtype):
     """
     n = model.config.get_text_config().num_hidden_layers
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = next(module for module in lists if len(module) == n)
+    layers = [module for module in lists if len(module) == n]
+    require(
+        layers, f"{type(model).__name__}: its {n} decoder layers are not found; use one process"
+    )
     mesh = dist.init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for unit in [*layers, model]:
+    for unit in [*layers[0], model]:
         unit.to(DEVICE)
         # Unit by unit, so that one alone is whole on the device; rotary buffers are in no file.
         for tensor in [*unit.parameters(), *unit.buffers()]:
