@@ -14,16 +14,17 @@ at beta = 1, plus a calibration that pulls r_w to 1/(2 beta) and r_l to -1/(2 be
 Presets: tiny (default) | hh, tldr: Pythia-2.8B on Anthropic HH, TL;DR | ultrafeedback: Zephyr-7B.
 
 Does r_w stay positive? It cannot exceed -log pi_ref(y_w|x). If its target is below that ceiling,
-the loss of one pair is least at an r_w above 0. Pairs that disagree lower it, and so does the sum
-of all probabilities, which is 1: in the tiny world r_w ends near 0, where DPO loses 11 nats. If the
-target is above the ceiling (logged as "unreachable"), as at beta = 0.001, then r_w can fall as in
-DPO. As long as both targets are far away the two pulls are nearly equal; at beta = 0.001 the
-sigmoid then gives 0.05 % of the gradient, and every step is clipped.
+one pair alone has its minimum at r_w > 0. Two things pull it down: pairs that disagree, and that
+all probabilities add up to 1. In the tiny world r_w ends near 0, where DPO loses 11 nats. If the
+target is above the ceiling (logged as "unreachable"), as at beta = 0.001, r_w can fall as in DPO:
+while |r| is far below 1/(2 beta), the calibration pushes y_w up and y_l down with nearly the same
+force 1/beta. At beta = 0.001 the sigmoid is 0.05 % of that, and every step is clipped.
 
 Differences from the paper's text and the released code:
-- The commands of the released README say loss=dpo and run DPO. Its last version has lam = 0.5.
+- The commands of the released README say loss=dpo and run DPO. The last release has lam = 0.5.
 - Algorithm 1 in App. B.1 misprints the target as 0.5 beta. The authors confirm 1/(2 beta).
 - The logged calibration_part leaves out its value at the start, lam/(2 beta^2).
+- The paper names IPO and SLiC without their formulas; those here are of their own papers.
 """
 
 import sys
@@ -131,22 +132,33 @@ def cal_dpo_loss(
 ):
     """The loss of each pair, Eq. 10.  Four (B,) summed log-probs -> (B,) losses.
 
-    contrast: "dpo" in Eq. 10; the paper calibrates IPO ("ipo") and SLiC ("slic") in the same way.
-    Raises ValueError for any other.
+    contrast: the loss that is calibrated, see preference_loss.
     """
     r_w = chosen_logps - ref_chosen_logps
     r_l = rejected_logps - ref_rejected_logps
     target = 1 / (2 * beta)
+    preference = preference_loss(r_w, r_l, target, contrast)
+    return preference + lam * calibration_loss(r_w, r_l, target)  # Eq. 10
+
+
+def preference_loss(r_w, r_l, target, contrast):
+    """The first term of Eq. 10.  Log-ratios (B,), (B,) -> (B,)
+
+    contrast: "dpo" in the paper's main results; "ipo" and "slic" are the other losses that it
+    calibrates.  Raises ValueError for any other.
+    """
     if contrast == "dpo":
-        preference = -F.logsigmoid(r_w - r_l)  # no beta in the sigmoid
-    elif contrast == "ipo":
-        preference = (r_w - r_l - target) ** 2
-    elif contrast == "slic":
-        preference = F.relu(1 - (r_w - r_l))
-    else:
-        raise ValueError(f"unknown contrast {contrast!r}: it is dpo, ipo or slic")
-    calibration = (r_w - target) ** 2 + (r_l + target) ** 2
-    return preference + lam * calibration  # Eq. 10
+        return -F.logsigmoid(r_w - r_l)  # no beta in the sigmoid
+    if contrast == "ipo":
+        return (r_w - r_l - target) ** 2  # Azar et al. 2023, Eq. 17
+    if contrast == "slic":
+        return F.relu(1 - (r_w - r_l))  # Zhao et al. 2023, with margin 1
+    raise ValueError(f"unknown contrast {contrast!r}: it is dpo, ipo or slic")
+
+
+def calibration_loss(r_w, r_l, target):
+    """The second term of Eq. 10 without lam: it pulls r_w to the target and r_l to its negative."""
+    return (r_w - target) ** 2 + (r_l + target) ** 2
 
 
 def load_rows(args, split, tokenizer):
@@ -164,8 +176,8 @@ def score_reference(args, tokenizer, rows):
 def pair_losses(model, batch, reference, args):
     """The losses of a micro-batch, with gradient, and what is logged of each of its pairs.
 
-    batch: packed from N rows, B of which it holds.  reference: (N, 2) log-probs of all of them.
-    Returns (B,) losses and a dictionary of (B,) tensors.
+    reference: (N, 2) log-probs of the N rows that were packed; batch["index"] says which B of them
+    this batch holds.  Returns (B,) losses and a dictionary of (B,) tensors.
     """
     # The responses of a batch are chosen, rejected, chosen, rejected, ...
     policy = response_logps(model, batch)[0].view(-1, 2)
@@ -173,20 +185,24 @@ def pair_losses(model, batch, reference, args):
     reference = reference[batch["index"]].to(policy.device)
     ref_chosen_logps, ref_rejected_logps = reference.unbind(1)
 
-    # The loss and its parts, in float64: 1/(2 beta^2) is large beside what the gradient is made of.
-    logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    precise = [x.double() for x in logps]
-    losses = cal_dpo_loss(*precise, args.beta, args.lam, args.contrast)
+    # The loss, in float64: its constant, 5e5 at beta = 0.001, would round the rest away.
     target = 1 / (2 * args.beta)
-    metrics = {"loss": losses.detach()}
-    metrics["dpo_part"] = cal_dpo_loss(*precise, args.beta, 0.0, args.contrast).detach()
-    calibration = metrics["loss"] - metrics["dpo_part"]
-    metrics["calibration_part"] = calibration - 2 * args.lam * target**2
+    r_w = chosen_logps.double() - ref_chosen_logps.double()
+    r_l = rejected_logps.double() - ref_rejected_logps.double()
+    preference = preference_loss(r_w, r_l, target, args.contrast)
+    calibration = args.lam * calibration_loss(r_w, r_l, target)
+    losses = preference + calibration  # Eq. 10
 
-    # The log-ratios, whether r_w cannot reach its target, and what all preference methods log.
-    metrics["log_ratios/chosen"] = (precise[0] - precise[2]).detach()
-    metrics["log_ratios/rejected"] = (precise[1] - precise[3]).detach()
-    metrics["unreachable"] = (target > -precise[2]).float()
+    # Its parts, the log-ratios, whether r_w can reach its target, what all preference methods log.
+    at_start = 2 * args.lam * target**2  # the calibration at r_w = r_l = 0
+    headroom = -ref_chosen_logps  # r_w cannot exceed it, since log pi <= 0
+    metrics = {"loss": losses.detach()}
+    metrics["preference_part"] = preference.detach()
+    metrics["calibration_part"] = calibration.detach() - at_start
+    metrics["log_ratios/chosen"] = r_w.detach()
+    metrics["log_ratios/rejected"] = r_l.detach()
+    metrics["unreachable"] = (target > headroom).float()
+    logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     metrics.update(pair_metrics(*logps, args.beta))
     return losses, metrics
 
@@ -204,7 +220,7 @@ def evaluate(model, rows, reference, args):
 PANELS = [  # of the figure: title, unit, metrics
     ("implicit rewards", "beta log pi/pi_ref, nats", ["rewards/chosen", "rewards/rejected"]),
     ("accuracy", "share of pairs", ["rewards/accuracies", "ranking_accuracy"]),
-    ("DPO part of the loss", "nats per pair", ["dpo_part"]),
+    ("preference part of the loss", "nats per pair", ["preference_part"]),
     ("calibration part, less its constant", "squared nats per pair", ["calibration_part"]),
 ]
 
@@ -227,6 +243,7 @@ def main(args):
     steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
+    # The run folder: refused here, before anything expensive.
     out = start_run(args, "cal_dpo")
 
     # Reference: it never changes, and neither do its log-probs.
@@ -247,6 +264,7 @@ def main(args):
     save_steps = max(1, args.save_every // args.batch_size)
 
     for step in progress(range(start, steps)):
+        # Evaluate: before the first step, and whenever it is due.
         if step % eval_steps == 0:
             log(out, step, **evaluate(model, test, ref_test, args))
 
@@ -254,15 +272,18 @@ def main(args):
         started = time.time()
         index = batch_order(len(train), args.batch_size, step, args.seed)
         rows = [train[i] for i in index]
+        reference = ref_train[index]  # (len(rows), 2)
         metrics = []
         for batch in pack_pairs(rows, args.tokens_per_microbatch):
-            losses, pairs = pair_losses(model, batch, ref_train[index], args)
+            losses, pairs = pair_losses(model, batch, reference, args)
             # FSDP takes the mean over the processes; the loss is the mean over all their pairs.
             (losses.sum() * dist.get_world_size() / len(rows)).backward()
             metrics.append(pairs)
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, rows, out)
         clipped += grad_norm > args.max_grad_norm
+
+        # The learning rate warms up linearly, then it is constant.
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
         optimizer.step()
         optimizer.zero_grad()

@@ -114,8 +114,8 @@ def dpo_loss(
 ):
     """The loss of each pair, Eq. 7.  Four (B,) summed log-probs -> (B,) losses.
 
-    label_smoothing is the probability that a label is wrong, and the loss is then an expectation.
-    At 1/2 there would be nothing to learn.
+    label_smoothing is the probability that a label is wrong; the loss is the expectation over the
+    label.  At 1/2 there would be nothing to learn.
     """
     chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # Eq. 5, without beta log Z(x)
     rejected_reward = beta * (rejected_logps - ref_rejected_logps)
@@ -138,8 +138,8 @@ def score_reference(args, tokenizer, rows):
 def pair_losses(model, batch, reference, args):
     """The losses of a micro-batch, with gradient, and what is logged of each of its pairs.
 
-    batch: packed from N rows, B of which it holds.  reference: (N, 2) log-probs of all of them.
-    Returns (B,) losses and a dictionary of (B,) tensors.
+    reference: (N, 2) log-probs of the N rows that were packed; batch["index"] says which B of them
+    this batch holds.  Returns (B,) losses and a dictionary of (B,) tensors.
     """
     # The responses of a batch are chosen, rejected, chosen, rejected, ...
     policy = response_logps(model, batch)[0].view(-1, 2)
@@ -189,6 +189,7 @@ def main(args):
     steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
+    # The run folder: refused here, before anything expensive.
     out = start_run(args, "dpo")
 
     # Reference: it never changes, and neither do its log-probs.
@@ -209,6 +210,7 @@ def main(args):
     save_steps = max(1, args.save_every // args.batch_size)
 
     for step in progress(range(start, steps)):
+        # Evaluate: before the first step, and whenever it is due.
         if step % eval_steps == 0:
             log(out, step, **evaluate(model, test, ref_test, args))
 
@@ -216,15 +218,18 @@ def main(args):
         started = time.time()
         index = batch_order(len(train), args.batch_size, step, args.seed)
         rows = [train[i] for i in index]
+        reference = ref_train[index]  # (len(rows), 2)
         metrics = []
         for batch in pack_pairs(rows, args.tokens_per_microbatch):
-            losses, pairs = pair_losses(model, batch, ref_train[index], args)
+            losses, pairs = pair_losses(model, batch, reference, args)
             # FSDP takes the mean over the processes; the loss is the mean over all their pairs.
             (losses.sum() * dist.get_world_size() / len(rows)).backward()
             metrics.append(pairs)
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, rows, out)
         clipped += grad_norm > args.max_grad_norm
+
+        # The learning rate warms up linearly, then it is constant.
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
         optimizer.step()
         optimizer.zero_grad()

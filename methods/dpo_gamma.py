@@ -13,8 +13,9 @@ The loss (Eq. 4); gamma = 1 is DPO, and gamma = 0 forgets the reference:
 Presets: tiny (default) | hh: nine gammas, Pythia-2.8B on Anthropic HH, after an SFT.
 
 A pair is ranked right if pi(y_w|x) > pi(y_l|x). That is so if and only if its loss is below
--log sigmoid(beta gamma c), where c = log pi_ref(y_l|x)/pi_ref(y_w|x) (Theorem 4.1, for gamma = 1).
-The more the reference prefers the wrong response, the smaller the loss must become.
+-log sigmoid(beta gamma c), where c = log pi_ref(y_l|x)/pi_ref(y_w|x). Theorem 4.1 has gamma = 1;
+the step to any gamma is the same. The more the reference prefers the wrong response, the smaller
+the loss must become.
 
 Every evaluation logs, of held-out pairs, the ranking accuracy and the four shares of Fig. 2: pairs
 that the reference ranks right and the policy right (kept) or wrong (lost), and pairs that the
@@ -22,8 +23,9 @@ reference ranks wrong and the policy right (fixed) or wrong (missed). It also lo
 distance of the weights from their start, for Fig. 4. --resume goes on with a whole sweep, and
 studies/dpo_gamma_figures.py draws Fig. 3 and Fig. 4 of it.
 
-Differs from the released code: gamma is called alpha there, --gamma is not used, and the default
-loss is DPO. The learning rate decays there. The logged norm is of the weights, not of their change.
+Differs from the paper: a tie counts as wrong here, and as right in Def. 2.3.
+Differs from the released code: it calls gamma alpha, its own --gamma does nothing, and its default
+loss is DPO; its learning rate decays; it logs the norm of the weights, not of their change.
 """
 
 import sys
@@ -123,7 +125,8 @@ def dpo_gamma_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_
 def largest_right_loss(c, beta, gamma):
     """The loss below which a pair is ranked right, Theorem 4.1.  (B,) -> (B,)
 
-    c = log pi_ref(y_l|x)/pi_ref(y_w|x). It is the loss at pi(y_w|x) = pi(y_l|x).
+    c = log pi_ref(y_l|x)/pi_ref(y_w|x). It is the loss at pi(y_w|x) = pi(y_l|x). The study
+    dpo_gamma_figures.py draws it.
     """
     return -F.logsigmoid(beta * gamma * c)
 
@@ -143,8 +146,8 @@ def score_reference(args, tokenizer, rows):
 def pair_losses(model, batch, reference, args):
     """The losses of a micro-batch, with gradient, and what is logged of each of its pairs.
 
-    batch: packed from N rows, B of which it holds.  reference: (N, 2) log-probs of all of them.
-    Returns (B,) losses and a dictionary of (B,) tensors.
+    reference: (N, 2) log-probs of the N rows that were packed; batch["index"] says which B of them
+    this batch holds.  Returns (B,) losses and a dictionary of (B,) tensors.
     """
     # The responses of a batch are chosen, rejected, chosen, rejected, ...
     policy = response_logps(model, batch)[0].view(-1, 2)
@@ -154,7 +157,7 @@ def pair_losses(model, batch, reference, args):
 
     # The loss, and the metrics that all preference methods have.
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    losses = dpo_gamma_loss(*logps, args.beta, args.gamma[0])
+    losses = dpo_gamma_loss(*logps, args.beta, args.gamma[0])  # a run has one, see runs_of_sweep
     metrics = {"loss": losses.detach()}
     metrics.update(pair_metrics(*logps, args.beta))
     metrics["c"] = ref_rejected_logps - ref_chosen_logps  # of Theorem 4.1
@@ -180,7 +183,7 @@ def copy_weights(model):
 def squared_distance(model, weights):
     """The squared distance of the model's weights from these, which are in the same order."""
     distance = sum((new - old).square().sum() for new, old in zip(model.parameters(), weights))
-    return distance.full_tensor() if isinstance(distance, DTensor) else distance  # DTensor: sharded
+    return distance.full_tensor() if isinstance(distance, DTensor) else distance  # of all processes
 
 
 PANELS = [  # of the figure: title, unit, metrics
@@ -194,8 +197,10 @@ PANELS = [  # of the figure: title, unit, metrics
 def check(args):
     """Refuse what no run could use, before anything is loaded."""
     require(0 < args.beta < float("inf"), "--beta must be positive")
-    finite = [abs(gamma) < float("inf") for gamma in args.gamma]
-    require(finite and all(finite), "--gamma must be one or more finite numbers")
+    finite = args.gamma and all(abs(gamma) < float("inf") for gamma in args.gamma)
+    require(finite, "--gamma must be one or more finite numbers")
+    names = {f"{gamma:g}" for gamma in args.gamma}
+    require(len(names) == len(args.gamma), "--gamma: two of them are the same; each has a folder")
 
 
 def train_one(args):
@@ -209,6 +214,7 @@ def train_one(args):
     steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
+    # The run folder: refused here, before anything expensive.
     out = start_run(args, "dpo_gamma")
 
     # Reference: it never changes, and neither do its log-probs.
@@ -230,23 +236,31 @@ def train_one(args):
     save_steps = max(1, args.save_every // args.batch_size)
 
     for step in progress(range(start, steps)):
+        # Evaluate: before the first step, and whenever it is due.
         if step % eval_steps == 0:
-            held_out = evaluate(model, test, ref_test, args)
-            log(out, step, **held_out, eval_distance=squared_distance(model, first_weights))
+            log(
+                out,
+                step,
+                **evaluate(model, test, ref_test, args),
+                eval_distance=squared_distance(model, first_weights),
+            )
 
         # Step: the gradients of the micro-batches add up to that of the mean over all pairs.
         started = time.time()
         index = batch_order(len(train), args.batch_size, step, args.seed)
         rows = [train[i] for i in index]
+        reference = ref_train[index]  # (len(rows), 2)
         metrics = []
         for batch in pack_pairs(rows, args.tokens_per_microbatch):
-            losses, pairs = pair_losses(model, batch, ref_train[index], args)
+            losses, pairs = pair_losses(model, batch, reference, args)
             # FSDP takes the mean over the processes; the loss is the mean over all their pairs.
             (losses.sum() * dist.get_world_size() / len(rows)).backward()
             metrics.append(pairs)
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, rows, out)
         clipped += grad_norm > args.max_grad_norm
+
+        # The learning rate warms up linearly, then it is constant.
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
         optimizer.step()
         optimizer.zero_grad()
@@ -264,8 +278,12 @@ def train_one(args):
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
     # After the last step: the model, the figure, and a table of the held-out metrics.
-    held_out = evaluate(model, test, ref_test, args)
-    log(out, steps, **held_out, eval_distance=squared_distance(model, first_weights))
+    log(
+        out,
+        steps,
+        **evaluate(model, test, ref_test, args),
+        eval_distance=squared_distance(model, first_weights),
+    )
     save_model(model, tokenizer, out / "model")
     history = plot_curves(
         out, PANELS, f"DPO^{args.gamma[0]} (Chen et al.), beta {args.beta}: {setting(args)}"
@@ -283,11 +301,12 @@ def runs_of_sweep(args):
             folder = folder / f"gamma-{gamma:g}"
         run = replace(args, gamma=(gamma,), out=str(folder))
 
-        # A sweep that was stopped: some of its runs are finished, and some have not begun.
+        # A sweep that was stopped: some of its runs are finished, and some have not begun.  If the
+        # first has not, or the last is finished, start_run has a line for that.
+        finished = args.resume and (folder / "model").is_dir()
         if gamma != args.gamma[0]:
             run.resume = args.resume and (folder / "config.json").is_file()
-        finished = args.resume and (folder / "model").is_dir()
-        if not finished or gamma == args.gamma[-1]:  # of the last one, start_run says that it is
+        if not finished or gamma == args.gamma[-1]:
             runs.append(run)
     return runs
 

@@ -183,6 +183,7 @@ def main(args):
     steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_examples, seed=0)
+    # The run folder: refused here, before anything expensive.
     out = start_run(args, "sft")
 
     # Model: the policy, its optimiser, and where a resumed run goes on.
@@ -199,6 +200,7 @@ def main(args):
     save_steps = max(1, args.save_every // args.batch_size)
 
     for step in progress(range(start, steps)):
+        # Evaluate: before the first step, and whenever it is due.
         if step % eval_steps == 0:
             log(out, step, **evaluate(model, test, args))
 
@@ -219,6 +221,8 @@ def main(args):
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, rows, out)
         clipped += grad_norm > args.max_grad_norm
+
+        # The learning rate warms up linearly, then it is constant.
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
         optimizer.step()
         optimizer.zero_grad()

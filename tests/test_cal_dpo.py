@@ -359,7 +359,7 @@ def test_logged_parts(monkeypatch):
 
     losses, values = logged(monkeypatch, [PAIRS["B"][:4], PAIRS["C"][:4]], beta=0.1)
     assert losses == values["loss"] == close([0.312558292964663, 53.31326168751822])
-    assert values["dpo_part"] == close([5.8292964662989805e-05, 0.31326168751822286])
+    assert values["preference_part"] == close([5.8292964662989805e-05, 0.31326168751822286])
     # without the constant 1/(2 beta^2)
     assert values["calibration_part"] == close([0.3125 - 50, 53.0 - 50])
     assert values["log_ratios/chosen"] == close([4.5, -2])
@@ -374,7 +374,7 @@ def test_logged_parts(monkeypatch):
     assert losses == close([503386.36177069996])
     assert values["unreachable"] == [1]  # 500 nats of 118
     dpo_part = math.log1p(math.exp(3.375))
-    assert values["dpo_part"] == close([dpo_part])
+    assert values["preference_part"] == close([dpo_part])
     calibration = 503386.36177069996 - 500_000 - dpo_part
     assert values["calibration_part"] == [pytest.approx(calibration, abs=1e-6)]
 
@@ -491,10 +491,10 @@ def test_run(blank, tmp_path, options):
     constant = lam / (2 * beta**2)
     at_start = {"dpo": math.log(2), "ipo": 1 / (4 * beta**2), "slic": 1}  # policy = reference
     start = at_start[options.get("contrast", "dpo")]
-    assert training[0]["dpo_part"] == pytest.approx(start, abs=1e-5)
+    assert training[0]["preference_part"] == pytest.approx(start, abs=1e-5)
     assert training[0]["loss"] == pytest.approx(start + constant, rel=1e-6)
     assert training[0]["log_ratios/chosen"] == pytest.approx(0, abs=1e-4)
-    parts = last["eval_dpo_part"] + last["eval_calibration_part"]
+    parts = last["eval_preference_part"] + last["eval_calibration_part"]
     assert last["eval_loss"] == pytest.approx(parts + constant, rel=1e-9)
     assert training[0]["unreachable"] == (
         beta == 0.001
