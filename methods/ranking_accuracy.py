@@ -72,7 +72,9 @@ PRESETS = {
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    preset = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else "tiny"
+    preset = "tiny"
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        preset = sys.argv.pop(1)
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
     args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
@@ -131,12 +133,19 @@ def idealized_ranking_accuracy(ref_log_ratio, alpha, beta, gamma=1.0, epsilon=1e
     return (towards_majority > 0).double()
 
 
-def loss_threshold(c, beta, gamma=1.0):
-    """Theorem 4.1: the loss of DPO^gamma up to which R = 1.  -> (B,)
+def dpo_gamma_loss(delta, c, beta, gamma=1.0):
+    """Eq. 4: the loss of pairs with log pi(y_w|x)/pi(y_l|x) = delta (B,).  -> (B,)
 
-    c (B,): log pi_ref(y_l|x)/pi_ref(y_w|x), how wrong the reference is.
+    c (B,): log pi_ref(y_l|x)/pi_ref(y_w|x), how wrong the reference is.  gamma = 1 is DPO.
     """
-    return -F.logsigmoid(beta * gamma * torch.as_tensor(c, dtype=torch.float64))
+    c = torch.as_tensor(c, dtype=torch.float64)
+    delta = torch.as_tensor(delta, dtype=torch.float64)
+    return -F.logsigmoid(beta * (delta + gamma * c))
+
+
+def loss_threshold(c, beta, gamma=1.0):
+    """Theorem 4.1: R = 1 up to the loss of a pair at the border, delta = 0.  -> (B,)"""
+    return dpo_gamma_loss(0.0, c, beta, gamma)
 
 
 def ipo_threshold(ref_log_ratio, tau):
@@ -213,11 +222,17 @@ class Judged:
     prompt: str | list
     responses: list
     scores: list  # n numbers, more is better
-    kind: str = "scores"  # "votes": of raters for each of two; "shares": of raters, adding up to 1
+    # What the scores are: "scores"; "votes", how many raters are for each of two; or "shares",
+    # which part of the raters is.
+    kind: str = "scores"
 
 
 def load_items(name, args):
-    """Data -> list of Item; --sample of them are drawn, the same as in the released code."""
+    """Data -> list of Item, --sample of them.
+
+    Of plain pairs these are the ones that the released code draws.  Of votes and of SHP it draws
+    rows before they are grouped, here whole items are drawn.
+    """
     # Lists and votes are read here, pairs of any layout by load_pairs.
     rows = []
     if name == "se" or ("/" in name and not Path(name).exists()):
@@ -255,7 +270,8 @@ def load_items(name, args):
 
 def is_list_layout(row):
     """Rows that hold more than a pair, or a vote on one: read here, all others by load_pairs."""
-    return not {"completions", "answers", "preference", "human_ref_A"}.isdisjoint(row)
+    columns = ("completions", "answers", "preference", "human_ref_A")
+    return any(column in row for column in columns)
 
 
 def why_dropped(one, scores):
@@ -313,7 +329,7 @@ def alpaca_farm_items(rows):
     for row in rows:
         pair = (row["instruction"], row["output_1"], row["output_2"])
         votes = votes_of.setdefault(pair, [0, 0])
-        votes[[1, 2].index(row["preference"])] += 1
+        votes[[1, 2].index(row["preference"])] += 1  # another number is a ValueError
     found = []
     for (prompt, first, second), votes in votes_of.items():
         found.append(Judged(prompt, [first, second], votes, "votes"))
@@ -331,7 +347,7 @@ def shp_items(rows):
             answers[row["human_ref_" + side]] = score
     found = []
     for (_, prompt), answers in posts.items():
-        ranks = competition_ranks(list(answers.values()))
+        ranks = competition_ranks(list(answers.values()))  # of score and time
         found.append(Judged(prompt, list(answers), [-rank for rank in ranks]))
     return found
 
@@ -352,9 +368,10 @@ class Record:
 
 
 def encode(tokenizer, item, args, limit):
-    """An item -> a packed row for each distinct token prompt (rarely a second); or why to drop it.
+    """An item -> rows for pack_pairs, or a text: why it is dropped.
 
-    Prompt and response are one text; a token that straddles the border is the response's.
+    Prompt and response are tokenised as one text; a token that straddles the border belongs to the
+    response.  So there is one row, unless the prompt's last letters merge with some responses.
     """
     texts = row_texts(tokenizer, {"prompt": item.prompt, "responses": item.responses})
     if isinstance(texts, str):
@@ -384,10 +401,11 @@ def encode(tokenizer, item, args, limit):
         if args.append_eos:
             ids = ids + [tokenizer.eos_token_id]
         ids = ids[:limit]
-        empty = {"prompt_ids": ids[:n], "responses": [], "at": []}
-        row = rows.setdefault(tuple(ids[:n]), empty)
-        row["responses"].append(ids[n:])
-        row["at"].append((number, cut))
+        key = tuple(ids[:n])
+        if key not in rows:
+            rows[key] = {"prompt_ids": ids[:n], "responses": [], "at": []}
+        rows[key]["responses"].append(ids[n:])
+        rows[key]["at"].append((number, cut))
     return list(rows.values())
 
 
@@ -401,6 +419,7 @@ def records_path(name, items, out, args):
         (folder / "config.json").is_file(),
         f"{folder}: no config.json, so not a model (or an adapter)",
     )
+
     # The model by its files, the texts as they are; who prefers what does not matter.
     files = []
     for file in sorted(folder.iterdir()):
@@ -447,6 +466,7 @@ def score(name, items, out, args):
         limit = getattr(config, "max_position_embeddings", 1024)
 
     model, dropped = None, Counter()
+
     # Blocks of items, so that a killed run loses one block at most.
     for start in progress(range(0, len(items), 512)):
         # What of this block has no record yet?
@@ -488,7 +508,9 @@ def score(name, items, out, args):
 def score_rows(model, rows, args):
     """Packed rows, each process its share -> {(item, response): Record} of all of them."""
     world = dist.get_world_size()
-    rows = rows + rows[:1] * (world - len(rows))  # every process needs one
+    while len(rows) < world:
+        rows = rows + rows[:1]  # every process needs one
+
     # Sum the log-probs of each response of this process's micro-batches.
     mine = {}
     for batch in pack_pairs(rows, args.tokens_per_microbatch, dist.get_rank(), world):
@@ -503,6 +525,7 @@ def score_rows(model, rows, args):
                 record = Record(row["item"], number, sums[r], counts[r], prompt_tokens, cut)
                 mine[row["item"], number] = record
                 r += 1
+
     # Every process gets the records of all.
     parts = [None] * world
     dist.all_gather_object(parts, mine)
@@ -594,9 +617,14 @@ def all_pairs(items, records, proportion):
     for i, found in sorted(records.items()):
         judged_records = zip(items[i].ranks, found)
         for (rank_a, a), (rank_b, b) in combinations(judged_records, 2):
-            share = items[i].share
-            if share is None:
-                share = 0.5 + np.sign(rank_b - rank_a) * (proportion - 0.5)
+            if items[i].share is not None:
+                share = items[i].share
+            elif rank_a < rank_b:
+                share = proportion
+            elif rank_a > rank_b:
+                share = 1 - proportion
+            else:
+                share = 0.5
             item.append(i)
             alpha.append(share)
             logps.append((a.logp, b.logp))
@@ -611,10 +639,11 @@ def measure(items, records, args):
     pairs = all_pairs(items, records, args.proportion)
     strict = pairs.alpha != 0.5
     require(strict.any(), f"{len(pairs.item)} pairs, every pair is a tie: there is nothing to rank")
+
     # y_w is the majority's choice (Def. 2.1): a where side is 1, b where it is -1.
     side = np.sign(pairs.alpha - 0.5)
     majority = 0.5 + abs(pairs.alpha - 0.5)
-    longer = side * (pairs.tokens[0] - pairs.tokens[1])
+    excess = side * (pairs.tokens[0] - pairs.tokens[1])  # tokens of y_w beyond those of y_l
 
     # R from log-likelihoods, R~ from log-likelihoods per token.
     raw = measure_form(pairs, side, pairs.logps, pairs.logps, args.seed)
@@ -623,7 +652,7 @@ def measure(items, records, args):
 
     # Lists of more than two responses have a ranking as a whole.
     lists = [(items[i].ranks, found) for i, found in records.items() if len(found) > 2]
-    shorter_wins = (longer < 0)[strict].mean()
+    shorter_wins = (excess < 0)[strict].mean()
     n = int(strict.sum())
     measured = Measured(
         items=len(records),
@@ -644,8 +673,8 @@ def measure(items, records, args):
 def measure_form(pairs, side, scores, nearness, seed):
     """Accuracy of scores (2, B).
 
-    Eq. 14 calls two responses equal if their `nearness` (2, B) differs by less than 0.01: the
-    likelihood per token, but for raw likelihoods, which are all near 0, their logarithms.
+    nearness (2, B): what Eq. 14 compares with a tolerance of 0.01.  That is meant for likelihoods
+    per token; raw likelihoods are all within 0.01 of 0, so of these the logarithms are compared.
     """
     # Log-ratios of the majority's choice to the other.
     strict = side != 0
@@ -669,13 +698,17 @@ def measure_lists(measured, lists, seed):
     normalised = []
     chances = []
     shorter = []
+
     # The ranking of each list by raw and by normalised likelihood, by length, and by chance.
     for ranks, found in lists:
         raw.append(competition_ranks([r.logp for r in found]))
         normalised.append(competition_ranks([r.logp / r.tokens for r in found]))
         shorter.append(competition_ranks([-r.tokens for r in found]) == ranks)
-        untied = len(set(ranks)) == len(ranks)
-        chances.append(untied / math.factorial(len(ranks)))
+        if len(set(ranks)) == len(ranks):
+            chances.append(1 / math.factorial(len(ranks)))  # a random strict order
+        else:
+            chances.append(0.0)  # it never has a tie
+
     # How often is it the human ranking, and how close is it?
     for form, own in ((measured.R, raw), (measured.R_tilde, normalised)):
         same, correlations = [], []
@@ -686,7 +719,8 @@ def measure_lists(measured, lists, seed):
                 correlations.append(found)
         form.exact = float(np.mean(same))
         form.exact_interval = bootstrap_interval(np.array(same), range(len(same)), seed)
-        form.correlations = np.mean(correlations or [[0.0] * 3], axis=0).tolist()
+        if correlations:  # of lists that have an order at all
+            form.correlations = np.mean(correlations, axis=0).tolist()
     measured.chance_exact = float(np.mean(chances))
     measured.shorter_exact = float(np.mean(shorter))
 
@@ -710,6 +744,12 @@ class Line:
 
 
 FLIPS = "kept", "lost", "fixed", "missed"  # right or wrong under the reference, then the policy
+
+
+def run_flags(name):
+    """The flags of a run folder of this repository; {} for any other model."""
+    path = Path(name, "config.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def ideal_table(ref_log_ratio, alpha, args):
@@ -739,6 +779,7 @@ def flips(c, delta):
 def training_curve(name, c, last):
     """Fig. 2: shares over the evaluations of the run folder `name`; else before and after."""
     path = Path(name, "metrics.jsonl")
+
     # The evaluations of a training run of this repository.
     curve = []
     if path.is_file():
@@ -748,6 +789,8 @@ def training_curve(name, c, last):
                 curve.append([line["step"], *(line["eval_" + flip] for flip in FLIPS)])
     if curve:
         return curve
+
+    # No evaluations: the reference, of which nothing is lost or fixed yet, then the policy.
     right = float(np.mean(c <= 0))
     return [[0, right, 0.0, 0.0, 1 - right], [1, *last]]
 
@@ -758,44 +801,41 @@ def beside_reference(data, scored, items, args):
     shared = set(range(len(items)))
     for records in scored.values():
         shared &= set(records)
-    # The first is the reference: ideals and c are its own.
+
+    # The first is the reference: c and the ideals are its own.
+    name_of_reference = next(iter(scored))
+    of_reference = {i: scored[name_of_reference][i] for i in sorted(shared)}
+    reference = measure(items, of_reference, args)
+    c = -reference.R.delta
+    ideal = ideal_table(reference.R.delta, reference.alpha, args)
+    ideal_tilde = ideal_table(reference.R_tilde.delta, reference.alpha, args)
+
     lines = []
     for name, records in scored.items():
         measured = measure(items, {i: records[i] for i in sorted(shared)}, args)
-        if not lines:
-            reference = measured
-            c = -reference.R.delta
-            ideal = ideal_table(reference.R.delta, reference.alpha, args)
-            ideal_tilde = ideal_table(reference.R_tilde.delta, reference.alpha, args)
         # The best that this model's loss allows, and which pairs it changed.
         flags = run_flags(name)
         beta = flags.get("beta", args.beta)
         gamma = flags.get("gamma", args.gamma)
-        own = idealized_ranking_accuracy(-c, reference.alpha, beta, gamma).mean().item()
+        own = idealized_ranking_accuracy(-c, reference.alpha, beta, gamma, args.epsilon)
         shares = flips(c, measured.R.delta)
         lines.append(
             Line(
                 data=data,
                 model=name,
-                reference=next(iter(scored)),
+                reference=name_of_reference,
                 beta=beta,
                 gamma=gamma,
                 measured=measured,
                 c=c,
                 ideal=ideal,
                 ideal_tilde=ideal_tilde,
-                ideal_own=own,
+                ideal_own=own.mean().item(),
                 flips=shares,
                 curve=training_curve(name, c, shares),
             )
         )
     return lines
-
-
-def run_flags(name):
-    """The flags of a run folder of this repository; {} for any other model."""
-    path = Path(name, "config.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 # ---- tables and figures
@@ -814,7 +854,9 @@ def show_theorem(line, args):
     # How far from flipping are the pairs, and which ones?
     measured = line.measured
     c = line.c
-    reach = -math.log(math.expm1(0.01)) / args.beta  # gamma c of a pair that flips at loss 0.01
+
+    # Theorem 4.1 solved for c: at a loss of 0.01 a pair is right only if gamma c <= reach.
+    reach = -math.log(math.expm1(0.01)) / args.beta
     limit = reach / args.gamma if args.gamma else math.inf
     stuck = (ipo_threshold(-c, args.beta) < 0).double().mean()
     gamma = reach / max(c.max(), 1e-9)
@@ -827,10 +869,11 @@ def show_theorem(line, args):
     )
     print(f"IPO, tau = beta: for {stuck:.1%} even loss 0 is a wrong ranking (Prop. A.7)")
 
-    # The pairs of Tables 7 to 9: hardest, easiest, easiest to flip.
+    # The pairs of Tables 7 to 9, by c: the most wrong, the most right, the wrong ones closest to 0.
     order = np.argsort(c)
     wrong = order[c[order] > 0]
-    groups = (("hardest", order[:-4:-1]), ("easiest", order[:3]), ("to flip", wrong[:3]))
+    hardest = order[::-1][:3]
+    groups = (("hardest", hardest), ("easiest", order[:3]), ("to flip", wrong[:3]))
     for title, chosen in groups:
         texts = []
         thresholds = loss_threshold(c[chosen], args.beta, args.gamma)
@@ -867,17 +910,19 @@ def show_models(lines):
         measured = line.measured
         R = measured.R
         R_tilde = measured.R_tilde
+
         # All pairs: accuracies, baselines, and what training did to the reference's ranking.
         row = [R.accuracy, *R.interval, R_tilde.accuracy, *R_tilde.interval, 0.5, measured.shorter]
         _, lost, fixed, missed = line.flips
         of_wrong = fixed / max(fixed + missed, 1e-9)
         row += [line.ideal_own, lost, fixed, of_wrong, R.with_ties, R_tilde.with_ties]
         print(f"{short_name(line):50}" + percent(row))
+
         # Lists: the whole ranking right, and correlations of ranks.
         if measured.lists:
             row = [R.exact, *R.exact_interval, R_tilde.exact, *R_tilde.exact_interval]
             row += [measured.chance_exact, measured.shorter_exact]
-            row += [*R.correlations, *R_tilde.correlations]
+            row += [*(R.correlations or []), *(R_tilde.correlations or [])]
             print(f"{short_name(line) + ' exact':50}" + percent(row))
 
 
@@ -901,12 +946,14 @@ def plot_ranking(out, lines):
 
     figure = Figure(figsize=(10, 2.5 + len(lines) / 2), layout="constrained")
     axis = figure.subplots()
+
     # Two dots a row: what the model does, and bars: what a perfect optimum would do.
     for y, line in enumerate(lines):
         forms = (
             ("R", "C0", y - 0.12, line.measured.R, line.ideal[0]),
             ("R~", "C1", y + 0.12, line.measured.R_tilde, line.ideal_tilde[0]),
         )
+
         # R and R~ with their intervals, on a bar that shows what the ideal ones could be.
         for name, color, at, form, ideal in forms:
             bar = f"{name}*: min, median, max over beta"
@@ -916,6 +963,7 @@ def plot_ranking(out, lines):
             axis.plot(ends, [at] * 3, "|-", color=color, alpha=0.5, label=bar)
             point = f"{name}, 95 % interval"
             axis.errorbar(form.accuracy, at, xerr=error, fmt="o", color=color, label=point)
+
         # The ideal of the policy's own loss, and the baseline that reads lengths only.
         own = "R* at its own beta"
         axis.plot(line.ideal_own, y - 0.12, "D", color="C0", mfc="w", label=own)
@@ -967,7 +1015,7 @@ def plot_losses(axis, line):
     # The loss of DPO^gamma from the policy's own log-ratio and the reference's.
     c = line.c
     delta = line.measured.R.delta
-    loss = loss_threshold(delta + line.gamma * c, line.beta).numpy()
+    loss = dpo_gamma_loss(delta, c, line.beta, line.gamma).numpy()
     for right, color, label in (
         (delta >= 0, "C0", "ranked right"),
         (delta < 0, "C3", "ranked wrong"),
