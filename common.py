@@ -1,8 +1,22 @@
-"""What the methods share: processes, models, the tiny world, data, tokenization, log-probabilities, sampling.
+"""What the methods share: log-probabilities, sampling, tokenization, data, models, processes.
 
-Copy this file beside a method to carry the method away.  A plain `python` run is a process group of one, so
-the same lines serve a laptop and torchrun.  Names ending in logps are log-probabilities in nats, summed over
-a response's tokens; (R,) is one value per response of a packed batch: chosen, rejected, chosen, ...
+Copy this file beside a method to carry the method away.  A plain `python` run is a process group
+of one, so the same lines serve a laptop and torchrun.
+
+Contents, in the order in which a reader of a paper needs them; search for `# ----`:
+
+    log-probabilities  response_logps: log pi(y|x) of packed rows; token_logps; response_hiddens;
+                       reference_logps: once, cached on disk; pair_metrics: what is logged of a pair
+    sampling           prefill, decode_step, reorder: a cache of keys and values; sample_tokens
+    tokenization       tokenize_pairs: rows of text -> rows of ids; pack_pairs: -> micro-batches
+    data               load_pairs: rows of prompt, chosen, rejected; batch_order, subset
+    models             load_model, load_tokenizer, save_model, clip_gradients
+    the tiny world     its grammar, its readers and their rewards, its language model
+    processes          setup, start_run, log, save_checkpoint, load_checkpoint, plot_curves
+
+Names ending in logps are log-probabilities in nats, summed over a response's tokens.  Shapes: (R,)
+is one value per response of a packed batch in the order chosen, rejected, chosen, ...; (M,) one per
+response token, (N,) one per token of the packed row; V is the size of the vocabulary, d the width.
 """
 
 import atexit
@@ -15,7 +29,6 @@ import gzip
 import hashlib
 import heapq
 import html
-import inspect
 import io
 import itertools
 import json
@@ -42,683 +55,1108 @@ import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
 from torch.distributed.checkpoint import state_dict as dsd
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer,
-    GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedTokenizerFast,
 )
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-# ---- processes
-
 CUDA = torch.cuda.is_available()
-DEVICE = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if CUDA else torch.device("cpu")
-RANDOM = (torch, torch.cuda) if CUDA else (torch,)  # generators that a checkpoint holds
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "preference-methods"
-signals = []  # SIGTERM and SIGINT received so far
+
 transformers.logging.disable_progress_bar()
 transformers.logging.set_verbosity_error()  # load_model itself refuses missing weights
 
+# ---- log-probabilities
+#
+# A row is scored as [prompt | chosen | rejected]: the prompt is computed once, no response sees the
+# other, and nothing is padded (HH pairs: 209 tokens instead of 738 for padded pairs).  The output
+# matrix meets only the positions that predict a response token, since for small models it costs
+# more than the body; its logits exist once and become their own gradient.  Log-softmax is fp32 and
+# sums are fp64: a bf16 softmax is off by seven nats over 512 tokens, more than most DPO margins.
+# A family of models for which the packed row is not exact is found by a probe at first use and gets
+# padded rows, the definition.
 
-def setup(seed, timeout=1800):
-    """Join the process group (a plain `python` run is a group of one); seed all ranks alike -> device."""
-    if not dist.is_initialized():
-        if CUDA:
-            torch.cuda.set_device(DEVICE)
-        alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-        patience = datetime.timedelta(seconds=timeout)  # with a rank that keeps the others waiting
-        dist.init_process_group("cpu:gloo,cuda:nccl" if CUDA else "gloo", timeout=patience, **alone)
-        atexit.register(leave)
-    for number in (signal.SIGTERM, signal.SIGINT):  # the third quits: torchrun can make two of one Ctrl-C
-        signal.signal(number, lambda n, _: os._exit(128 + n) if len(signals) > 1 else signals.append(n))
-    torch.manual_seed(seed)
-    return DEVICE
+LOGITS_BYTES = 2**30  # logits up to here are kept for backward, beyond it made again
+CHUNK = 512  # rows of logits that are made at a time where they are not kept
 
 
-def leave():
-    """End the group at exit, all ranks together: gloo's threads may abort a process that skips either."""
-    if dist.is_initialized():
-        try:
-            dist.monitored_barrier(timeout=datetime.timedelta(seconds=30))
-        except RuntimeError:
-            pass  # another rank is gone: torchrun ends the job
-        dist.destroy_process_group()
+def packed_attention(
+    module, query, key, value, attention_mask, segments=None, scaling=None, **kwargs
+):
+    """Causal attention inside each [prompt | response] of a packed row.
 
+    query, key, value (1, heads, N, d) -> (1, N, heads, d), None
 
-def stop_requested():
-    """True on all ranks once any rank got SIGTERM or SIGINT: save, then exit with code 143."""
-    dist.all_reduce(flag := torch.tensor(len(signals)), dist.ReduceOp.MAX)
-    return flag.item() > 0
-
-
-def require(condition, message):
-    if not condition:
-        raise SystemExit(message)
-
-
-def say(line):
-    """Print on rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(line, flush=True)
-
-
-def on_rank0(function, problem):
-    """function() of rank 0 -> its result on all ranks, or all exit with code 1 and a line: problem (why)."""
-    first, answer = not dist.is_initialized() or dist.get_rank() == 0, [None, None]
-    if first:
-        try:
-            answer[0] = function()
-        except SystemExit as error:
-            answer[1] = error.code
-        except Exception as error:  # a full disk alone comes as OSError, RuntimeError or SafetensorError
-            answer[1] = f"{problem} ({type(error).__name__}: {str(error).strip().partition(chr(10))[0]})"
-    if dist.is_initialized():
-        dist.broadcast_object_list(answer)
-    require(answer[1] is None, answer[1] if first or answer[1] == 0 else 1)
-    return answer[0]
-
-
-def write(path, data):
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(data if isinstance(data, bytes) else json.dumps(data, indent=1).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)  # never half-written
-
-
-def start_run(args, method):
-    """Make args.out (default results/<method>) with its config.json, or exit if it is in use -> its Path."""
-    flags = json.loads(json.dumps(dataclasses.asdict(args), default=str))
-    out = Path(flags.get("out") or f"results/{method}")
-    least = dict(batch_size=1, epochs=1, tokens_per_microbatch=1, eval_pairs=1, eval_examples=1, seed=0, lr=0,
-                 samples=1, max_grad_norm=1e-6, warmup_steps=0, max_steps=0, eval_every=0, save_every=0)
-    for k in sorted(least.keys() & flags.keys()):
-        require(least[k] <= flags[k] < math.inf, f"--{k.replace('_', '-')} {flags[k]}: at least {least[k]}")
-    free = "resume overwrite out max_steps epochs eval_every save_every tokens_per_microbatch".split()
-
-    def prepare():
-        config = out / "config.json"
-        old = json.loads(config.read_bytes()) if config.is_file() else None
-        if flags.get("resume"):
-            require(old, f"{out}: no config.json, so there is no run to resume; start it without --resume")
-            new = [f"{k} {old.get(k)} -> {v}" for k, v in flags.items() if k not in free and old.get(k) != v]
-            require(not new, f"{out}: --resume with new flags {', '.join(new)}; restore them or change --out")
-            if (out / "model").is_dir():
-                print(f"{out}: this run is finished; its model is in {out / 'model'}")
-                raise SystemExit(0)
-        elif out.exists() and any(out.iterdir()):
-            require(flags.get("overwrite"), f"{out}: holds a run: --resume goes on, --overwrite deletes it")
-            require(old, f"{out}: no config.json, so --overwrite deletes nothing here; choose another --out")
-            (out / "metrics.jsonl").unlink(missing_ok=True)
-            for folder in [*out.glob("step-*"), out / "model", out / "figures"]:
-                shutil.rmtree(folder, ignore_errors=True)
-        out.mkdir(parents=True, exist_ok=True)
-        world = {"python": platform.python_version(), "world_size": dist.get_world_size()}
-        write(config, flags | world | {"torch": torch.__version__, "transformers": transformers.__version__})
-
-    on_rank0(prepare, f"{out}: cannot hold a run; choose another --out")
-    return out
-
-
-def log(out, step, /, **values):
-    """Append {"step": step, name: mean over the items of all ranks} to out/metrics.jsonl and return it.
-
-    values: floats, or tensors of this rank's items (any number, even none).  The first six are printed.
+    segments lists each row's lengths: (prompt, response 1, response 2, ...).  It travels as a
+    keyword through the model, so that gradient checkpointing recomputes with its own batch's table.
+    Without it: the library's attention.
     """
-    items = [torch.as_tensor(v, dtype=torch.float64, device=DEVICE).detach() for v in values.values()]
-    totals = torch.stack([torch.stack([v.sum(), v.new_tensor(v.numel())]) for v in items]).cpu()
-    dist.all_reduce(totals)
-    line = {"step": step} | dict(zip(values, (totals[:, 0] / totals[:, 1]).tolist()))
-    if dist.get_rank() == 0:
-        shown = (f"{name} {line[name]:<#9.4g}" for name in [*values][:6])
-        with tqdm.external_write_mode():  # above the bar, if there is one
-            print(f"step {step:6d}", *shown, sep="  ", flush=True)
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-    return line
+    if segments is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
+        raise ValueError("capped attention scores and attention sinks are not written here")
+    window = kwargs.get("sliding_window")
+    longest = max(prompt + max(responses) for prompt, *responses in segments)
+    if window and longest > window:
+        raise SystemExit(
+            f"a row of {longest} tokens exceeds the model's attention window: --max-length {window}"
+        )
+
+    # One split: slicing q, k, v for each segment would make every backward write a zero tensor as
+    # long as the row.
+    sizes = []
+    for prompt, first, *others in segments:
+        sizes += [prompt + first, *others]
+    queries = iter(query.split(sizes, dim=2))
+    keys = iter(key.split(sizes, dim=2))
+    values = iter(value.split(sizes, dim=2))
+    attend = functools.partial(
+        F.scaled_dot_product_attention, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    out = []
+    for prompt, _, *others in segments:
+        # The prompt and its first response are one causal sequence.
+        k = next(keys)
+        v = next(values)
+        out.append(attend(next(queries), k, v, is_causal=True))
+        k_prompt = k[:, :, :prompt]
+        v_prompt = v[:, :, :prompt]
+        # Each further response sees the prompt and itself.
+        for n in others:
+            mask = torch.ones(n, prompt + n, dtype=torch.bool, device=query.device).tril(prompt)
+            k = torch.cat([k_prompt, next(keys)], dim=2)
+            v = torch.cat([v_prompt, next(values)], dim=2)
+            out.append(attend(next(queries), k, v, attn_mask=mask))
+    return torch.cat(out, dim=2).transpose(1, 2), None
 
 
-def progress(steps):
-    """Go through the steps, with a bar on rank 0 where stderr is a terminal."""
-    return tqdm(steps, disable=True if dist.get_rank() else None)
+AttentionInterface.register("packed", packed_attention)
+AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def checkpoints(out):
-    return sorted(out.glob("step-*[0-9]"), key=lambda folder: int(folder.name[5:]))
+def _cache_sized(x):
+    """Rows of x in blocks that stay in a CPU core's cache while passes walk the vocabulary.
 
-
-def hashes(folder):
-    files = [path for path in sorted(folder.iterdir()) if path.name != "COMPLETE.json"]
-    return {path.name: hashlib.file_digest(path.open("rb"), "sha256").hexdigest() for path in files}
-
-
-def save_checkpoint(out, step, model, optimizer, keep=2, **extra):
-    """Write out/step-<step> (`step` steps are done) or nothing, then delete all but the newest `keep`.
-
-    Holds model, optimizer, all random states and rank 0's `extra`: numbers, strings, tensors, lists, dicts.
+    On a GPU all rows are one block.
     """
-    folder, tmp, failure = out / f"step-{step}", out / f"step-{step}.tmp", None
-    rng = [None] * dist.get_world_size()
-    dist.all_gather_object(rng, [module.get_rng_state() for module in RANDOM])
-    states = dsd.get_state_dict(model, optimizer)
+    return x.split(8 if x.device.type == "cpu" else max(1, len(x)))
+
+
+class HeadLogps(torch.autograd.Function):
+    """log softmax(hidden weight^T + bias)[target] in fp32.
+
+    hidden (M, d), weight (V, d), bias (V,) or None, targets (M,) -> (M,)
+
+    The naive form holds several fp32 copies of the logits.  Here they exist once, in compute dtype,
+    and backward turns them into their own gradient, d logit = grad (onehot - softmax).  Where they
+    would exceed LOGITS_BYTES, and in scoring, they are made in chunks, forward and again backward.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, targets):
+        logits_bytes = len(hidden) * weight.shape[0] * weight.element_size()
+        keep = hidden.requires_grad and logits_bytes <= LOGITS_BYTES
+        ctx.rows = max(1, len(hidden)) if keep else CHUNK
+        logps = torch.empty(len(hidden), device=hidden.device)
+        log_norms = torch.empty(len(hidden), device=hidden.device)
+        logits = None
+        for start in range(0, len(hidden), ctx.rows):
+            chunk = slice(start, start + ctx.rows)
+            logits = None  # the last chunk's memory is free before this one's is taken
+            logits = F.linear(hidden[chunk], weight, bias)
+            blocks = zip(
+                _cache_sized(logits),
+                _cache_sized(targets[chunk]),
+                _cache_sized(logps[chunk]),
+                _cache_sized(log_norms[chunk]),
+            )
+            for z, target, logp, log_norm in blocks:
+                log_p = torch.log_softmax(z, -1, dtype=torch.float32)
+                logp.copy_(log_p.gather(1, target[:, None])[:, 0])
+                log_norm.copy_(z[:, 0].float() - log_p[:, 0])  # without another pass
+        ctx.kept = logits if keep else None
+        ctx.save_for_backward(hidden, weight, bias, targets, log_norms)
+        return logps
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, bias, targets, log_norms = ctx.saved_tensors
+        d_hidden = torch.empty_like(hidden)
+        d_bias = None if bias is None else torch.zeros_like(bias)
+        d_weight = None
+        if len(hidden) > ctx.rows:  # sums over chunks are fp32
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(hidden), ctx.rows):
+            chunk = slice(start, start + ctx.rows)
+            logits = ctx.kept
+            ctx.kept = None
+            if logits is None:
+                logits = F.linear(hidden[chunk], weight, bias)
+
+            # The logits become their gradient in place: -g softmax, then + g at the target.
+            g = grad[chunk]
+            log_norm = log_norms[chunk]
+            blocks = zip(
+                _cache_sized(logits), _cache_sized(log_norm[:, None]), _cache_sized(g[:, None])
+            )
+            for z, log_n, g_z in blocks:
+                z.copy_((z.float() - log_n).exp_().mul_(-g_z))  # in bf16 z - log_n loses percents
+            logits[torch.arange(len(g)), targets[chunk]] += g.to(logits.dtype)
+
+            d_hidden[chunk] = logits @ weight
+            if d_weight is None:
+                d_weight = logits.T @ hidden[chunk]
+            else:
+                d_weight.add_(logits.T @ hidden[chunk])
+            if bias is not None:
+                d_bias += logits.sum(0)
+        return d_hidden, d_weight.to(weight.dtype), d_bias, None
+
+
+def token_logps(model, batch):
+    """log pi(token | prompt, response so far) of every response token of a packed batch.  -> (M,)
+
+    fp32; batch["owner"] says which response a token belongs to.  Dropout must be off: the responses
+    of a row share their prompt.
+    """
+    _probe(model)
+    if model.packs:
+        return model._packed_token_logps(batch)
+    return model._padded_token_logps(batch)
+
+
+def response_logps(model, batch):
+    """log pi(response | prompt), summed over the response's tokens, and its tokens.  -> (R,), (R,)
+
+    R responses in the batch's order: chosen, rejected, chosen, ...  Differentiable; summed in fp64,
+    returned in fp32.
+    """
+    logps = token_logps(model, batch)
+    owner = batch["owner"].to(logps.device)
+    counts = batch["counts"].to(logps.device)
+    sums = logps.new_zeros(len(counts), dtype=torch.float64).index_add(0, owner, logps.double())
+    return sums.float(), counts
+
+
+def response_hiddens(model, batch):
+    """Final-norm hidden state at each response's last token, for heads of one's own.  -> (R, d)
+
+    SystemExit for a family of models that cannot be packed.
+    """
+    _probe(model)
+    name = type(model).__name__
+    require(model.packs, f"{name} cannot be packed: choose a GPT-NeoX, Llama or GPT-2 model")
+    hiddens = model._packed_hiddens(batch)
+    return hiddens.index_select(0, batch["last_at"].to(hiddens.device))
+
+
+def _packed_hiddens(model, batch):
+    """Final-norm hidden states of the packed row.  -> (N, d)"""
+    device = model.device
+    output = model.base_model(
+        input_ids=batch["input_ids"].to(device),
+        position_ids=batch["position_ids"].to(device),
+        attention_mask=torch.zeros(1, 1, 1, 1, device=device),  # 4-D, taken as ready: none is built
+        segments=batch["segments"],
+        use_cache=False,
+    )
+    return output.last_hidden_state[0]
+
+
+def _packed_token_logps(model, batch):
+    """Log-probs of the response tokens from the packed row.  -> (M,)"""
+    hidden = _packed_hiddens(model, batch)
+    head = model.get_output_embeddings()
+    hidden = hidden.index_select(0, batch["score_at"].to(hidden.device))
+    return HeadLogps.apply(hidden, head.weight, head.bias, batch["targets"].to(hidden.device))
+
+
+def _padded_token_logps(model, batch):
+    """The definition: one padded row per response, all logits.  -> (M,)"""
+    texts, starts = [], []
+    for row in batch["rows"]:
+        for response in row["responses"]:
+            texts.append(torch.tensor(row["prompt_ids"] + response))
+            starts.append(len(row["prompt_ids"]))
+    ids = pad_sequence(texts, batch_first=True).to(model.device)
+    starts = torch.tensor(starts, device=model.device)[:, None]
+    ends = torch.tensor([len(text) for text in texts], device=model.device)[:, None]
+    at = torch.arange(ids.shape[1], device=model.device)
+    real = at < ends
+    scored = (at >= starts) & real
+    logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1]
+    log_p = torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None])[..., 0]
+    return log_p[scored[:, 1:]]
+
+
+def _probe(model):
+    """At first use: is packing exact for this model?  Then model.packs says so.
+
+    The functions above become methods of the model, called through the root module, where FSDP
+    gathers the parameters.
+    """
+    if hasattr(model, "packs"):
+        return
+    for function in (_packed_hiddens, _packed_token_logps, _padded_token_logps):
+        setattr(model, function.__name__, types.MethodType(function, model))
+        register_fsdp_forward_method(model, function.__name__)
+    problem = _packing_problem(model)
+    model.packs = not problem
+    if problem:
+        name = type(model).__name__
+        say(f"{name}: responses are scored in padded rows, because packing fails: {problem}")
+
+
+@torch.no_grad()
+def _packing_problem(model):
+    """Why the packed row is wrong for this model, from three short rows; "" if it is exact.
+
+    Wrong it is, for example, for position biases outside the library's attention interface (BLOOM),
+    recurrent layers (Mamba) and logits scaled or capped after the head (Gemma 2, Cohere).
+    """
+    config = model.config.get_text_config()
+    ids = [(7 * i * i + 3 * i + 1) % min(config.vocab_size, 256) for i in range(40)]
+    two = {"prompt_ids": ids[:9], "responses": [ids[9:15], ids[15:18]]}
+    more = {"prompt_ids": ids[18:23], "responses": [ids[23:27], ids[27:34]]}
+    one = {"prompt_ids": ids[34:36], "responses": [ids[36:40]]}
+    rows = [two, more, one]
+    batch = _pack(rows, range(3))
+    expected = model._padded_token_logps(batch)
+    tolerance = 1e-4
+    if expected.dtype != torch.float32 or model.dtype != torch.float32:
+        tolerance = 5e-2
+    for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, field, None) not in (None, 1, 1.0):
+            return f"its logits pass through {field}"
+
+    implementation = model.config._attn_implementation
     try:
-        dcp.save(dict(zip(("model_state_dict", "optim_state_dict"), states)), checkpoint_id=tmp)
-    except dcp.api.CheckpointException as error:  # a BaseException; all ranks get it when one cannot write
-        failure = next(iter(error.failures.values()))[0]
-
-    def finish():
-        if failure:
-            raise failure
-        torch.save({"rng": rng, "extra": extra}, tmp / "extra.pt")
-        write(tmp / "COMPLETE.json", {"step": step, "world_size": len(rng), "sha256": hashes(tmp)})
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
-        past = [old for old in checkpoints(out) if int(old.name[5:]) <= step]
-        for old in {*out.glob("step-*")} - {*past[-keep:]}:  # later ones are damaged; the run resumed before
-            shutil.rmtree(old)
-
-    on_rank0(finish, f"{tmp}: checkpoint not saved; make room, then --resume from the one before")
+        model.set_attn_implementation("packed")
+        found = model._packed_token_logps(batch)
+        worst = (found - expected).abs().max().item()
+        problem = "" if worst <= tolerance else f"a log-prob differs by {worst:.1e}"
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+        problem = str(error).splitlines()[0]
+    if problem:
+        model.set_attn_implementation(implementation)
+    return problem
 
 
-def load_checkpoint(out, model, optimizer):
-    """Restore the newest undamaged checkpoint, of any number of processes -> (step, extra); (0, {}) if none.
+def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
+    """Summed log-probs of every response under a frozen model, cached on disk.  -> (len(rows), n)
 
-    Random states return if the number of processes is the same; metrics.jsonl loses its lines from `step` on.
+    Every row must have n responses.  The cache's key is a hash of the model's files, the token ids
+    and dtype: another model, tokenizer, data set or truncation is another entry, another beta is
+    not.  SystemExit: another vocabulary than the policy's.
     """
+    same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
+    why = "and the policy have different vocabularies: choose models with the same tokenizer"
+    require(same, f"{name} {why}")
+    path = CACHE / "reference" / f"{_reference_key(name, rows, dtype)}.npy"
+    if on_rank0(path.exists, path):
+        return torch.from_numpy(np.load(path))
 
-    def choose():
-        step, found, metrics = 0, None, out / "metrics.jsonl"
-        for unfinished in out.glob("step-*.tmp"):
-            shutil.rmtree(unfinished)
-        for folder in reversed(checkpoints(out)):
-            manifest = folder / "COMPLETE.json"
-            text = manifest.read_text("latin-1") if manifest.is_file() else ""
-            wrote = dict(re.findall(r'"(\S+)": "(\w{64})"', text))
-            wrong = {*wrote.items()} ^ {*hashes(folder).items()} if wrote else {(manifest.name, "")}
-            if not wrong:
-                step, found = int(folder.name[5:]), folder
-                break
-            print(f"skip {folder.name}: damaged {sorted(dict(wrong))}", flush=True)
-        require(found or not checkpoints(out), f"{out}: no checkpoint is undamaged; start anew: --overwrite")
-        lines = metrics.read_bytes().splitlines(keepends=True) if metrics.is_file() else []
-        if lines:  # the last one may be torn
-            write(metrics, b"".join(x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] < step))
-        return step, found
+    model = load_model(name, dtype)
+    sums = torch.zeros(len(rows), len(rows[0]["responses"]), device=model.device)
+    for batch in pack_pairs(rows, 2 * tokens_per_microbatch):
+        with torch.no_grad():
+            logps, _ = response_logps(model, batch)
+        sums[batch["index"]] = logps.view(len(batch["index"]), -1)
+    dist.all_reduce(sums)  # every row was scored by one process, and is zero elsewhere
 
-    step, folder = on_rank0(choose, f"{out}: cannot resume")
-    if not folder:
-        return 0, {}
-    state = dict(zip(("model_state_dict", "optim_state_dict"), dsd.get_state_dict(model, optimizer)))
-    dcp.load(state, checkpoint_id=folder)
-    dsd.set_state_dict(model, optimizer, **state)
-    saved = torch.load(folder / "extra.pt")
-    if len(saved["rng"]) == dist.get_world_size():
-        for module, rng in zip(RANDOM, saved["rng"][dist.get_rank()]):
-            module.set_rng_state(rng)
-    return step, saved["extra"]
+    def save():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = io.BytesIO()
+        np.save(file, sums.cpu().numpy())
+        write(path, file.getvalue())
+
+    on_rank0(save, path)
+    return torch.from_numpy(np.load(path))
 
 
-def save_model(model, tokenizer, path):
-    """Write a model, sharded or not, as a Hugging Face folder for transformers 4 and 5 and vLLM."""
-    options = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state, tmp = dsd.get_model_state_dict(model, options=options), Path(f"{path}.tmp")  # all ranks take part
-
-    def export():
-        shutil.rmtree(tmp, ignore_errors=True)
-        model.save_pretrained(tmp, state_dict=state)
-        tokenizer.save_pretrained(tmp)
-        config = tmp / "tokenizer_config.json"  # transformers 4 does not know the class name of 5
-        config.write_text(config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(tmp, path)
-
-    on_rank0(export, f"{tmp}: model not saved; make room or choose another --out")
+def _reference_key(name, rows, dtype):
+    """A hash of all that reference log-probs depend on."""
+    key = hashlib.sha256(f"{dtype} 1".encode())
+    for file in sorted(model_folder(name).iterdir()):
+        if file.suffix in (".json", ".safetensors", ".bin"):
+            key.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
+    for row in rows:
+        key.update(json.dumps([row["prompt_ids"], row["responses"]]).encode())
+    return key.hexdigest()[:32]
 
 
-def merge(parts, prefix=""):
-    """The dictionaries of several micro-batches as one, for `log`."""
-    return {prefix + name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
+    """What every preference method logs of each pair.  Four (B,) log-probs -> dict of (B,)
 
-
-def speed(rows, seconds):
-    """Rows and real tokens per second (a prompt counts once per response, padding never), and peak memory."""
-    tokens = sum(len(row["prompt_ids"]) + len(r) for row in rows for r in row["responses"])
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    peak = torch.cuda.max_memory_allocated() if CUDA else resident
-    return {"rows_per_s": len(rows) / seconds, "tokens_per_s": tokens / seconds, "peak_GiB": peak / 2**30}
-
-
-def stop_unless_finite(grad_norm, step, rows, out):
-    """Leave before a non-finite gradient reaches the weights; the norm is global: all processes leave."""
-    last = ["none", *checkpoints(out)][-1]
-    require(math.isfinite(grad_norm), f"step {step}: the gradient is not finite, from one of the rows "
-            f"{[row['row'] for row in rows]}; last checkpoint: {last}; try a smaller --lr")
-
-
-def setting(args):
-    """Model, data and seed of a run for the caption of a figure, which must say what it does not show."""
-    where = " (the built-in tiny world, not the paper's setting)" if args.data == "tiny" else ""
-    return f"model {args.model}, data {args.data}{where}, seed {args.seed}"
-
-
-def plot_curves(out, panels, caption):
-    """Draw metrics of out/metrics.jsonl against the step into out/figures/curves.png -> the records, a list.
-
-    panels: (title, unit of the y axis, names of metrics).  Thin lines: training; markers: held-out values.
+    The names are those of other libraries.  Implicit rewards are beta log pi/pi_ref in nats; a tie
+    is wrong: equal models have reward accuracy 0.  Pairs that the reference ranks right are kept or
+    lost, those that it ranks wrong are fixed or missed.
     """
-    records = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    if dist.get_rank() == 0:
-        from matplotlib.figure import Figure
-        figure = Figure((5 * len(panels), 3.8), layout="constrained")
-        for axis, (title, unit, names) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels):
-            for i, name in enumerate(names):
-                for key, style in ((name, dict(alpha=0.4, lw=1)), ("eval_" + name, dict(marker="o", ms=4))):
-                    points = [(r["step"], r[key]) for r in records if key in r]
-                    label = name.split("/")[-1] + (", training" if key == name else ", held out")
-                    axis.plot(*zip(*points), color=f"C{i}", label=label, **style) if points else None
-            axis.set(title=title, xlabel="optimiser step", ylabel=unit)
-            axis.legend(fontsize=8)
-        figure.suptitle(caption, fontsize=9)
-        (out / "figures").mkdir(exist_ok=True)
-        figure.savefig(out / "figures" / "curves.png", dpi=120)
-    return records
+    chosen = chosen_logps.detach()
+    rejected = rejected_logps.detach()
+    chosen_reward = beta * (chosen - ref_chosen_logps)
+    rejected_reward = beta * (rejected - ref_rejected_logps)
+    before = ref_chosen_logps > ref_rejected_logps
+    after = chosen > rejected
+    metrics = {
+        "rewards/chosen": chosen_reward,
+        "rewards/rejected": rejected_reward,
+        "rewards/margins": chosen_reward - rejected_reward,
+        "rewards/accuracies": (chosen_reward > rejected_reward).float(),
+        "ranking_accuracy": after.float(),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+    }
+    metrics["kept"] = before & after
+    metrics["lost"] = before & ~after
+    metrics["fixed"] = ~before & after
+    metrics["missed"] = ~before & ~after
+    return metrics
 
 
-def print_evaluations(records):
-    """A table of the held-out metrics before the first and after the last step, on rank 0."""
-    held_out = [r for r in records if any(name.startswith("eval_") for name in r)]
-    if dist.get_rank() == 0:
-        for name in held_out[0]:
-            ends = (f"{record[name]:12.4g}" for record in (held_out[0], held_out[-1]))
-            print(f"{name.replace('eval_', 'held out '):32}", *ends)
+# ---- sampling
+#
+# A prompt runs once, however many slots continue it; from then on a step is one token a slot.  The
+# keys and values lie in slabs that are as long as the sequences will be: a step writes one column,
+# nothing is copied.  Resampling overwrites the slots of dead particles only, survivors stay where
+# they are.  Chance is an argument: a draw takes one uniform a row, and its log-prob comes from the
+# very scores that it was drawn from (scoring it again moves tokens across the edge of a filter).
 
 
-# ---- models
+class Slab(DynamicLayer):
+    """A layer's keys and values, preallocated: (slots, heads, room, head_dim) each."""
+
+    def __init__(self, prompt, prompts, room):
+        super().__init__()
+        self.key_slab = F.pad(prompt.keys[prompts], (0, 0, 0, room))
+        self.value_slab = F.pad(prompt.values[prompts], (0, 0, 0, room))
+        self.keys = self.key_slab[:, :, : prompt.keys.shape[2]]
+        self.values = self.value_slab[:, :, : prompt.keys.shape[2]]
+        self.is_initialized = True
+
+    def update(self, keys, values, *args, **kwargs):
+        """Write the new columns; what attention sees are views of the slabs, no copies."""
+        start = self.keys.shape[2]
+        end = start + keys.shape[2]
+        self.keys = self.key_slab[: len(keys), :, :end]
+        self.values = self.value_slab[: len(keys), :, :end]
+        self.keys[:, :, start:] = keys
+        self.values[:, :, start:] = values
+        return self.keys, self.values
 
 
-def model_folder(name):
-    """Folder of "tiny", of a local model or run (its model/) or of a hub id, which rank 0 downloads."""
+@torch.no_grad()
+def prefill(model, prompts, max_new_tokens, copies=1):
+    """Run N lists of ids of any lengths, once each, for `copies` slots: i continues i // copies.
 
-    def find():
-        if name == "tiny":
-            return tiny_folder() / "model"
-        if Path(name).exists():
-            return Path(name, "model") if Path(name, "model").is_dir() else Path(name)
-        for weights in ("*.safetensors", "*.bin"):
-            wanted = ["*.json", "*.txt", "*.model", weights]
-            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
-            if any(folder.glob(weights)):
-                break
-        return folder
-
-    return on_rank0(find, f"{name}: no such folder, and not to be had from the hub; give a local folder")
-
-
-def load_tokenizer(name):
-    """The tokenizer of model_folder(name); its pad token is the end token if it has none."""
-    folder = model_folder(name)  # without these files transformers would make up an empty vocabulary
-    files = [f for f in folder.glob("*") if f.name.startswith(("tokenizer.", "vocab.", "spiece.", "tekken."))]
-    require(files, f"{folder}: has no tokenizer.json; copy the tokenizer of the model's training there")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
-
-
-def load_model(name, dtype="float32", train=False):
-    """A causal language model without dropout on this process's device.
-
-    train=False: whole on every rank, frozen, in `dtype`.  train=True: fp32 weights and gradient sums, `dtype`
-    compute, a slice of every layer on every rank (FSDP2); rank 0 alone reads the file.
+    -> cache, (N copies, d) final-norm hidden states and (N copies, V) logits of the last prompt
+    position.  SystemExit: a prompt without tokens.
     """
-    folder, rank = model_folder(name), dist.get_rank() if dist.is_initialized() else 0
-    sharded = train and (dtype != "float32" or dist.get_world_size() > 1)
-    precision = torch.float32 if train else getattr(torch, dtype)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(config, key, 0.0)  # attention dropout is a number in the config, not a module
-        if sharded and rank > 0:
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=precision)
-            model.to_empty(device="cpu").tie_weights()  # takes no memory before it is written to
-        else:
-            options = {"config": config, "dtype": precision, "output_loading_info": True}
-            model, info = AutoModelForCausalLM.from_pretrained(folder, **options)
-            require(not info["missing_keys"], f"{folder}: no weights for {sorted(info['missing_keys'])[:3]}")
-    except Exception as error:
-        why = str(error).strip().partition("\n")[0]
-        raise SystemExit(f"{folder}: not a model that transformers can load ({why})") from None
-    if not sharded:
-        return model.to(DEVICE).train() if train else model.to(DEVICE).eval().requires_grad_(False)
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = next(module for module in lists if len(module) == config.num_hidden_layers)
-    mesh = dist.init_device_mesh(DEVICE.type, (dist.get_world_size(),))
-    policy = MixedPrecisionPolicy(param_dtype=getattr(torch, dtype), reduce_dtype=torch.float32)
-    for unit in [*layers, model]:
-        for tensor in [*unit.to(DEVICE).parameters(), *unit.buffers()]:  # rotary ones are in no file
-            if not isinstance(tensor, DTensor):
-                dist.broadcast(tensor.data, 0)
-        # The root too: else a forward pass between backward() and step() leaves the old embeddings in use.
-        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-    return model.train()
+    for number, prompt in enumerate(prompts):
+        require(
+            len(prompt) > 0,
+            f"prompt {number} has no tokens: begin it with a BOS token, or drop it",
+        )
+    texts = [torch.tensor(prompt) for prompt in prompts]
+    ids = pad_sequence(texts, batch_first=True, padding_side="left").to(model.device)
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=ids.device)
+    pads = ids.shape[1] - lengths
+
+    # The prompts' own cache, then its layers as slabs with a row for each slot.
+    cache = DynamicCache()
+    cache.prompt_length = ids.shape[1]
+    cache.padded = bool(pads.any())
+    columns = torch.arange(ids.shape[1] + max_new_tokens, device=ids.device)
+    cache.positions = columns - pads  # (N, columns); below 0: padding
+    hidden, logits = decode_step(model, cache, ids)
+    cache.prompts = torch.arange(len(prompts), device=ids.device).repeat_interleave(copies)
+    cache.layers = [Slab(layer, cache.prompts, max_new_tokens) for layer in cache.layers]
+    cache.positions = cache.positions[cache.prompts]
+    return cache, hidden[cache.prompts], logits[cache.prompts]
 
 
-def clip_gradients(model, max_norm):
-    """Scale the gradient down to norm `max_norm` if it is longer -> the norm it had."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+@torch.no_grad()
+def decode_step(model, cache, tokens):
+    """Append a token to every slot.  (n,) -> (n, d) final-norm hidden states, (n, V) next logits"""
+    tokens = tokens.view(len(tokens), -1)
+    start = cache.get_seq_length()
+    at = cache.positions[:, : start + tokens.shape[1]]
+    mask = {}
+    if cache.padded:  # else none: attention is faster without
+        mask["attention_mask"] = (at >= 0).long()
+        mask["position_ids"] = at[:, start:].clamp(0)
+
+    hidden = []
+
+    def catch(_, inputs):
+        hidden.append(inputs[0][:, -1])
+
+    with model.get_output_embeddings().register_forward_pre_hook(catch):
+        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **mask)
+    return hidden[0], out.logits[:, -1]
 
 
-# ---- the tiny world
-
-# Stories from a grammar, two groups of readers who judge them, and a small model that has read them.
-TINY_GRAMMAR = {  # SYMBOL: {expansion: probability}, or expansions of equal probability
-    "PROMPT": "\n\nHuman: Tell me a story about a HERO in a PLACE.\n\nAssistant:",  # 144 of them
-    "STORY": {" INTRO It met SOME monster.ASIDE FEAR": 0.3, " INTRO It met SOME FRIEND.ASIDE JOY": 0.7},
-    "INTRO": {"POLITE Once SOME {0} lived in SOME {1}.": 0.3, "GRUMPY Once SOME {0} lived in SOME {1}.": 0.7},
-    "SOME": {"a": 0.5, "a ADJECTIVE": 0.5}, "ASIDE": {"": 0.5, " They shared SOME THING.": 0.5},
-    "FEAR": {"HAPPY": 0.15, "SAD": 0.85}, "JOY": {"HAPPY": 0.4, "SAD": 0.6},  # so P(HAPPY) = 0.325
-    "POLITE": "With pleasure!|My pleasure!|What a pleasure!", "GRUMPY": "Fine.|Whatever.|If I must.",
-    "HAPPY": "They lived happily ever after.|Everyone sang happily.|It went home happily.",
-    "SAD": "It never came home.|Then everyone cried.|It was lost.", "THING": "cake|song|boat|lamp|dream|pie",
-    "PLACE": "forest|castle|village|garden|cave|tower|desert|market|house|river|valley|field",
-    "HERO": "cat|dog|fox|bear|frog|mouse|rabbit|duck|wolf|pony|goat|horse",
-    "FRIEND": "bird|boy|girl|king|queen|baker", "ADJECTIVE": "small|brave|quiet|red|kind|wise|tall|dark"}
-TINY_GROUPS = ((0.75, 1.5), (0.25, -5.5))  # hidden context: share of readers, worth of the monster to them
+def stay_in_place(ancestors):
+    """Permute (n,) ancestors so that survivors keep their slots, and only dead slots change."""
+    slots = torch.arange(len(ancestors), device=ancestors.device)
+    offspring = ancestors.bincount(minlength=len(slots))
+    dead = offspring[: len(slots)] == 0
+    offspring[slots[~dead]] -= 1
+    slots[dead] = torch.repeat_interleave(offspring)  # the surplus: index i, offspring[i] times
+    return slots
 
 
-def tiny_text(symbol, rng):
-    """Draws one expansion of the symbol, and of the symbols in it, from the grammar.  rng: random.Random"""
-    options = TINY_GRAMMAR[symbol]
-    options = dict.fromkeys(options.split("|"), 1) if isinstance(options, str) else options
-    text = rng.choices(list(options), list(options.values()))[0]
-    return re.sub("[A-Z]{2,}", lambda match: tiny_text(match[0], rng), text)
+def reorder(cache, ancestors):
+    """In place: slot i goes on from slot ancestors[i].
+
+    n ancestors for more than n slots leave n slots.  The prompt's columns move only where a slot
+    changes its prompt.
+    """
+    n = len(ancestors)
+    slots = torch.arange(n, device=ancestors.device)
+    moved = (ancestors != slots).nonzero()[:, 0]
+    same_prompt = (cache.prompts[ancestors] == cache.prompts[:n]).all()
+    start = cache.prompt_length if same_prompt else 0
+    for layer in cache.layers:
+        for slab in (layer.keys, layer.values):
+            slab[moved, :, start:] = slab[ancestors[moved], :, start:]
+    cache.positions = cache.positions[ancestors]
+    cache.prompts = cache.prompts[ancestors]
 
 
-def tiny_story(prompt, rng):
-    """One response from the grammar, about the hero and the place of the prompt."""
-    return tiny_text("STORY", rng).format(*re.search(r"about a (\w+) in a (\w+)", prompt).groups())
+def sample_tokens(scores, uniforms):
+    """Inverse CDF of softmax(scores), one uniform a row.
+
+    (n, V), (n,) -> tokens (n,), their log-probs (n,)
+
+    Scores may be unnormalised, or -inf; a token without mass is never drawn, whatever the rounding.
+    """
+    n = len(scores)
+    if scores.is_cpu:
+        n = max(8, 2**19 // scores.shape[1])  # rows that fit a cache
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    tokens, log_probs = [], []
+    for rows, u in zip(scores.split(n), uniforms.split(n)):
+        p = rows.softmax(-1, dtype=dtype)
+        cdf = p.cumsum(-1, dtype=torch.float64)
+        total = cdf[:, -1:]
+        token = torch.searchsorted(cdf, u[:, None] * total, right=True)  # the first with cdf > u
+        last = torch.searchsorted(cdf, total.clone())  # u near 1: the last with mass
+        token = token.minimum(last)
+        tokens.append(token[:, 0])
+        log_probs.append((p.gather(1, token) / total).log()[:, 0].to(p.dtype))
+    return torch.cat(tokens), torch.cat(log_probs)
 
 
-def tiny_attributes(text):
-    """Reads off any text, by its words: polite, monster, happy (last sentence), detail (adjectives)."""
-    sentences = re.split("[.!?]", text.split("<|endoftext|>")[0].lower().rstrip(" \n.!?"))
-    words, end = re.findall("[a-z]+", " ".join(sentences)), re.findall("[a-z]+", sentences[-1])
-    return dict(polite=int("pleasure" in words), monster=int("monster" in words), happy=int("happily" in end),
-                detail=sum(word in TINY_GRAMMAR["ADJECTIVE"].split("|") for word in words))
+# ---- tokenization
+#
+# Prompt and response are tokenised apart and joined as ids, so that a merge cannot cross the border
+# and the same prompt has the same ids in training, scoring and sampling.  Special tokens are added
+# here and nowhere else: at most one BOS in front, one EOS after every response.  A row that cannot
+# be used is dropped with a reason that is counted.  Packing needs no padding: rows are dealt out to
+# micro-batches of a token budget, which is the memory knob and never changes a result.
 
 
-def tiny_reward(prompt, response, group=None):
-    """1 if polite, 2 if happy, -1 per adjective away from two, and what the monster is worth to the group of
-    readers (0 or 1; None: on average over all readers).  The grammar's mean is 0.125 and its best 3."""
-    seen = tiny_attributes(response)
-    worth = sum(share * value for share, value in TINY_GROUPS) if group is None else TINY_GROUPS[group][1]
-    return seen["polite"] + 2 * seen["happy"] - abs(seen["detail"] - 2) + worth * seen["monster"]
+def row_texts(tokenizer, row):
+    """[prompt, response, ...] as text, chat messages in the chat template; or why to drop the row.
+
+    SystemExit: chat messages, and a tokenizer without a chat template.
+    """
+    parts = [row["prompt"]]
+    pair = [row[key] for key in ("chosen", "rejected") if key in row]
+    parts += pair or row["responses"]
+    for token, place in ((tokenizer.bos_token, "begin"), (tokenizer.eos_token, "end")):
+        if token and any(token in words(part) for part in parts):
+            return f"contains the {place}-of-text token"  # it would become the special token
+    if not any(isinstance(part, list) for part in parts):
+        return [words(part) for part in parts]
+    no_template = (
+        "the data are chat messages, but the tokenizer has no chat template: use text data"
+    )
+    require(tokenizer.chat_template, no_template)
+
+    # The prompt with the template's cue for an answer; what comes after it is the response.
+    chat = _messages(parts[0], "user")
+    start = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    responses = []
+    for part in parts[1:]:
+        whole = tokenizer.apply_chat_template(chat + _messages(part, "assistant"), tokenize=False)
+        if not whole.startswith(start):
+            return "the chat template changes the prompt"
+        responses.append(_without_end(whole[len(start) :], tokenizer.eos_token))
+    return [start.removeprefix(tokenizer.bos_token or ""), *responses]
 
 
-def tiny_row(rng):
-    """Four responses of different reward; two of them compared by one reader, then by five who vote."""
-    prompt, by_reward = tiny_text("PROMPT", rng), {}
-    while len(by_reward) < 4:
-        by_reward.setdefault(tiny_reward(prompt, response := tiny_story(prompt, rng)), response)
-    a, b = rng.sample(list(by_reward.values()), 2)
-    p = [1 / (1 + math.exp(tiny_reward(prompt, b, g) - tiny_reward(prompt, a, g))) for g in (0, 1)]
-    p_a = sum(share * p_group for (share, _), p_group in zip(TINY_GROUPS, p))  # Bradley-Terry within a group
-    group = int(rng.random() < TINY_GROUPS[1][0])
-    if rng.random() >= p[group]:
-        a, b, p_a = b, a, 1 - p_a
-    votes = sum(rng.random() < p_a for _ in range(5))
-    return dict(prompt=prompt, chosen=a, rejected=b, p_chosen=p_a, votes=[votes, 5 - votes], group=group,
-                responses=list(by_reward.values()), rewards=list(by_reward))
+def _messages(part, role):
+    """Chat messages as they are; text as one message of that role."""
+    if isinstance(part, list):
+        return part
+    return [{"role": role, "content": words(part)}]
 
 
-def build_tiny(folder, steps=400):
-    """Writes data/{train,test}.jsonl and model/: a byte-level BPE and a GPT-NeoX trained on the grammar."""
-    (folder / "data").mkdir(parents=True)
-    for name, n in (("train.jsonl", 2000), ("test.jsonl", 256)):
-        rng = random.Random(name)
-        (folder / "data" / name).write_text("".join(json.dumps(tiny_row(rng)) + "\n" for _ in range(n)))
-    rng, end, pad = random.Random("model"), "<|endoftext|>", "<|padding|>"
-    texts = [p + tiny_story(p, rng) + end for p in (tiny_text("PROMPT", rng) for _ in range(32 * steps))]
-    bpe, level = tokenizers.Tokenizer(tokenizers.models.BPE()), tokenizers.pre_tokenizers.ByteLevel
-    bpe.pre_tokenizer, bpe.decoder = level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator(texts[:2000], tokenizers.trainers.BpeTrainer(
-        vocab_size=512, show_progress=False, special_tokens=[end, pad], initial_alphabet=level.alphabet()))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=pad)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(  # a sequential residual learns to copy the hero sooner
-        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=512, num_hidden_layers=4,
-        num_attention_heads=4, rotary_pct=0.5, use_parallel_residual=False, eos_token_id=0, pad_token_id=1))
-    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
-    for step in range(steps):
-        ids = tokenizer(texts[32 * step:32 * (step + 1)], padding=True, return_tensors="pt").input_ids
-        model(ids, labels=ids.masked_fill(ids == tokenizer.pad_token_id, -100)).loss.backward()
-        optimizer.param_groups[0]["lr"] = 0.004 * min((step + 1) / 30, 1 - step / steps)
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
+def _without_end(text, eos_token):
+    """A response without the end token that the template puts after it: one is added later."""
+    return re.sub(rf"({re.escape(eos_token)}\s*)?\Z", "", text, count=1)
 
 
-def tiny_folder():
-    """The folder of the tiny world: built on first use, cached under a hash of this recipe."""
-    parts = (tiny_text, tiny_story, tiny_attributes, tiny_reward, tiny_row, build_tiny)
-    recipe = repr((TINY_GRAMMAR, TINY_GROUPS)) + "".join(map(inspect.getsource, parts))
-    folder = CACHE / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-    if folder.exists():
-        return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # one process builds, the others wait; a killed one lets go
-        if not folder.exists():
-            print(f"tiny world: training a small model on made-up stories, once, in {folder}", flush=True)
-            threads, partial = torch.get_num_threads(), Path(f"{folder}.partial")
-            shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-            torch.set_num_threads(1)  # their number decides the last bits of the weights
-            with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
-                torch.default_generator.manual_seed(0)
-                build_tiny(partial)
-            torch.set_num_threads(threads)
-            os.replace(partial, folder)
-    return folder
+def _ids_of(tokenizer, texts):
+    """Token ids without special tokens; in blocks, since what a tokenizer returns is far larger."""
+    ids = []
+    for start in range(0, len(texts), 4096):
+        block = texts[start : start + 4096]
+        ids += tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _response_lead(tokenizer):
+    """What is put before a response's text, and how many tokens of it are then taken off.
+
+    sentencepiece puts a space before any text, which a response that continues a prompt must not
+    have: it is read after a newline, which is taken off.
+    """
+    newline, one, both = _ids_of(tokenizer, ["\n", "1", "\n1"])
+    if both == newline + one:
+        return "", 0
+    return "\n", len(newline)
+
+
+def _cut_prompt(prompt, room, cue):
+    """`room` tokens of a prompt that is too long: its end; or its start and its cue if it has one.
+
+    The cue ("TL;DR:") tells what to do with the text before it.
+    """
+    if not cue:
+        return prompt[len(prompt) - room :]
+    head = max(room - len(cue), 0)
+    return prompt[:head] + cue[:room]
+
+
+def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, what="tokens"):
+    """Rows of text -> rows of ids, those that can be used.
+
+    -> [{"prompt_ids": ids, "responses": [ids, ...], "row": index into rows,
+         "prompt_cut": bool, "responses_cut": how many of them}]
+
+    Responses end with EOS; a BOS goes first if the tokenizer puts one before plain text.  If prompt
+    and longest response exceed max_length, the prompt is cut, once for all its responses, to
+    max_prompt_length (`_cut_prompt`).  If they still do, responses are cut to max_length -
+    max_prompt_length; a cut one has no EOS.  `what` begins the line that is printed; None: no line.
+    SystemExit: lengths out of range, a tokenizer without EOS, no row left.
+    """
+    require(
+        0 < max_prompt_length < max_length,
+        f"max_prompt_length {max_prompt_length} must be in 1..max_length - 1 "
+        f"(max_length is {max_length})",
+    )
+    require(
+        tokenizer.eos_token_id is not None,
+        "the tokenizer has no end-of-text token (eos_token): responses could not end",
+    )
+    adds_bos = tokenizer("1")["input_ids"][0] == tokenizer.bos_token_id
+    bos = [tokenizer.bos_token_id] if adds_bos else []
+    lead, skip = _response_lead(tokenizer)
+
+    # All texts of all usable rows in one list, and their ids in the same order.
+    parts_of_rows = [row_texts(tokenizer, row) for row in rows]
+    flat = []
+    for parts in parts_of_rows:
+        if isinstance(parts, list):
+            flat.append(parts[0])
+            flat += [lead + text for text in parts[1:]]
+    ids_of_texts = iter(_ids_of(tokenizer, flat))
+
+    kept, dropped = [], Counter()
+    for index, (row, parts) in enumerate(zip(rows, parts_of_rows)):
+        if isinstance(parts, str):
+            dropped[parts] += 1
+            continue
+        prompt = next(ids_of_texts)
+        responses = []
+        for _ in parts[1:]:
+            responses.append(next(ids_of_texts)[skip:] + [tokenizer.eos_token_id])
+        if not bos + prompt:
+            dropped["empty prompt"] += 1
+            continue
+        if not responses or min(map(len, responses)) < 2:
+            dropped["empty response"] += 1
+            continue
+
+        # The prompt gives way first, then the responses.
+        room = max_prompt_length - len(bos)
+        longest = len(bos) + max(map(len, responses))
+        prompt_cut = len(prompt) > room and len(prompt) + longest > max_length
+        if prompt_cut:
+            cue = []
+            if row.get("cue"):
+                cue = _ids_of(tokenizer, [lead + row["cue"]])[0][skip:]
+            prompt = _cut_prompt(prompt, room, cue)
+        keep = max_length
+        if len(prompt) + longest > max_length:
+            keep = max_length - max_prompt_length
+        kept.append(
+            {
+                "prompt_ids": bos + prompt,
+                "responses": [ids[:keep] for ids in responses],
+                "row": index,
+                "prompt_cut": prompt_cut,
+                "responses_cut": sum(len(ids) > keep for ids in responses),
+            }
+        )
+    if what:
+        prompts_cut = sum(row["prompt_cut"] for row in kept)
+        responses_cut = sum(row["responses_cut"] for row in kept)
+        note = f"; prompts cut {prompts_cut}, responses cut {responses_cut}"
+        report(what, len(kept), dropped, note)
+    return kept
+
+
+def tokenize_pair(tokenizer, row, max_length=512, max_prompt_length=256):
+    """One row as in tokenize_pairs, or None if it cannot be used."""
+    rows = tokenize_pairs([row], tokenizer, max_length, max_prompt_length, what=None)
+    return rows[0] if rows else None
+
+
+def pack_pairs(rows, tokens_per_microbatch=8192, rank=None, world=None):
+    """Split tokenised rows into this process's micro-batches, the same number for every process.
+
+    A micro-batch is one packed row without padding: [prompt | response 1 | response 2 ...] [prompt
+    | ...].  Positions restart at every prompt and each response continues its prompt's positions.
+    Longest rows go first, each into the emptiest micro-batch; one exceeds the budget only if a
+    single row does or the rows do not divide by the processes.  Fields: see `_pack`.
+    SystemExit: fewer rows than processes.
+    """
+    if world is None:
+        rank, world = rank_and_world()
+    require(
+        len(rows) >= world,
+        f"{len(rows)} rows for {world} processes: every process needs at least one",
+    )
+    sizes = [len(row["prompt_ids"]) + sum(map(len, row["responses"])) for row in rows]
+    per_process = max(1, math.ceil(sum(sizes) / (tokens_per_microbatch * world)))
+    most = len(rows) // world
+    while True:
+        per_process = min(per_process, most)
+        bins = _deal_out(sizes, per_process * world)
+        loads = []
+        for members in bins:
+            loads.append(sum(sizes[i] for i in members))
+        if max(loads) <= tokens_per_microbatch or per_process == most:
+            return [_pack(rows, sorted(members)) for members in bins[rank::world]]
+        per_process += 1
+
+
+def _deal_out(sizes, n):
+    """Indices of the sizes in n bins: the largest first, each into the emptiest bin."""
+    bins = [[] for _ in range(n)]
+    heap = [(0, number) for number in range(n)]  # tokens, bin
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        tokens, number = heapq.heappop(heap)
+        bins[number].append(i)
+        heapq.heappush(heap, (tokens + sizes[i], number))
+    return bins
+
+
+def _pack(rows, index):
+    """One micro-batch of `rows[i] for i in index`.  SystemExit: an empty prompt."""
+    ids = []
+    positions = []
+    segments = []
+    score_at = []
+    targets = []
+    owner = []
+    counts = []
+    last_at = []
+    for i in index:
+        row = rows[i]
+        prompt = row["prompt_ids"]
+        require(prompt, f"row {row.get('row')} has an empty prompt: give it one token at least")
+        prompt_end = len(ids) + len(prompt) - 1  # predicts the first token of every response
+        ids += prompt
+        positions += range(len(prompt))
+        segments.append((len(prompt), *map(len, row["responses"])))
+        for response in row["responses"]:
+            score_at += [prompt_end, *range(len(ids), len(ids) + len(response) - 1)]
+            targets += response
+            owner += [len(counts)] * len(response)
+            counts.append(len(response))
+            ids += response
+            positions += range(len(prompt), len(prompt) + len(response))
+            last_at.append(len(ids) - 1)
+    batch = {
+        "index": index,  # which rows these are
+        "rows": [rows[i] for i in index],
+        "segments": segments,  # each row's (prompt, response 1, response 2, ...) lengths
+        "responses": len(counts),  # R
+    }
+    batch["input_ids"] = torch.tensor([ids])  # (1, N)
+    batch["position_ids"] = torch.tensor([positions])  # (1, N)
+    batch["score_at"] = torch.tensor(score_at)  # (M,) positions that predict a response token
+    batch["targets"] = torch.tensor(targets)  # (M,) that token
+    batch["owner"] = torch.tensor(owner)  # (M,) its response, 0 to R - 1
+    batch["counts"] = torch.tensor(counts)  # (R,) tokens of each response
+    batch["last_at"] = torch.tensor(last_at)  # (R,) position of its last token
+    return batch
 
 
 # ---- data
+#
+# Every source becomes rows of prompt, chosen and rejected: text, or lists of chat messages.  The
+# layouts of the papers' data are known by their columns, so that local copies work as the hub's do.
+# Unusable rows are dropped by reason, counted, and reported in one line.  The order of training
+# rows is a pure function of seed and step: resuming, the number of processes and the memory knob
+# change nothing.
 
-HUB = {  # name: hub id, options of load_dataset, its splits for "train" and "test"
+# name: hub id, options of load_dataset, its splits for "train" and "test"
+HUB = {
     "hh": ("Anthropic/hh-rlhf", {}, "train", "test"),
-    **{f"hh-{part}": ("Anthropic/hh-rlhf", {"data_dir": part}, "train", "test") for part in (
-        "helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")},
     "tldr": ("openai/summarize_from_feedback", {"name": "comparisons"}, "train", "validation"),
     "tldr-sft": ("UCL-DARK/openai-tldr-filtered", {}, "train", "test"),
     "shp": ("stanfordnlp/SHP", {}, "train", "test"),
     "se": ("HuggingFaceH4/stack-exchange-preferences", {}, "train", "train"),
-    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", {}, "train_prefs", "test_prefs")}
-HUMAN, ASSISTANT, CUE = "\n\nHuman:", "\n\nAssistant:", "\nTL;DR:"
+    "ultrafeedback": ("HuggingFaceH4/ultrafeedback_binarized", {}, "train_prefs", "test_prefs"),
+}
+HH_PARTS = ("helpful-base", "helpful-online", "helpful-rejection-sampled", "harmless-base")
+for _part in HH_PARTS:
+    HUB[f"hh-{_part}"] = ("Anthropic/hh-rlhf", {"data_dir": _part}, "train", "test")
+
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+CUE = "\nTL;DR:"
 DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet)(\.gz)?$")
 
 
 def load_pairs(name, split, pairs=True):
     """Rows {"prompt", "chosen", "rejected", the source's other columns} of split "train" or "test".
 
-    name: tiny, a key of HUB, a hub id, a .json/.jsonl/.csv/.parquet file (or .gz), a folder of train.* and
-    test.* files. A file alone is divided: its last 5 % of rows are "test", the rest "train"; below 20 rows,
-    or if named test*, it is whole for both. Values: strings or lists of {"role", "content"}. pairs=False also
-    admits rows without rejected (SFT) and with "responses" alone. Unusable rows are dropped and counted.
-    SystemExit: no such file, not JSON, missing column, hub not reachable, no row left."""
-    path, note = tiny_folder() / "data" if name == "tiny" else Path(name).expanduser(), ""
-    if name in HUB or not (name == "tiny" or path.exists() or DATA_FILE.search(name)):
-        rows = hub_rows(name, split)
-    elif path.is_dir():
-        files = [file for file in sorted(path.glob(f"{split}[._-]*")) if DATA_FILE.search(file.name)]
-        rows = [row for file in files for row in read_rows(file)]
-    else:
-        rows = read_rows(path)
-        if held := 0 if path.name.startswith("test") else len(rows) // 20:
-            note = f"; the last {held} of the file's {len(rows)} rows are its test split"
-            rows = rows[-held:] if split == "test" else rows[:-held]
+    name: tiny, a key of HUB, a hub id, a .json/.jsonl/.csv/.parquet file (or .gz), or a folder of
+    train.* and test.* files.  A file alone is divided: its last 5 % of rows are "test", the rest
+    "train"; below 20 rows, or if it is named test*, it is whole for both.  Values are strings or
+    lists of {"role", "content"}.  pairs=False also admits rows without rejected (SFT) and rows with
+    "responses" alone.  Unusable rows are dropped and counted.
+    SystemExit: no such file, not JSON, missing column, hub not reachable, no row left.
+    """
+    rows, note = _source_rows(name, split)
     require(rows, f"{name}: no {split} rows; a folder needs {split}.jsonl, .json, .csv or .parquet")
-    adapter = next((f for columns, f in ADAPTERS.items() if {*columns.split()} <= {*rows[0]}), pair_rows)
+    layout = _layout(rows[0])
     kept, dropped = [], Counter()
     for number, row in enumerate(rows, 1):
         try:
-            found = adapter(row)
-            if pairs and adapter is pair_rows:
+            found = layout(row)
+            if pairs and layout is pair_rows:
                 row["rejected"]
         except KeyError as key:
-            raise SystemExit(f"{name}: {split} row {number} has no {key}, only {', '.join(row)}") from None
+            columns = ", ".join(row)
+            why = f"{name}: {split} row {number} has no {key}, only {columns}"
+            raise SystemExit(why) from None
         for one in found:
-            answers = [one[k] for k in ("chosen", "rejected") if k in one] if isinstance(one, dict) else []
-            if not all(words(answer).strip() for answer in answers):
-                one = "empty response"
-            elif len(answers) == 2 and answers[0] == answers[1]:
-                one = "chosen equals rejected"
-            kept.append(one) if isinstance(one, dict) else dropped.update([one])
+            reason = one if isinstance(one, str) else _why_unusable(one)
+            if reason:
+                dropped[reason] += 1
+            else:
+                kept.append(one)
     report(f"{name} {split}", len(kept), dropped, note)
     return kept
 
 
+def _source_rows(name, split):
+    """The rows of one split as they stand in their source, and a note for the line."""
+    path = tiny_folder() / "data" if name == "tiny" else Path(name).expanduser()
+    is_local = name == "tiny" or path.exists() or DATA_FILE.search(name)
+    if name in HUB or not is_local:
+        return hub_rows(name, split), ""
+    if path.is_dir():
+        rows = []
+        for file in sorted(path.glob(f"{split}[._-]*")):
+            if DATA_FILE.search(file.name):
+                rows += read_rows(file)
+        return rows, ""
+
+    # A file alone holds both splits.
+    rows = read_rows(path)
+    held = len(rows) // 20
+    if held == 0 or path.name.startswith("test"):
+        return rows, ""
+    note = f"; the last {held} of the file's {len(rows)} rows are its test split"
+    if split == "test":
+        return rows[-held:], note
+    return rows[:-held], note
+
+
+def _why_unusable(row):
+    """The reason to drop a row of prompt, chosen and rejected, or "" if it is usable."""
+    answers = [row[key] for key in ("chosen", "rejected") if key in row]
+    if not all(words(answer).strip() for answer in answers):
+        return "empty response"
+    if len(answers) == 2 and answers[0] == answers[1]:
+        return "chosen equals rejected"
+    return ""
+
+
 def hub_rows(name, split):
+    """Rows of a hub data set.  SystemExit: not to be had."""
     import datasets
+
     hub_id, options, *splits = HUB.get(name, (name, {}, "train", "test"))
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not a line for each retry
     try:
         data = datasets.load_dataset(hub_id, split=splits[split == "test"], **options)
-    except Exception as error:  # noqa: BLE001 (no network, no such data set, no such split: many types)
-        raise SystemExit(f"data {hub_id} is not a local path and not to be had from the hub ("
-                         f"{str(error).splitlines()[0]}); give a file, or a folder of such files") from None
+    except Exception as error:  # no network, no such data set, no such split: many types
+        why = str(error).splitlines()[0]
+        raise SystemExit(
+            f"data {hub_id} is not a local path and not to be had from the hub ({why}); "
+            "give a file, or a folder of such files"
+        ) from None
     if name == "se":  # it has one split; 1 % of it is for testing, as in the released code
-        data, held = data.shuffle(seed=42), len(data) // 100
-        data = data.select(range(held) if split == "test" else range(held, len(data)))
+        data = data.shuffle(seed=42)
+        held = len(data) // 100
+        if split == "test":
+            data = data.select(range(held))
+        else:
+            data = data.select(range(held, len(data)))
     return list(data)
 
 
 def read_rows(path):
-    kind, rows, number = DATA_FILE.search(path.name), [], 0
-    if not kind:
-        raise SystemExit(f"{path}: not a .json, .jsonl, .csv or .parquet file (or one of these with .gz)")
+    """The rows of a .json, .jsonl, .csv or .parquet file, gzipped or not -> list of dictionaries.
+
+    SystemExit: another kind of file, not readable, not JSON (with the line).
+    """
+    kind = DATA_FILE.search(path.name)
+    choose = "not a .json, .jsonl, .csv or .parquet file (or one of these with .gz)"
+    require(kind, f"{path}: {choose}")
     try:
-        with (gzip.open if kind[2] else open)(path, "rb") as file:
+        opened = gzip.open(path, "rb") if kind[2] else open(path, "rb")
+        with opened as file:
             if kind[1] == "parquet":
                 import pyarrow.parquet
+
                 return pyarrow.parquet.read_table(file).to_pylist()
             text = file.read().decode("utf-8-sig")
-        if kind[1] == "csv":  # not by datasets, which would read "NA" as None and "1.50" as a number
+        if kind[1] == "csv":  # not by datasets, which reads "NA" as None and "1.50" as a number
             csv.field_size_limit(2**31 - 1)
             return list(csv.DictReader(io.StringIO(text, newline="")))
-        for number, line in enumerate([text] if text.lstrip()[:1] == "[" else text.split("\n")):
-            found = json.loads(line if line.strip() else "[]")
-            rows += found if isinstance(found, list) else [found]
-            if not all(isinstance(row, dict) for row in rows[-1:]):
-                raise json.JSONDecodeError("a row must be an object", line, 0)
-    except json.JSONDecodeError as error:
-        raise SystemExit(f"{path}:{number + error.lineno}: not JSON rows: {error.msg}") from None
     except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
-        raise SystemExit(f"{path}: cannot be read: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise SystemExit(f"{path}: cannot be read: {why}") from None
+    return _json_rows(path, text)
+
+
+def _json_rows(path, text):
+    """Objects, one a line; or one list of objects."""
+    if text.lstrip()[:1] == "[":
+        lines = [text]
+    else:
+        lines = text.split("\n")
+    rows = []
+    for number, line in enumerate(lines):
+        if not line.strip():
+            continue
+        try:
+            found = json.loads(line)
+        except json.JSONDecodeError as error:
+            place = number + error.lineno
+            raise SystemExit(f"{path}:{place}: not JSON rows: {error.msg}") from None
+        except ValueError as error:  # a number too long to be one
+            raise SystemExit(f"{path}: cannot be read: {error}") from None
+        if isinstance(found, dict):
+            found = [found]
+        is_rows = isinstance(found, list) and all(isinstance(row, dict) for row in found)
+        require(is_rows, f"{path}:{number + 1}: not JSON rows: a row must be an object")
+        rows += found
     return rows
 
 
+def _layout(row):
+    """The function that reads rows of this layout, known by its columns."""
+    columns = set(row)
+    if {"info", "summaries", "choice"} <= columns:
+        return tldr_rows
+    if {"subreddit", "title", "post", "summary"} <= columns:
+        return tldr_rows
+    if {"history", "human_ref_A"} <= columns:
+        return shp_rows
+    if {"question", "answers"} <= columns:
+        return stack_exchange_rows
+    return pair_rows
+
+
 def pair_rows(row):
-    """Pairs, SFT rows, chat messages, transcripts with or without prompt -> [row] or [reason to drop it]."""
-    key = next((k for k in ("chosen", "completion", "messages", "responses") if k in row), "chosen")
+    """Pairs, SFT rows, chat messages, transcripts with or without prompt -> [row] or [reason]."""
+    known = [key for key in ("chosen", "completion", "messages", "responses") if key in row]
+    key = known[0] if known else "chosen"
     if key == "responses":
         return [{**row, "prompt": row["prompt"]}]
-    prompt, answers = row.get("prompt"), [row[k] for k in (key, "rejected") if k == key or k in row]
-    if not all(map(words, answers)):
+    prompt = row.get("prompt")
+    answers = [row[key]]
+    if "rejected" in row:
+        answers.append(row["rejected"])
+    if not all(words(answer) for answer in answers):
         return ["empty response"]
-    if isinstance(answers[0], list):  # as in UltraFeedback, all messages but the last are the prompt
+
+    # Where does the prompt end?
+    first = answers[0]
+    if isinstance(first, list):  # as in UltraFeedback, all messages but the last are the prompt
         if not isinstance(prompt, list):
-            prompt = answers[0][:-1] or [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, str | None) and ASSISTANT in answers[0] and answers[0].startswith(prompt or ""):
-        prompt = answers[0][: answers[0].rindex(ASSISTANT) + len(ASSISTANT)]  # the last turn of a transcript
-    elif not words(prompt):
-        return ["empty prompt"] if "prompt" in row else [row["prompt"]]  # the KeyError names the columns
+            prompt = first[:-1] or [{"role": "user", "content": prompt}]
+    elif _is_transcript(first, prompt):  # it ends with the cue of the last turn
+        prompt = first[: first.rindex(ASSISTANT) + len(ASSISTANT)]
+    elif words(prompt):
+        return [_with_answers(row, prompt, answers)]
+    elif "prompt" in row:
+        return ["empty prompt"]
     else:
-        return [{**row, **dict(zip(("chosen", "rejected"), answers))}]
+        raise KeyError("prompt")
+
+    # Answers that repeat the prompt lose it.
     repeats = [answer[: len(prompt)] == prompt for answer in answers]
     if any(repeats) and not all(repeats):
         return ["prompt is not a common prefix"]
-    answers = [answer[len(prompt):] if any(repeats) else answer for answer in answers]
-    return [{**row, "prompt": prompt, **dict(zip(("chosen", "rejected"), answers))}]
+    if any(repeats):
+        answers = [answer[len(prompt) :] for answer in answers]
+    return [_with_answers(row, prompt, answers)]
+
+
+def _is_transcript(answer, prompt):
+    """HH-style: a whole dialogue as one text, whose start is the prompt if there is one."""
+    if not isinstance(prompt, str | None):
+        return False
+    return ASSISTANT in answer and answer.startswith(prompt or "")
+
+
+def _with_answers(row, prompt, answers):
+    """The row with its prompt, chosen and, if there are two answers, rejected."""
+    return {**row, "prompt": prompt, **dict(zip(("chosen", "rejected"), answers))}
 
 
 def tldr_rows(row):
-    """Reddit posts with two compared summaries or, for SFT, one. The post of a CNN/DM row is null."""
-    post, best = row.get("info", row), row.get("choice", 0)
-    texts = [" " + one["text"].strip() for one in row.get("summaries", [{"text": row.get("summary") or ""}])]
-    prompt = f"SUBREDDIT: r/{post['subreddit']}\nTITLE: {post['title']}\nPOST: {post['post']}{CUE}"
-    pair = dict(zip(("chosen", "rejected"), [texts[best]] + texts[:best] + texts[best + 1:]))
-    return [{**row, "prompt": prompt, "cue": CUE, **pair}] if post["post"] is not None else ["null post"]
-
-
-def dialogue_rows(row):
-    """SHP: two answers, score ratio >= 2. Stack Exchange: all pairs by pm_score, HTML stripped but <code>."""
-    if "history" in row:
-        texts = [row["history"], row["human_ref_A"], row["human_ref_B"]]
-        scores, ratio, reason = [row["score_A"], row["score_B"]], 2, "score ratio below 2"
+    """Reddit posts with two compared summaries or, for SFT, one.  CNN/DM rows have a null post."""
+    post = row.get("info", row)
+    if post["post"] is None:
+        return ["null post"]
+    if "summaries" in row:
+        texts = [one["text"] for one in row["summaries"]]
+        best = row["choice"]
     else:
-        texts = [row["question"], *(answer["text"] for answer in row["answers"])]
-        texts = [html.unescape(re.sub(r"</?(?!code\b)[a-zA-Z!][^>]*>", "", text)).strip() for text in texts]
-        scores, ratio, reason = [answer["pm_score"] for answer in row["answers"]], 1, "equal scores"
-    found, prompt = [], f"{HUMAN} {texts[0]}{ASSISTANT}"
-    for pair in itertools.combinations(zip(scores, texts[1:]), 2):
-        (top, chosen), (low, rejected) = sorted(pair, reverse=True)
-        better = top > low and (ratio == 1 or top >= ratio * low)  # pm_score can be negative
-        answers = {"prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
-        found.append({**row, **answers} if better else reason)
+        texts = [row.get("summary") or ""]
+        best = 0
+    texts = [" " + text.strip() for text in texts]
+    prompt = f"SUBREDDIT: r/{post['subreddit']}\nTITLE: {post['title']}\nPOST: {post['post']}{CUE}"
+    answers = [texts[best], *texts[:best], *texts[best + 1 :]]
+    return [{**_with_answers(row, prompt, answers), "cue": CUE}]
+
+
+def shp_rows(row):
+    """SHP: two answers to a post; used where the scores' ratio is 2 or more."""
+    answers = [(row["score_A"], row["human_ref_A"]), (row["score_B"], row["human_ref_B"])]
+    (low, rejected), (top, chosen) = sorted(answers)
+    if top <= low or top < 2 * low:
+        return ["score ratio below 2"]
+    return [_dialogue(row, row["history"], chosen, rejected)]
+
+
+def stack_exchange_rows(row):
+    """Stack Exchange: every pair of answers with different pm_score; HTML goes, but for <code>."""
+    question = _without_tags(row["question"])
+    answers = [(one["pm_score"], _without_tags(one["text"])) for one in row["answers"]]
+    found = []
+    for pair in itertools.combinations(answers, 2):
+        (low, rejected), (top, chosen) = sorted(pair)
+        if top > low:  # both can be negative
+            found.append(_dialogue(row, question, chosen, rejected))
+        else:
+            found.append("equal scores")
     return found
 
 
-ADAPTERS = {  # known by the columns, so that local copies work as well: row -> rows and reasons to drop one
-    "info summaries choice": tldr_rows, "subreddit title post summary": tldr_rows,
-    "history human_ref_A": dialogue_rows, "question answers": dialogue_rows}
+def _without_tags(text):
+    return html.unescape(re.sub(r"</?(?!code\b)[a-zA-Z!][^>]*>", "", text)).strip()
+
+
+def _dialogue(row, question, chosen, rejected):
+    """A question and two answers as a dialogue of one turn."""
+    prompt = f"{HUMAN} {question}{ASSISTANT}"
+    return {**row, "prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
 
 
 def every_turn(row):
-    """A dialogue -> one row for each of its assistant turns, given all before it (SFT on every turn)."""
+    """A dialogue -> one row for each assistant turn, given all before it (SFT on every turn)."""
     talk = row["prompt"] + row["chosen"]
+    rows = []
     if isinstance(talk, list):
-        turns = [i for i, message in enumerate(talk) if message["role"] == "assistant"]
-        return [{**row, "prompt": talk[:i], "chosen": talk[i:i + 1]} for i in turns]
-    return [{**row, "prompt": talk[: cue.end()], "chosen": talk[cue.end():].split(HUMAN)[0]}
-            for cue in re.finditer(ASSISTANT, talk)] or [row]
+        for i, message in enumerate(talk):
+            if message["role"] == "assistant":
+                rows.append({**row, "prompt": talk[:i], "chosen": talk[i : i + 1]})
+        return rows
+    for cue in re.finditer(ASSISTANT, talk):
+        answer = talk[cue.end() :].split(HUMAN)[0]
+        rows.append({**row, "prompt": talk[: cue.end()], "chosen": answer})
+    return rows or [row]
 
 
 def words(value):
     """The text of a string or of chat messages; "" if it is neither."""
-    parts = value if isinstance(value, list) else [{"content": value}]
-    texts = [part.get("content") if isinstance(part, dict) else None for part in parts]
-    return "\n".join(texts) if all(isinstance(text, str) for text in texts) else ""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        return ""
+    texts = []
+    for part in value:
+        if not isinstance(part, dict) or not isinstance(part.get("content"), str):
+            return ""
+        texts.append(part["content"])
+    return "\n".join(texts)
 
 
 def report(what, kept, dropped, note=""):
-    """One line on rank 0: rows kept, and rows dropped by reason. SystemExit if nothing is kept."""
-    reasons = ", ".join(f"{reason}: {count}" for reason, count in dropped.most_common())
-    line = f"{what}: kept {kept}, dropped {dropped.total()}" + (f" ({reasons})" if reasons else "") + note
+    """One line on rank 0: rows kept, and rows dropped by reason.  SystemExit if nothing is kept."""
+    line = f"{what}: kept {kept}, dropped {dropped.total()}"
+    if dropped:
+        reasons = [f"{reason}: {count}" for reason, count in dropped.most_common()]
+        line += f" ({', '.join(reasons)})"
+    line += note
     require(kept, f"{line}; no row is left")
     say(line)
 
 
 def subset(rows, n, seed):
-    """n of the rows, drawn by `seed`, in their original order; all of them if there are no more than n."""
+    """n of the rows, drawn by `seed`, in their original order; all of them if there are no more."""
     if n >= len(rows):
         return rows
-    return [rows[i] for i in sorted(np.random.default_rng([seed, 1]).permutation(len(rows))[:n])]
+    chosen = np.random.default_rng([seed, 1]).permutation(len(rows))[:n]
+    return [rows[i] for i in sorted(chosen)]
 
 
 def optimiser_steps(n, batch_size, epochs, max_steps=0):
     """How many steps to run on n rows: max_steps, or as many whole batches as the epochs hold."""
-    require(n >= batch_size > 0, f"{n} rows are fewer than one batch of {batch_size}: --batch-size: 1 to {n}")
+    fits = n >= batch_size > 0
+    require(fits, f"{n} rows are fewer than one batch of {batch_size}: --batch-size: 1 to {n}")
     return max_steps or epochs * n // batch_size
 
 
 def batch_order(n, batch_size, step, seed):
-    """Indices of the rows of global batch `step`: a pure function, so that resuming changes nothing.
+    """Indices of the rows of global batch `step`, a pure function: resuming changes nothing.
 
     One shuffle of the n rows after another; a batch may reach over the end of an epoch.
     """
@@ -731,430 +1169,798 @@ def _shuffle(n, seed, epoch):
     return np.random.default_rng([seed, 0, epoch]).permutation(n)
 
 
-# ---- tokenization
+# ---- models
+#
+# Weights are fp32 where they are trained (at lr 5e-7 a bf16 weight does not move), compute is in
+# the chosen dtype, gradients are summed in fp32.  Dropout is off in policy and reference, through
+# the config, since attention dropout is a number there and not a module.  Several processes shard
+# every decoder layer (FSDP2); rank 0 alone reads the file: a large model is in memory once.
 
 
-def row_texts(tokenizer, row):
-    """[prompt, response, ...] as text, chat messages in the chat template; or the reason to drop the row."""
-    parts = [row["prompt"], *([row[k] for k in ("chosen", "rejected") if k in row] or row["responses"])]
-    for token, place in {tokenizer.bos_token: "begin", tokenizer.eos_token: "end"}.items():
-        if token and any(token in words(part) for part in parts):  # it would become the special token
-            return f"contains the {place}-of-text token"
-    if not any(isinstance(part, list) for part in parts):
-        return [words(part) for part in parts]
-    if not tokenizer.chat_template:
-        raise SystemExit("the data are chat messages, but the tokenizer has no chat template: use text data")
-    chat, *answers = [part if isinstance(part, list) else [{"role": role, "content": words(part)}]
-                      for part, role in zip(parts, ["user"] + ["assistant"] * len(parts))]
-    start = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    texts = [tokenizer.apply_chat_template(chat + answer, tokenize=False) for answer in answers]
-    if not all(text.startswith(start) for text in texts):
-        return "the chat template changes the prompt"
-    end = re.compile(rf"({re.escape(tokenizer.eos_token)}\s*)?\Z")  # the template's EOS; one is added later
-    texts = [end.sub("", text[len(start):], count=1) for text in texts]
-    return [start.removeprefix(tokenizer.bos_token or ""), *texts]
+def model_folder(name):
+    """Folder of "tiny", of a local model or run (its model/), or of a hub id that rank 0 downloads.
 
-
-def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, truncation="auto", what="tokens"):
-    """Rows -> [{"prompt_ids", "responses": [ids, ...], "prompt_cut", "responses_cut": count, "row": index}].
-
-    Prompt and responses are tokenised apart; responses end with EOS; one BOS goes first if the tokenizer puts
-    it before plain text. If prompt + longest response exceed max_length, the prompt is cut, once for all, to
-    max_prompt_length: its end (keep_end), its start (keep_start: the released code outside HH) or, if auto,
-    its end, but its start and the cue ("TL;DR:") if the row has one. If still too long, responses are cut to
-    max_length - max_prompt_length; a cut one has no EOS."""
-    if not 0 < max_prompt_length < max_length or truncation not in ("auto", "keep_end", "keep_start"):
-        raise SystemExit(f"max_prompt_length {max_prompt_length} must be in 1..max_length - 1 (max_length is "
-                         f"{max_length}), and truncation {truncation} one of auto, keep_end, keep_start")
-    if tokenizer.eos_token_id is None:
-        raise SystemExit("the tokenizer has no end-of-text token (eos_token): responses could not end")
-
-    def ids_of(texts):  # in blocks: what the tokenizer returns is far larger than the ids
-        return [ids for i in range(0, len(texts), 4096)
-                for ids in tokenizer(texts[i:i + 4096], add_special_tokens=False, verbose=False)["input_ids"]]
-
-    # sentencepiece puts a space before any text: responses are read after a newline, which is then taken off
-    newline, one, both = ids_of(["\n", "1", "\n1"])
-    lead, skip = ("", 0) if both == newline + one else ("\n", len(newline))
-    bos = [tokenizer.bos_token_id] if tokenizer("1")["input_ids"][0] == tokenizer.bos_token_id else []
-    texts, kept, dropped = [row_texts(tokenizer, row) for row in rows], [], Counter()
-    flat = [lead * (i > 0) + text for row in texts if isinstance(row, list) for i, text in enumerate(row)]
-    flat = iter(ids_of(flat))
-    for index, (row, parts) in enumerate(zip(rows, texts)):
-        prompt, *responses = [next(flat) for _ in parts] if isinstance(parts, list) else [[]]
-        responses = [ids[skip:] + [tokenizer.eos_token_id] for ids in responses]
-        if not bos + prompt or min(map(len, responses), default=0) < 2:
-            empty = "empty response" if bos + prompt else "empty prompt"
-            dropped[parts if isinstance(parts, str) else empty] += 1
-            continue
-        longest, room = len(bos) + max(map(len, responses)), max_prompt_length - len(bos)
-        if cut := len(prompt) > room and len(prompt) + longest > max_length:
-            cue = ids_of([lead + row["cue"]])[0][skip:] if truncation == "auto" and row.get("cue") else []
-            head = max(room - len(cue), 0) if cue or truncation == "keep_start" else 0
-            prompt = prompt[:head] + (cue[:room] or prompt[len(prompt) - room + head:])
-        keep = max_length - max_prompt_length if len(prompt) + longest > max_length else max_length
-        kept.append({"prompt_ids": bos + prompt, "responses": [ids[:keep] for ids in responses], "row": index,
-                     "prompt_cut": cut, "responses_cut": sum(len(ids) > keep for ids in responses)})
-    if what:
-        report(what, len(kept), dropped, f"; prompts cut {sum(row['prompt_cut'] for row in kept)}, "
-               f"responses cut {sum(row['responses_cut'] for row in kept)}")
-    return kept
-
-
-def tokenize_pair(tokenizer, row, max_length=512, max_prompt_length=256, truncation="auto"):
-    """One row as in tokenize_pairs, or None if it cannot be used."""
-    rows = tokenize_pairs([row], tokenizer, max_length, max_prompt_length, truncation, what=None)
-    return rows[0] if rows else None
-
-
-def pack_pairs(rows, tokens_per_microbatch=8192, rank=None, world=None):
-    """Split tokenised rows into this process's micro-batches; every process gets the same number of them.
-
-    A micro-batch is one packed row without padding: [prompt | response 1 | response 2 ...] [prompt | ...].
-    Positions restart at every prompt and each response continues its prompt's positions: the prompt is
-    computed once for all its responses, and no response sees another.  Longest rows go first, each into the
-    emptiest micro-batch; one exceeds the budget only if a single row does or the rows do not divide by the
-    processes.
-    """
-    if world is None:
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    require(len(rows) >= world, f"{len(rows)} rows for {world} processes: every process needs at least one")
-    sizes = [len(row["prompt_ids"]) + sum(map(len, row["responses"])) for row in rows]
-    per_process = max(1, -(-sum(sizes) // (tokens_per_microbatch * world)))
-    while True:
-        per_process = min(per_process, len(rows) // world)
-        bins = [[0, i, []] for i in range(per_process * world)]  # tokens, tie-break, indices of rows
-        heapq.heapify(bins)
-        for i in sorted(range(len(rows)), key=lambda i: -sizes[i]):
-            tokens, tie, members = heapq.heappop(bins)
-            heapq.heappush(bins, [tokens + sizes[i], tie, members + [i]])
-        if max(bins)[0] <= tokens_per_microbatch or per_process == len(rows) // world:
-            mine = sorted(bins, key=lambda b: b[1])[rank::world]
-            return [_pack(rows, sorted(members)) for _, _, members in mine]
-        per_process += 1
-
-
-def _pack(rows, index):
-    """One micro-batch of `rows[i] for i in index`, as tensors; see `pack_pairs` and `response_logps`."""
-    ids, positions, segments, score_at, targets, owner, counts, last_at = [], [], [], [], [], [], [], []
-    for row in (rows[i] for i in index):
-        prompt, responses = row["prompt_ids"], row["responses"]
-        require(prompt, f"row {row.get('row')} has an empty prompt: give it one token at least")
-        last = len(ids) + len(prompt) - 1  # its hidden state predicts the first token of every response
-        ids += prompt
-        positions += range(len(prompt))
-        segments.append((len(prompt), *map(len, responses)))
-        for response in responses:
-            score_at += [last, *range(len(ids), len(ids) + len(response) - 1)]
-            targets += response
-            owner += [len(counts)] * len(response)
-            counts.append(len(response))
-            ids += response
-            positions += range(len(prompt), len(prompt) + len(response))
-            last_at.append(len(ids) - 1)
-    return dict(index=index, rows=[rows[i] for i in index], segments=segments, responses=len(counts),
-                input_ids=torch.tensor([ids]), position_ids=torch.tensor([positions]),
-                score_at=torch.tensor(score_at), targets=torch.tensor(targets), owner=torch.tensor(owner),
-                counts=torch.tensor(counts), last_at=torch.tensor(last_at))
-
-
-# ---- log-probabilities
-
-LOGITS_BYTES = 2**30  # logits up to here are kept for backward, beyond it made again
-
-
-def packed_attention(module, query, key, value, attention_mask, segments=None, scaling=None, **kwargs):
-    """Causal attention inside each [prompt | response] of a packed row.  (1, heads, N, d) -> (1, N, heads, d)
-
-    segments lists the lengths (prompt, response 1, response 2, ...).  It travels as a keyword through the
-    model, so that gradient checkpointing recomputes with its own batch's table.  Without it: the library's
-    attention.
-    """
-    if segments is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
-        raise ValueError("capped attention scores and attention sinks are not written here")
-    window, longest = kwargs.get("sliding_window"), max(row[0] + max(row[1:]) for row in segments)
-    require(not window or longest <= window,
-            f"a row of {longest} tokens exceeds the model's attention window: --max-length {window}")
-    grouped = query.shape[1] != key.shape[1]
-    attend = functools.partial(F.scaled_dot_product_attention, scale=scaling, enable_gqa=grouped)
-    # One split: slicing q, k, v per segment would make each backward write a zero tensor as long as the row.
-    sizes = [n for prompt, first, *others in segments for n in (prompt + first, *others)]
-    pieces, out = zip(*(x.split(sizes, dim=2) for x in (query, key, value))), []
-    for prompt, _, *others in segments:
-        q, k, v = next(pieces)
-        out.append(attend(q, k, v, is_causal=True))  # the prompt and its first response
-        k_prompt, v_prompt = k[:, :, :prompt], v[:, :, :prompt]
-        for n in others:  # each further response sees the prompt and itself
-            q, k, v = next(pieces)
-            mask = torch.ones(n, prompt + n, dtype=torch.bool, device=q.device).tril(prompt)
-            out.append(attend(q, torch.cat([k_prompt, k], 2), torch.cat([v_prompt, v], 2), attn_mask=mask))
-    return torch.cat(out, dim=2).transpose(1, 2), None
-
-
-AttentionInterface.register("packed", packed_attention)
-AttentionMaskInterface.register("packed", sdpa_mask)
-
-
-class HeadLogps(torch.autograd.Function):
-    """log softmax(hidden weight^T + bias)[target] in fp32.  (M, d), (V, d), (V,) or None, (M,) -> (M,)
-
-    The naive form holds several fp32 copies of the logits.  Here they exist once, in compute dtype, and
-    backward turns them into their own gradient, d logit = grad (onehot - softmax).  Where they would exceed
-    LOGITS_BYTES, and in scoring, they are made in chunks of 512 rows, forward and again backward.
+    SystemExit: neither a folder nor to be had from the hub.
     """
 
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, targets):
-        logits_bytes = len(hidden) * weight.shape[0] * weight.element_size()
-        fits = hidden.requires_grad and logits_bytes <= LOGITS_BYTES  # without a gradient none need be kept
-        ctx.rows, logits = max(1, len(hidden)) if fits else 512, None
-        logps, log_norms = (torch.empty(len(hidden), device=hidden.device) for _ in range(2))
-        for h, *rows in zip(*(x.split(ctx.rows) for x in (hidden, targets, logps, log_norms))):
-            del logits
-            logits = F.linear(h, weight, bias)
-            for z, target, logp, log_norm in _blocks(logits, *rows):
-                log_p = torch.log_softmax(z, -1, dtype=torch.float32)
-                logp.copy_(log_p.gather(1, target[:, None])[:, 0])
-                log_norm.copy_(z[:, 0].float() - log_p[:, 0])
-        ctx.kept = logits if fits else None
-        ctx.save_for_backward(hidden, weight, bias, targets, log_norms)
-        return logps
+    def find():
+        if name == "tiny":
+            return tiny_folder() / "model"
+        if Path(name, "model").is_dir():
+            return Path(name, "model")
+        if Path(name).exists():
+            return Path(name)
+        for weights in ("*.safetensors", "*.bin"):  # the second only where there is no first
+            wanted = ["*.json", "*.model", "*.txt", weights]
+            folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
+            if any(folder.glob(weights)):
+                break
+        return folder
 
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        hidden, weight, bias, targets, log_norms = ctx.saved_tensors
-        d_hidden, d_bias = torch.empty_like(hidden), None if bias is None else torch.zeros_like(bias)
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if len(hidden) > ctx.rows else None
-        for i in range(0, len(hidden), ctx.rows):
-            h, t, g, log_norm = (x[i:i + ctx.rows] for x in (hidden, targets, grad, log_norms))
-            logits, ctx.kept = F.linear(h, weight, bias) if ctx.kept is None else ctx.kept, None
-            for z, log_n, g_z in _blocks(logits, log_norm[:, None], g[:, None]):
-                z.copy_((z.float() - log_n).exp_().mul_(-g_z))  # in bf16 z - log_n loses percents
-            logits[torch.arange(len(t)), t] += g.to(logits.dtype)
-            d_hidden[i:i + ctx.rows] = logits @ weight
-            d_weight = logits.T @ h if d_weight is None else d_weight.add_(logits.T @ h)
-            if bias is not None:
-                d_bias += logits.sum(0)
-        return d_hidden, d_weight.to(weight.dtype), d_bias, None
+    problem = f"{name}: no such folder, and not to be had from the hub; give a local folder"
+    return on_rank0(find, problem)
 
 
-def _blocks(logits, *others):
-    """Row blocks that stay in a CPU core's cache while passes walk the vocabulary; all rows on a GPU."""
-    n = 8 if logits.device.type == "cpu" else max(1, len(logits))
-    return zip(logits.split(n), *(x.split(n) for x in others))
+def load_tokenizer(name):
+    """The tokenizer of model_folder(name); its pad token is the end token if it has none.
 
-
-def token_logps(model, batch):
-    """log pi(token | prompt, response so far) of every response token of a packed batch, in fp32.  -> (M,)
-
-    batch["owner"] says whose they are.  Dropout must be off: the responses of a row share their prompt.
+    SystemExit: a folder without a tokenizer, for which transformers would make up an empty one.
     """
-    return _forward(model, batch, "_packed_token_logps", "_plain_token_logps")
+    folder = model_folder(name)
+    starts = ("tokenizer.", "vocab.", "spiece.", "tekken.")
+    files = [file for file in folder.glob("*") if file.name.startswith(starts)]
+    missing = "has no tokenizer.json; copy the tokenizer of the model's training there"
+    require(files, f"{folder}: {missing}")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
 
 
-def response_logps(model, batch):
-    """log pi(response | prompt), summed over the response's tokens, and its number of tokens.  -> (R,), (R,)
+def load_model(name, dtype="float32", train=False):
+    """A causal language model without dropout on this process's device.
 
-    R responses in the batch's order: chosen, rejected, chosen, ...; differentiable; summed in fp64, returned
-    fp32.
+    train=False: whole on every rank, frozen, in `dtype`.  train=True: fp32 weights and gradient
+    sums, `dtype` compute, a slice of every layer on every rank if there are several.
+    SystemExit: not a model that transformers can load, or weights missing.
     """
-    logps = token_logps(model, batch)
-    owner, counts = batch["owner"].to(logps.device), batch["counts"].to(logps.device)
-    sums = logps.new_zeros(len(counts), dtype=torch.float64).index_add(0, owner, logps.double())
-    return sums.float(), counts
-
-
-def response_hiddens(model, batch):
-    """Final-norm hidden state at each response's last token, for heads of one's own.  -> (R, d)"""
-    hiddens = _forward(model, batch, "_packed_hiddens", None)
-    return hiddens.index_select(0, batch["last_at"].to(hiddens.device))
-
-
-def _forward(model, batch, packed, plain):
-    """Call one of the two methods below through the root module, where FSDP gathers the parameters."""
-    if not hasattr(model, "packs"):
-        for function in (_packed_hiddens, _packed_token_logps, _plain_token_logps):
-            setattr(model, function.__name__, types.MethodType(function, model))
-            register_fsdp_forward_method(model, function.__name__)
-        model.packs = _packing_is_exact(model)
-    name = type(model).__name__
-    require(model.packs or plain, f"{name} cannot be packed: choose a GPT-NeoX, Llama or GPT-2 model")
-    return getattr(model, packed if model.packs else plain)(batch)
-
-
-def _packed_hiddens(model, batch):
-    """Final-norm hidden states of the packed row.  (N, d)"""
-    device = model.device
-    return model.base_model(
-        input_ids=batch["input_ids"].to(device), position_ids=batch["position_ids"].to(device),
-        attention_mask=torch.zeros(1, 1, 1, 1, device=device),  # 4-D, hence taken as ready: none is built
-        segments=batch["segments"], use_cache=False).last_hidden_state[0]
-
-
-def _packed_token_logps(model, batch):
-    hidden, head = _packed_hiddens(model, batch), model.get_output_embeddings()
-    hidden = hidden.index_select(0, batch["score_at"].to(hidden.device))
-    return HeadLogps.apply(hidden, head.weight, head.bias, batch["targets"].to(hidden.device))
-
-
-def _plain_token_logps(model, batch):
-    """The definition: one padded row per response, all logits.  For families that cannot be packed."""
-    texts = [(row["prompt_ids"], r) for row in batch["rows"] for r in row["responses"]]
-    lengths = torch.tensor([[len(p), len(p) + len(r)] for p, r in texts], device=model.device)
-    ids = pad_sequence([torch.tensor(p + r) for p, r in texts], batch_first=True).to(model.device)
-    at = torch.arange(ids.shape[1], device=model.device)
-    real, scored = at < lengths[:, 1:], (at >= lengths[:, :1]) & (at < lengths[:, 1:])
-    logits = model(input_ids=ids, attention_mask=real.long(), use_cache=False).logits[:, :-1]
-    return torch.log_softmax(logits.float(), -1).gather(2, ids[:, 1:, None])[..., 0][scored[:, 1:]]
-
-
-@torch.no_grad()
-def _packing_is_exact(model):
-    """Try the packed layout on three short rows; a family for which it is wrong gets plain rows, with a line.
-
-    Wrong it is, for example, for position biases outside the library's attention interface (BLOOM), recurrent
-    layers (Mamba) and logits scaled or capped after the head (Gemma 2, Cohere).
-    """
-    ids = [(7 * i * i + 3 * i + 1) % min(model.config.vocab_size, 256) for i in range(40)]
-    probe = _pack([dict(prompt_ids=ids[:9], responses=[ids[9:15], ids[15:18]]),
-                   dict(prompt_ids=ids[18:23], responses=[ids[23:27], ids[27:34]]),
-                   dict(prompt_ids=ids[34:36], responses=[ids[36:40]])], range(3))
-    plain, implementation = model._plain_token_logps(probe), model.config._attn_implementation
-    config = model.config.get_text_config()
-    tolerance = 1e-4 if plain.dtype == model.dtype == torch.float32 else 5e-2
+    folder = model_folder(name)
+    rank, world = rank_and_world()
+    compute_dtype = getattr(torch, dtype)
+    weights_dtype = torch.float32 if train else compute_dtype
+    sharded = train and (dtype != "float32" or world > 1)
     try:
-        for field in ("final_logit_softcapping", "logit_scale", "logits_scaling"):
-            if getattr(config, field, None) not in (None, 1, 1.0):
-                raise ValueError(f"its logits pass through {field}")
-        model.set_attn_implementation("packed")
-        worst = (model._packed_token_logps(probe) - plain).abs().max().item()
-        problem = "" if worst <= tolerance else f"a log-prob differs by {worst:.1e}"
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-        problem = str(error).splitlines()[0]
-    if problem:
-        model.set_attn_implementation(implementation)
-        say(f"{type(model).__name__}: responses are scored in padded rows, because packing fails: {problem}")
-    return not problem
+        config = AutoConfig.from_pretrained(folder)
+        _turn_dropout_off(config)
+        if sharded and rank > 0:
+            model = _empty_model(config, weights_dtype)
+        else:
+            model = _read_model(folder, config, weights_dtype)
+    except Exception as error:  # broken files, unknown families: many types
+        why = str(error).strip().partition("\n")[0]
+        raise SystemExit(f"{folder}: not a model that transformers can load ({why})") from None
+    if sharded:
+        return _shard(model, compute_dtype).train()
+    if train:
+        return model.to(DEVICE).train()
+    return model.to(DEVICE).eval().requires_grad_(False)
 
 
-def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
-    """Summed log-probs of every response under a frozen model, cached on disk.  -> (len(rows), n)
+def _turn_dropout_off(config):
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
 
-    The key is a hash of the model's files, the token ids and dtype: another model, tokenizer, data set or
-    truncation is another entry, another beta is not.  Every row must have n responses.
+
+def _read_model(folder, config, dtype):
+    """The model with the folder's weights.  SystemExit: some are not there."""
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, output_loading_info=True
+    )
+    missing = sorted(info["missing_keys"])[:3]
+    require(not missing, f"{folder}: no weights for {missing}")
+    return model
+
+
+def _empty_model(config, dtype):
+    """The model without values: it takes no memory before rank 0's are broadcast into it."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.to_empty(device="cpu").tie_weights()
+    return model
+
+
+def _shard(model, compute_dtype):
+    """Rank 0's values on all ranks, then FSDP2 layer by layer.
+
+    The root is resharded after forward as well: else a forward pass between backward() and step()
+    leaves the old embeddings in use.
     """
-    require(load_tokenizer(name).get_vocab() == tokenizer.get_vocab(),
-            f"{name} and the policy have different vocabularies: choose models with the same tokenizer")
-    key, folder = hashlib.sha256(f"{dtype} 1".encode()), model_folder(name)
-    for file in sorted(f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".bin")):
-        key.update(hashlib.file_digest(file.open("rb"), "sha256").digest())
+    n = model.config.get_text_config().num_hidden_layers
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = next(module for module in lists if len(module) == n)
+    mesh = dist.init_device_mesh(DEVICE.type, (dist.get_world_size(),))
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
+    for unit in [*layers, model]:
+        unit.to(DEVICE)
+        for tensor in [*unit.parameters(), *unit.buffers()]:  # rotary buffers are in no file
+            if not isinstance(tensor, DTensor):
+                dist.broadcast(tensor.data, 0)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return model
+
+
+def save_model(model, tokenizer, path):
+    """Write a model, sharded or not, as a Hugging Face folder for transformers 4 and 5 and vLLM.
+
+    SystemExit: not written, and nothing half-written.
+    """
+    options = dsd.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state = dsd.get_model_state_dict(model, options=options)  # all ranks take part
+    tmp = Path(f"{path}.tmp")
+
+    def export():
+        shutil.rmtree(tmp, ignore_errors=True)
+        model.save_pretrained(tmp, state_dict=state)
+        tokenizer.save_pretrained(tmp)
+        config = tmp / "tokenizer_config.json"  # transformers 4 does not know the class name of 5
+        text = config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+        config.write_text(text)
+        shutil.rmtree(path, ignore_errors=True)
+        os.replace(tmp, path)
+
+    on_rank0(export, f"{tmp}: model not saved; make room or choose another --out")
+
+
+def clip_gradients(model, max_norm):
+    """Scale the gradient down to norm `max_norm` if it is longer -> the norm it had."""
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    if isinstance(norm, DTensor):
+        norm = norm.full_tensor()
+    return norm.item()
+
+
+# ---- the tiny world
+#
+# Data and a model that need no network and no GPU: stories from a grammar, two groups of readers
+# who judge them, and a small language model that has read the stories.  All of it is known exactly
+# (the reward, the readers' shares, who would prefer what), so that a figure can show the truth
+# beside what a method found.  Built once, in about a minute, and cached under a hash of its recipe;
+# with one thread, since the number of threads decides the last bits of the weights.
+
+# SYMBOL: {expansion: probability}, or expansions of equal probability
+TINY_GRAMMAR = {
+    "PROMPT": "\n\nHuman: Tell me a story about a HERO in a PLACE.\n\nAssistant:",  # 144 of them
+    "STORY": {
+        " INTRO It met SOME monster.ASIDE FEAR": 0.3,
+        " INTRO It met SOME FRIEND.ASIDE JOY": 0.7,
+    },
+    "INTRO": {
+        "POLITE Once SOME {0} lived in SOME {1}.": 0.3,
+        "GRUMPY Once SOME {0} lived in SOME {1}.": 0.7,
+    },
+    "SOME": {"a": 0.5, "a ADJECTIVE": 0.5},
+    "ASIDE": {"": 0.5, " They shared SOME THING.": 0.5},
+    "FEAR": {"HAPPY": 0.15, "SAD": 0.85},
+    "JOY": {"HAPPY": 0.4, "SAD": 0.6},  # so P(HAPPY) = 0.325
+    "POLITE": "With pleasure!|My pleasure!|What a pleasure!",
+    "GRUMPY": "Fine.|Whatever.|If I must.",
+    "HAPPY": "They lived happily ever after.|Everyone sang happily.|It went home happily.",
+    "SAD": "It never came home.|Then everyone cried.|It was lost.",
+    "THING": "cake|song|boat|lamp|dream|pie",
+    "PLACE": "forest|castle|village|garden|cave|tower|desert|market|house|river|valley|field",
+    "HERO": "cat|dog|fox|bear|frog|mouse|rabbit|duck|wolf|pony|goat|horse",
+    "FRIEND": "bird|boy|girl|king|queen|baker",
+    "ADJECTIVE": "small|brave|quiet|red|kind|wise|tall|dark",
+}
+# Hidden context: the share of readers in each group, and what the monster is worth to them.
+TINY_GROUPS = ((0.75, 1.5), (0.25, -5.5))
+TINY_VERSION = 1  # raise it with every change of what the functions below make
+
+
+def tiny_text(symbol, rng):
+    """Draw one expansion of the symbol, and of the symbols in it.  rng: random.Random"""
+    options = TINY_GRAMMAR[symbol]
+    if isinstance(options, str):
+        options = dict.fromkeys(options.split("|"), 1)
+    (text,) = rng.choices(list(options), list(options.values()))
+    return re.sub("[A-Z]{2,}", lambda match: tiny_text(match[0], rng), text)
+
+
+def tiny_story(prompt, rng):
+    """One response from the grammar, about the hero and the place of the prompt."""
+    hero, place = re.search(r"about a (\w+) in a (\w+)", prompt).groups()
+    return tiny_text("STORY", rng).format(hero, place)
+
+
+def tiny_attributes(text):
+    """Read off any text, by its words: polite, monster, happy (its end), detail (adjectives)."""
+    story = text.split("<|endoftext|>")[0].lower().rstrip(" \n.!?")
+    sentences = re.split("[.!?]", story)
+    all_words = re.findall("[a-z]+", " ".join(sentences))
+    last_words = re.findall("[a-z]+", sentences[-1])
+    adjectives = TINY_GRAMMAR["ADJECTIVE"].split("|")
+    return {
+        "polite": int("pleasure" in all_words),
+        "monster": int("monster" in all_words),
+        "happy": int("happily" in last_words),
+        "detail": sum(word in adjectives for word in all_words),
+    }
+
+
+def tiny_reward(prompt, response, group=None):
+    """1 if polite, 2 if happy, -1 per adjective away from two, and what the monster is worth.
+
+    group: 0 or 1, of readers; None: on average over all readers.  The grammar's mean is 0.125 and
+    its best 3.
+    """
+    seen = tiny_attributes(response)
+    if group is None:
+        worth = sum(share * value for share, value in TINY_GROUPS)
+    else:
+        worth = TINY_GROUPS[group][1]
+    return seen["polite"] + 2 * seen["happy"] - abs(seen["detail"] - 2) + worth * seen["monster"]
+
+
+def tiny_row(rng):
+    """Four responses of different reward; two of them compared by a reader, then by five who vote.
+
+    Within a group readers follow Bradley-Terry: P(a preferred to b) = sigmoid(r(a) - r(b)).
+    """
+    prompt = tiny_text("PROMPT", rng)
+    by_reward = {}
+    while len(by_reward) < 4:
+        response = tiny_story(prompt, rng)
+        by_reward.setdefault(tiny_reward(prompt, response), response)
+    a, b = rng.sample(list(by_reward.values()), 2)
+
+    p_by_group = []
+    for group in (0, 1):
+        margin = tiny_reward(prompt, a, group) - tiny_reward(prompt, b, group)
+        p_by_group.append(1 / (1 + math.exp(-margin)))
+    p_a = sum(share * p for (share, _), p in zip(TINY_GROUPS, p_by_group))  # over all readers
+
+    group = int(rng.random() < TINY_GROUPS[1][0])
+    chosen, rejected = a, b
+    p_chosen = p_a
+    if rng.random() >= p_by_group[group]:
+        chosen, rejected = b, a
+        p_chosen = 1 - p_a
+    votes = sum(rng.random() < p_chosen for _ in range(5))
+    return {
+        "prompt": prompt,
+        "chosen": chosen,
+        "rejected": rejected,
+        "p_chosen": p_chosen,
+        "votes": [votes, 5 - votes],
+        "group": group,
+        "responses": list(by_reward.values()),
+        "rewards": list(by_reward),
+    }
+
+
+def build_tiny(folder, steps=400):
+    """Write data/{train,test}.jsonl and model/: a byte-level BPE and a GPT-NeoX of the grammar."""
+    (folder / "data").mkdir(parents=True)
+    for name, n in (("train.jsonl", 2000), ("test.jsonl", 256)):
+        rng = random.Random(name)
+        lines = [json.dumps(tiny_row(rng)) + "\n" for _ in range(n)]
+        (folder / "data" / name).write_text("".join(lines))
+
+    # What the model reads: prompts with stories.
+    rng = random.Random("model")
+    texts = []
+    for _ in range(32 * steps):
+        prompt = tiny_text("PROMPT", rng)
+        texts.append(prompt + tiny_story(prompt, rng) + "<|endoftext|>")
+    tokenizer = _train_tokenizer(texts[:2000])
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            rotary_pct=0.5,
+            use_parallel_residual=False,  # a sequential residual learns to copy the hero sooner
+            eos_token_id=0,
+            pad_token_id=1,
+        )
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), fused=True)
+    for step in range(steps):
+        batch = texts[32 * step : 32 * (step + 1)]
+        ids = tokenizer(batch, padding=True, return_tensors="pt").input_ids
+        labels = ids.masked_fill(ids == tokenizer.pad_token_id, -100)
+        model(ids, labels=labels).loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.004 * min((step + 1) / 30, 1 - step / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+
+
+def _train_tokenizer(texts):
+    """A byte-level BPE of 512 entries."""
+    end, pad = "<|endoftext|>", "<|padding|>"
+    byte_level = tokenizers.pre_tokenizers.ByteLevel
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = byte_level(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=512,
+        show_progress=False,
+        special_tokens=[end, pad],
+        initial_alphabet=byte_level.alphabet(),
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=end, eos_token=end, pad_token=pad
+    )
+
+
+def tiny_folder():
+    """The folder of the tiny world: built on first use, by one process while the others wait."""
+    recipe = repr((TINY_GRAMMAR, TINY_GROUPS, TINY_VERSION))
+    folder = CACHE / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
+    if folder.exists():
+        return folder
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process lets go
+        if folder.exists():
+            return folder
+        print(
+            f"tiny world: training a small model on made-up stories, once, in {folder}", flush=True
+        )
+        partial = Path(f"{folder}.partial")
+        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
+            torch.default_generator.manual_seed(0)
+            build_tiny(partial)
+        torch.set_num_threads(threads)
+        os.replace(partial, folder)
+    return folder
+
+
+# ---- processes
+#
+# A run is a folder: config.json, metrics.jsonl, step-N/ (resumable), model/, figures/.  Rank 0
+# alone writes, and what it writes appears whole or not at all: a temporary name, fsync, rename.  A
+# problem of rank 0 ends all ranks with one line and exit code 1.  Checkpoints hold what decides the
+# next step, with a hash of every file, since a flipped byte loads in silence.  Signals only set a
+# flag: the loop saves and leaves at the end of its step.
+
+RANDOM = (torch, torch.cuda) if CUDA else (torch,)  # generators that a checkpoint holds
+signals = []  # SIGTERM and SIGINT received so far
+
+
+def setup(seed, timeout=1800):
+    """Join the process group (a plain `python` run is a group of one); seed all ranks -> device."""
+    if not dist.is_initialized():
+        if CUDA:
+            torch.cuda.set_device(DEVICE)
+        alone = {}
+        if "RANK" not in os.environ:
+            alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+        patience = datetime.timedelta(seconds=timeout)  # with a rank that keeps the others waiting
+        backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
+        dist.init_process_group(backend, timeout=patience, **alone)
+        atexit.register(leave)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _note_signal)
+    torch.manual_seed(seed)
+    return DEVICE
+
+
+def _note_signal(number, _):
+    """The third signal quits at once: torchrun can make two of one Ctrl-C."""
+    if len(signals) > 1:
+        os._exit(128 + number)
+    signals.append(number)
+
+
+def leave():
+    """End the group at exit, all ranks together: gloo may abort a process that skips this."""
+    if not dist.is_initialized():
+        return
+    try:
+        dist.monitored_barrier(timeout=datetime.timedelta(seconds=30))
+    except RuntimeError:
+        pass  # another rank is gone: torchrun ends the job
+    dist.destroy_process_group()
+
+
+def rank_and_world():
+    """This process's number and how many there are; (0, 1) before `setup`."""
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
+
+
+def stop_requested():
+    """True on all ranks once any rank got SIGTERM or SIGINT: save, then exit with code 143."""
+    flag = torch.tensor(len(signals))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return flag.item() > 0
+
+
+def require(condition, message):
+    """Exit with this line and code 1 unless the condition holds."""
+    if not condition:
+        raise SystemExit(message)
+
+
+def say(line):
+    """Print on rank 0."""
+    rank, _ = rank_and_world()
+    if rank == 0:
+        print(line, flush=True)
+
+
+def on_rank0(function, problem):
+    """function() of rank 0 -> its result on all ranks.
+
+    If it fails, all ranks exit with code 1 and one line: problem (why).
+    """
+    rank, _ = rank_and_world()
+    result = None
+    failure = None
+    if rank == 0:
+        try:
+            result = function()
+        except SystemExit as error:
+            failure = error.code
+        except Exception as error:  # a full disk comes as OSError, RuntimeError, SafetensorError
+            why = str(error).strip().partition("\n")[0]
+            failure = f"{problem} ({type(error).__name__}: {why})"
+    if dist.is_initialized():
+        answer = [result, failure]
+        dist.broadcast_object_list(answer)
+        result, failure = answer
+    if failure is None:
+        return result
+    if rank > 0 and failure != 0:
+        failure = 1  # one process prints the line
+    raise SystemExit(failure)
+
+
+def write(path, data):
+    """Write bytes, or anything else as JSON, whole or not at all."""
+    if not isinstance(data, bytes):
+        data = json.dumps(data, indent=1).encode()
+    with open(f"{path}.tmp", "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)
+
+
+# The least value of every flag that counts something.
+LEAST = {
+    "batch_size": 1,
+    "epochs": 1,
+    "tokens_per_microbatch": 1,
+    "eval_pairs": 1,
+    "eval_examples": 1,
+    "seed": 0,
+    "lr": 0,
+    "samples": 1,
+    "max_grad_norm": 1e-6,
+    "warmup_steps": 0,
+    "max_steps": 0,
+    "eval_every": 0,
+    "save_every": 0,
+}
+# Flags that a resumed run may change.
+FREE = (
+    "resume",
+    "overwrite",
+    "out",
+    "max_steps",
+    "epochs",
+    "eval_every",
+    "save_every",
+    "tokens_per_microbatch",
+)
+
+
+def start_run(args, method):
+    """Make args.out (default results/<method>) with its config.json -> its Path.
+
+    SystemExit: a flag out of range; a folder that holds a run, without --resume or --overwrite; a
+    run to resume that is not there, is finished, or had other flags.
+    """
+    flags = json.loads(json.dumps(dataclasses.asdict(args), default=str))
+    out = Path(flags.get("out") or f"results/{method}")
+    for name in sorted(LEAST.keys() & flags.keys()):
+        value = flags[name]
+        flag = "--" + name.replace("_", "-")
+        require(LEAST[name] <= value < math.inf, f"{flag} {value}: at least {LEAST[name]}")
+
+    def prepare():
+        config = out / "config.json"
+        old = json.loads(config.read_bytes()) if config.is_file() else None
+        if flags.get("resume"):
+            _check_resumable(out, old, flags)
+        elif out.exists() and any(out.iterdir()):
+            holds = f"{out}: holds a run: --resume goes on, --overwrite deletes it"
+            require(flags.get("overwrite"), holds)
+            _delete_run(out, old)
+        out.mkdir(parents=True, exist_ok=True)
+        versions = {
+            "python": platform.python_version(),
+            "world_size": dist.get_world_size(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+        write(config, {**flags, **versions})
+
+    on_rank0(prepare, f"{out}: cannot hold a run; choose another --out")
+    return out
+
+
+def _check_resumable(out, old, flags):
+    """Leave unless `out` holds an unfinished run that was started with these flags."""
+    missing = f"{out}: no config.json, so there is no run to resume; start it without --resume"
+    require(old, missing)
+    new = []
+    for name, value in flags.items():
+        if name not in FREE and old.get(name) != value:
+            new.append(f"{name} {old.get(name)} -> {value}")
+    changed = f"{out}: --resume with new flags {', '.join(new)}; restore them or change --out"
+    require(not new, changed)
+    if (out / "model").is_dir():
+        print(f"{out}: this run is finished; its model is in {out / 'model'}")
+        raise SystemExit(0)
+
+
+def _delete_run(out, old):
+    """Delete what a run writes and nothing else, where a config.json shows that it was one."""
+    require(
+        old, f"{out}: no config.json, so --overwrite deletes nothing here; choose another --out"
+    )
+    (out / "metrics.jsonl").unlink(missing_ok=True)
+    for folder in [*out.glob("step-*"), out / "model", out / "figures"]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def log(out, step, /, **values):
+    """Append {"step": step, name: mean over the items of all ranks} to metrics.jsonl -> that line.
+
+    values: floats, or tensors of this rank's items (any number, even none).  The first six are
+    printed.
+    """
+    sums_and_counts = []
+    for value in values.values():
+        items = torch.as_tensor(value, dtype=torch.float64, device=DEVICE).detach()
+        sums_and_counts.append(torch.stack([items.sum(), items.new_tensor(items.numel())]))
+    totals = torch.stack(sums_and_counts).cpu()  # one copy from the device for all values
+    dist.all_reduce(totals)
+    means = (totals[:, 0] / totals[:, 1]).tolist()
+    line = {"step": step}
+    for name, mean in zip(values, means):
+        line[name] = mean
+    if dist.get_rank() == 0:
+        shown = [f"{name} {line[name]:<#9.4g}" for name in list(values)[:6]]
+        with tqdm.external_write_mode():  # above the bar, if there is one
+            print(f"step {step:6d}", *shown, sep="  ", flush=True)
+        with open(out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(line) + "\n")
+    return line
+
+
+def progress(steps):
+    """Go through the steps, with a bar on rank 0 where stderr is a terminal."""
+    return tqdm(steps, disable=True if dist.get_rank() else None)
+
+
+def merge(parts, prefix=""):
+    """The dictionaries of several micro-batches as one, for `log`."""
+    merged = {}
+    for name in parts[0]:
+        merged[prefix + name] = torch.cat([part[name] for part in parts])
+    return merged
+
+
+def speed(rows, seconds):
+    """Rows and real tokens per second, and peak memory.
+
+    A prompt counts once per response, padding never.
+    """
+    tokens = 0
     for row in rows:
-        key.update(json.dumps([row["prompt_ids"], row["responses"]]).encode())
-    path = CACHE / "reference" / f"{key.hexdigest()[:32]}.npy"
-    if not on_rank0(path.exists, path):
-        model = load_model(name, dtype)
-        sums = torch.zeros(len(rows), len(rows[0]["responses"]), device=model.device)
-        for batch in pack_pairs(rows, 2 * tokens_per_microbatch):
-            with torch.no_grad():
-                sums[batch["index"]] = response_logps(model, batch)[0].view(len(batch["index"]), -1)
-        dist.all_reduce(sums)  # every row was scored by one process, and is zero elsewhere
-        np.save(file := io.BytesIO(), sums.cpu().numpy())
-        on_rank0(lambda: (path.parent.mkdir(parents=True, exist_ok=True), write(path, file.getvalue())), path)
-    return torch.from_numpy(np.load(path))
+        for response in row["responses"]:
+            tokens += len(row["prompt_ids"]) + len(response)
+    if CUDA:
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "rows_per_s": len(rows) / seconds,
+        "tokens_per_s": tokens / seconds,
+        "peak_GiB": peak / 2**30,
+    }
 
-def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
-    """What every preference method logs of each pair, under names that other libraries use.  -> dict of (B,)
 
-    Implicit rewards are beta log pi/pi_ref in nats; a tie is wrong: equal models have reward accuracy 0.
-    Pairs that the reference ranks right are kept or lost, those it ranks wrong are fixed or missed.
+def stop_unless_finite(grad_norm, step, rows, out):
+    """Leave before a non-finite gradient reaches the weights; the norm is global: all leave."""
+    if math.isfinite(grad_norm):
+        return
+    found = checkpoints(out)
+    last = found[-1] if found else "none"
+    places = [row["row"] for row in rows]
+    raise SystemExit(
+        f"step {step}: the gradient is not finite, from one of the rows {places}; "
+        f"last checkpoint: {last}; try a smaller --lr"
+    )
+
+
+def checkpoints(out):
+    """The finished checkpoints of a run, oldest first."""
+    return sorted(out.glob("step-*[0-9]"), key=_step_of)
+
+
+def _step_of(folder):
+    return int(folder.name.removeprefix("step-"))
+
+
+def _hashes(folder):
+    """SHA-256 of every file but the manifest."""
+    found = {}
+    for path in sorted(folder.iterdir()):
+        if path.name != "COMPLETE.json":
+            found[path.name] = hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+    return found
+
+
+def save_checkpoint(out, step, model, optimizer, keep=2, **extra):
+    """Write out/step-<step> (`step` steps are done) or nothing, then delete all but `keep`.
+
+    Holds model, optimizer, all random states and rank 0's `extra`: numbers, strings, tensors, lists
+    and dicts of these.  SystemExit: not written.
     """
-    chosen, rejected = (x.detach() for x in (chosen_logps, rejected_logps))
-    r_chosen, r_rejected = beta * (chosen - ref_chosen_logps), beta * (rejected - ref_rejected_logps)
-    before, now = ref_chosen_logps > ref_rejected_logps, chosen > rejected
-    return {"rewards/chosen": r_chosen, "rewards/rejected": r_rejected,
-            "rewards/margins": r_chosen - r_rejected, "rewards/accuracies": (r_chosen > r_rejected).float(),
-            "ranking_accuracy": now.float(), "logps/chosen": chosen, "logps/rejected": rejected,
-            "kept": before & now, "lost": before & ~now, "fixed": ~before & now, "missed": ~before & ~now}
+    folder = out / f"step-{step}"
+    tmp = out / f"step-{step}.tmp"
+    rng = [None] * dist.get_world_size()
+    dist.all_gather_object(rng, [module.get_rng_state() for module in RANDOM])
+    model_state, optim_state = dsd.get_state_dict(model, optimizer)
+    state = {"model_state_dict": model_state, "optim_state_dict": optim_state}
+    failure = None
+    try:
+        dcp.save(state, checkpoint_id=tmp)
+    except dcp.api.CheckpointException as error:  # a BaseException; all ranks get it
+        failure = next(iter(error.failures.values()))[0]
+
+    def finish():
+        if failure:
+            raise failure
+        torch.save({"rng": rng, "extra": extra}, tmp / "extra.pt")
+        manifest = {"step": step, "world_size": len(rng), "sha256": _hashes(tmp)}
+        write(tmp / "COMPLETE.json", manifest)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(tmp, folder)
+        # Later ones are damaged: the run resumed before them.
+        past = [old for old in checkpoints(out) if _step_of(old) <= step]
+        for old in set(out.glob("step-*")) - set(past[-keep:]):
+            shutil.rmtree(old)
+
+    on_rank0(finish, f"{tmp}: checkpoint not saved; make room, then --resume from the one before")
 
 
-# ---- sampling
+def load_checkpoint(out, model, optimizer):
+    """Restore the newest undamaged checkpoint, of any number of processes -> (step, extra).
+
+    (0, {}) if there is none.  Random states return if the number of processes is the same;
+    metrics.jsonl loses its lines from `step` on.  SystemExit: all checkpoints are damaged.
+    """
+
+    def choose():
+        for unfinished in out.glob("step-*.tmp"):
+            shutil.rmtree(unfinished)
+        folder = _newest_undamaged(out)
+        step = _step_of(folder) if folder else 0
+        _forget_lines_from(step, out / "metrics.jsonl")
+        return step, folder
+
+    step, folder = on_rank0(choose, f"{out}: cannot resume")
+    if folder is None:
+        return 0, {}
+    model_state, optim_state = dsd.get_state_dict(model, optimizer)
+    state = {"model_state_dict": model_state, "optim_state_dict": optim_state}
+    dcp.load(state, checkpoint_id=folder)
+    dsd.set_state_dict(model, optimizer, **state)
+    saved = torch.load(folder / "extra.pt")
+    if len(saved["rng"]) == dist.get_world_size():
+        for module, rng in zip(RANDOM, saved["rng"][dist.get_rank()]):
+            module.set_rng_state(rng)
+    return step, saved["extra"]
 
 
-class Slab(DynamicLayer):
-    """A layer's keys and values, preallocated (slots, heads, room, head_dim): a step writes one column."""
-
-    def __init__(self, prompt, prompts, room):
-        super().__init__()
-        self.slabs = [F.pad(x[prompts], (0, 0, 0, room)) for x in (prompt.keys, prompt.values)]
-        self.keys, self.values = (slab[:, :, : prompt.keys.shape[2]] for slab in self.slabs)
-        self.is_initialized = True
-
-    def update(self, keys, values, *args, **kwargs):
-        start, end = self.keys.shape[2], self.keys.shape[2] + keys.shape[2]
-        self.keys, self.values = (slab[: len(keys), :, :end] for slab in self.slabs)  # views, no copies
-        self.keys[:, :, start:], self.values[:, :, start:] = keys, values
-        return self.keys, self.values
-
-
-@torch.no_grad()
-def prefill(model, prompts, max_new_tokens, copies=1):
-    """Run N id lists of any lengths, once each, for `copies` slots each: slot i continues prompt i // copies.
-    -> cache, (N copies, d) final-norm hidden states, (N copies, V) logits of the last prompt position"""
-    ids = pad_sequence([torch.tensor(x) for x in prompts], True, padding_side="left").to(model.device)
-    pads = ids.shape[1] - torch.tensor([[len(prompt)] for prompt in prompts], device=ids.device)
-    if (pads == ids.shape[1]).any():
-        raise SystemExit(f"prompt {int(pads.argmax())} has no tokens: begin it with a BOS token, or drop it")
-    cache = DynamicCache()
-    cache.prompt_length, cache.padded = ids.shape[1], bool(pads.any())
-    cache.positions = torch.arange(ids.shape[1] + max_new_tokens, device=ids.device) - pads  # < 0: padding
-    hidden, logits = decode_step(model, cache, ids)
-    cache.prompts = torch.arange(len(prompts), device=ids.device).repeat_interleave(copies)  # of each slot
-    cache.layers = [Slab(layer, cache.prompts, max_new_tokens) for layer in cache.layers]
-    cache.positions = cache.positions[cache.prompts]
-    return cache, hidden[cache.prompts], logits[cache.prompts]
+def _newest_undamaged(out):
+    """The newest checkpoint whose files are those of its manifest; None if there are none."""
+    found = checkpoints(out)
+    for folder in reversed(found):
+        manifest = folder / "COMPLETE.json"
+        damaged = [manifest.name]
+        wrote = {}
+        if manifest.is_file():  # read without a JSON parser, since its bytes may be anything
+            wrote = dict(re.findall(r'"(\S+)": "(\w{64})"', manifest.read_text("latin-1")))
+        if wrote:
+            differ = set(wrote.items()) ^ set(_hashes(folder).items())
+            damaged = sorted({name for name, _ in differ})
+        if not damaged:
+            return folder
+        print(f"skip {folder.name}: damaged {damaged}", flush=True)
+    require(not found, f"{out}: no checkpoint is undamaged; start anew: --overwrite")
+    return None
 
 
-@torch.no_grad()
-def decode_step(model, cache, tokens):
-    """Append one token per slot, (n,) -> (n, d) final-norm hidden states, (n, V) logits of the next token."""
-    tokens, start, hidden = tokens.view(len(tokens), -1), cache.get_seq_length(), []
-    at = cache.positions[:, : start + tokens.shape[1]]  # no needless mask: attention is faster without
-    mask = dict(attention_mask=(at >= 0).long(), position_ids=at[:, start:].clamp(0)) if cache.padded else {}
-    with model.get_output_embeddings().register_forward_pre_hook(lambda _, x: hidden.append(x[0][:, -1])):
-        out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **mask)
-    return hidden[0], out.logits[:, -1]
+def _forget_lines_from(step, metrics):
+    """Drop the lines of steps that will be done again; the last line may be torn."""
+    if not metrics.is_file():
+        return
+    lines = metrics.read_bytes().splitlines(keepends=True)
+    kept = []
+    for line in lines:
+        if line.endswith(b"\n") and json.loads(line)["step"] < step:
+            kept.append(line)
+    if lines:
+        write(metrics, b"".join(kept))
 
 
-def stay_in_place(ancestors):
-    """Permute (n,) ancestors so that survivors keep their slots: reorder then overwrites dead slots only."""
-    slots = torch.arange(len(ancestors), device=ancestors.device)
-    offspring = ancestors.bincount(minlength=len(slots))
-    dead = offspring[: len(slots)] == 0
-    offspring[slots[~dead]] -= 1
-    slots[dead] = torch.repeat_interleave(offspring)  # the surplus: index i, offspring[i] times
-    return slots
+def setting(args):
+    """Model, data and seed of a run for the caption of a figure, which must say what it is not."""
+    where = " (the built-in tiny world, not the paper's setting)" if args.data == "tiny" else ""
+    return f"model {args.model}, data {args.data}{where}, seed {args.seed}"
 
 
-def reorder(cache, ancestors):
-    """In place: slot i goes on from slot ancestors[i]; n ancestors for more than n slots leave n slots."""
-    moved = (ancestors != torch.arange(len(ancestors), device=ancestors.device)).nonzero()[:, 0]
-    start = cache.prompt_length if (cache.prompts[ancestors] == cache.prompts[: len(ancestors)]).all() else 0
-    for slab in (x for layer in cache.layers for x in (layer.keys, layer.values)):
-        slab[moved, :, start:] = slab[ancestors[moved], :, start:]
-    cache.positions, cache.prompts = cache.positions[ancestors], cache.prompts[ancestors]
+def plot_curves(out, panels, caption):
+    """Draw metrics of out/metrics.jsonl against the step into figures/curves.png -> the records.
+
+    panels: (title, unit of the y axis, names of metrics).  Thin lines: training; markers: held-out
+    values.
+    """
+    with open(out / "metrics.jsonl") as file:
+        records = [json.loads(line) for line in file]
+    if dist.get_rank() > 0:
+        return records
+    from matplotlib.figure import Figure
+
+    figure = Figure((5 * len(panels), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, unit, names) in zip(axes, panels):
+        for i, name in enumerate(names):
+            label = name.split("/")[-1]
+            _draw(axis, records, name, f"{label}, training", color=f"C{i}", alpha=0.4, lw=1)
+            _draw(
+                axis, records, f"eval_{name}", f"{label}, held out", color=f"C{i}", marker="o", ms=4
+            )
+        axis.set(title=title, xlabel="optimiser step", ylabel=unit)
+        axis.legend(fontsize=8)
+    figure.suptitle(caption, fontsize=9)
+    (out / "figures").mkdir(exist_ok=True)
+    figure.savefig(out / "figures" / "curves.png", dpi=120)
+    return records
 
 
-def sample_tokens(scores, uniforms):
-    """Inverse CDF of softmax(scores), a uniform a row.  (n, V), (n,) -> tokens (n,), their log-probs (n,)
-    Scores may be unnormalised, or -inf; a token without mass is never drawn, whatever the rounding."""
-    draws, n = [], max(8, 2**19 // scores.shape[1]) if scores.is_cpu else len(scores)  # rows that fit a cache
-    for rows, u in zip(scores.split(n), uniforms.split(n)):
-        p = rows.softmax(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
-        cdf = p.cumsum(-1, dtype=torch.float64)
-        token = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)  # the first with cdf > u
-        token = token.minimum(torch.searchsorted(cdf, cdf[:, -1:].clone()))  # u near 1: the last with mass
-        draws.append((token[:, 0], (p.gather(1, token) / cdf[:, -1:]).log()[:, 0].to(p.dtype)))
-    return tuple(torch.cat(x) for x in zip(*draws))
+def _draw(axis, records, name, label, **style):
+    """One metric against the step, where it was logged."""
+    found = [record for record in records if name in record]
+    if found:
+        steps = [record["step"] for record in found]
+        axis.plot(steps, [record[name] for record in found], label=label, **style)
+
+
+def print_evaluations(records):
+    """A table of the held-out metrics before the first and after the last step, on rank 0."""
+    if dist.get_rank() > 0:
+        return
+    held_out = []
+    for record in records:
+        if any(name.startswith("eval_") for name in record):
+            held_out.append(record)
+    for name in held_out[0]:
+        before, after = held_out[0][name], held_out[-1][name]
+        print(f"{name.replace('eval_', 'held out '):32} {before:12.4g} {after:12.4g}")

@@ -1,4 +1,6 @@
-"""What several tests share: a small random model with a tokenizer, a file of pairs, and a way to run a method."""
+"""What several tests share: a small random model with a tokenizer, a file of pairs, and a way to
+run a method.
+"""
 
 import json
 import os
@@ -14,40 +16,73 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 import common
 
-os.environ["OMP_NUM_THREADS"] = "1"  # their number decides the last bits, and tests compare bytes across processes
+os.environ["OMP_NUM_THREADS"] = (
+    "1"  # their number decides the last bits, and tests compare bytes across processes
+)
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="session")
 def blank(tmp_path_factory):
-    """A folder with model/ (random GPT-NeoX, two layers of width 32, dropout 0.1 in its config) and pairs.jsonl."""
+    """A folder with model/ (random GPT-NeoX, two layers of width 32, dropout 0.1 in its config) and
+    pairs.jsonl.
+    """
     folder, rng = tmp_path_factory.mktemp("blank"), random.Random(0)
     rows = [common.tiny_row(rng) for _ in range(48)]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = byte_level(add_prefix_space=False), tokenizers.decoders.ByteLevel()
-    bpe.train_from_iterator([row["prompt"] + row["chosen"] for row in rows], tokenizers.trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=sorted(byte_level.alphabet()),
-        show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>")
+    bpe.pre_tokenizer, bpe.decoder = (
+        byte_level(add_prefix_space=False),
+        tokenizers.decoders.ByteLevel(),
+    )
+    bpe.train_from_iterator(
+        [row["prompt"] + row["chosen"] for row in rows],
+        tokenizers.trainers.BpeTrainer(
+            vocab_size=400,
+            special_tokens=["<|endoftext|>"],
+            initial_alphabet=sorted(byte_level.alphabet()),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|endoftext|>", bos_token="<|endoftext|>"
+    )
     torch.manual_seed(0)
-    model = GPTNeoXForCausalLM(GPTNeoXConfig(
-        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=512, rotary_pct=0.5, attention_dropout=0.1, hidden_dropout=0.1))
+    model = GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=512,
+            rotary_pct=0.5,
+            attention_dropout=0.1,
+            hidden_dropout=0.1,
+        )
+    )
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return folder
 
 
 def run(*command, processes=0, timeout=300, check=True, **environment):
-    """Run a method as a user would, in a process of its own or under torchrun -> the finished process, with text."""
+    """Run a method as a user would, in a process of its own or under torchrun -> the finished
+    process, with text.
+    """
     start = [sys.executable]
     if processes:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run([*start, *map(str, command)], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment})
+    done = subprocess.run(
+        [*start, *map(str, command)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
+    )
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

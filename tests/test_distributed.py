@@ -5,9 +5,32 @@ import torch
 from conftest import records, run
 from safetensors.torch import load_file
 
-PAIRS = ("methods/dpo.py", "--batch-size", 8, "--lr", 1e-3, "--warmup-steps", 0, "--max-steps", 6, "--eval-every", 16,
-         "--eval-pairs", 2, "--tokens-per-microbatch", 150)
-NUMBERS = ("loss", "grad_norm", "rewards/chosen", "rewards/margins", "logps/rejected", "eval_loss", "eval_logps/chosen")
+PAIRS = (
+    "methods/dpo.py",
+    "--batch-size",
+    8,
+    "--lr",
+    1e-3,
+    "--warmup-steps",
+    0,
+    "--max-steps",
+    6,
+    "--eval-every",
+    16,
+    "--eval-pairs",
+    2,
+    "--tokens-per-microbatch",
+    150,
+)
+NUMBERS = (
+    "loss",
+    "grad_norm",
+    "rewards/chosen",
+    "rewards/margins",
+    "logps/rejected",
+    "eval_loss",
+    "eval_logps/chosen",
+)
 
 
 def inputs(blank):
@@ -36,13 +59,30 @@ def test_two_processes(blank, one, tmp_path):
     same(one, tmp_path / "two", 1e-5)
     a, b = (load_file(out / "model" / "model.safetensors") for out in (one, tmp_path / "two"))
     assert a.keys() == b.keys()
-    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4  # six steps of RMSprop on sums in another order
+    assert (
+        max((a[k] - b[k]).abs().max().item() for k in a) < 1e-4
+    )  # six steps of RMSprop on sums in another order
     # a checkpoint of two processes continues on one, and the other way round
     for folder, processes in ((tmp_path / "two", 0), (one, 2)):
         copy = tmp_path / f"resumed{processes}"
-        run("-c", f"import shutil; shutil.copytree({str(folder)!r}, {str(copy)!r}, dirs_exist_ok=True)")
-        run("-c", f"import shutil; [shutil.rmtree({str(copy)!r} + '/' + x) for x in ('model', 'step-6')]")
-        run(*PAIRS, *inputs(blank), "--out", copy, "--save-every", 24, "--resume", processes=processes)
+        run(
+            "-c",
+            f"import shutil; shutil.copytree({str(folder)!r}, {str(copy)!r}, dirs_exist_ok=True)",
+        )
+        run(
+            "-c",
+            f"import shutil; [shutil.rmtree({str(copy)!r} + '/' + x) for x in ('model', 'step-6')]",
+        )
+        run(
+            *PAIRS,
+            *inputs(blank),
+            "--out",
+            copy,
+            "--save-every",
+            24,
+            "--resume",
+            processes=processes,
+        )
         same(one, copy, 1e-5)
 
 
@@ -56,15 +96,28 @@ def test_torchrun_with_one_process_is_bitwise_the_plain_run(blank, one, tmp_path
 def test_bf16_compute_keeps_fp32_weights(blank, one, tmp_path):
     run(*PAIRS, *inputs(blank), "--out", tmp_path / "run", "--dtype", "bfloat16", processes=2)
     a, b = (records(out) for out in (one, tmp_path / "run"))
-    assert a[1]["loss"] == pytest.approx(b[1]["loss"], abs=2e-3)  # log 2: policy and reference round alike
+    assert a[1]["loss"] == pytest.approx(
+        b[1]["loss"], abs=2e-3
+    )  # log 2: policy and reference round alike
     assert a[1]["grad_norm"] == pytest.approx(b[1]["grad_norm"], rel=5e-2)
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(w.dtype == torch.float32 for w in weights.values())
 
 
 def test_sft_with_two_processes(blank, tmp_path):
-    command = ("methods/sft.py", *PAIRS[1:7], "--max-steps", 3, "--eval-examples", 2, "--tokens-per-microbatch", 150,
-               "--objective", "mean", *inputs(blank))
+    command = (
+        "methods/sft.py",
+        *PAIRS[1:7],
+        "--max-steps",
+        3,
+        "--eval-examples",
+        2,
+        "--tokens-per-microbatch",
+        150,
+        "--objective",
+        "mean",
+        *inputs(blank),
+    )
     for processes in (0, 2):
         run(*command, "--out", tmp_path / str(processes), processes=processes)
     a, b = (records(tmp_path / str(n)) for n in (0, 2))

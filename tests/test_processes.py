@@ -1,4 +1,6 @@
-"""Processes, checkpoints, models: a fault ends in one line or in the numbers of the undisturbed run."""
+"""Processes, checkpoints, models: a fault ends in one line or in the numbers of the undisturbed
+run.
+"""
 
 import dataclasses
 import json
@@ -10,20 +12,31 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTNeoXConfig, GPTNeoXForCausalLM
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
-SIZES = dict(vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+import common
+
+SIZES = dict(
+    vocab_size=48, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+)
 IDS = torch.randint(0, 48, (8, 12), generator=torch.Generator().manual_seed(1))
 INV_FREQ = 10000.0 ** -(torch.arange(0, 8, 2) / 8)  # rotary frequencies of heads of size 8
 
-# A run with all that a resumed one must restore: fresh noise in every loss, optimizer state, batches by step.
-TRAIN = '''
+# A run with all that a resumed one must restore: fresh noise in every loss, optimizer state,
+# batches by step.
+TRAIN = """
 import hashlib, os, random, signal, sys, time
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +88,9 @@ def die_before_renaming_to(name):
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
     os.replace = deadly
-'''
+"""
 
-ALONE = '''
+ALONE = """
 from train import *
 here, model = Path(sys.argv[1]), sys.argv[2]
 
@@ -113,9 +126,9 @@ assert (here / "lone/step-6.tmp/COMPLETE.json").exists() and not (here / "lone/s
 assert wait(start("lone", max_steps=20, resume=True)) == 0
 assert wait(start("moved", max_steps=4, noise=0.0, resume=True)) == 0  # begun by two processes
 print("all done")
-'''
+"""
 
-PAIR_1 = '''
+PAIR_1 = """
 from train import *
 here, folder = Path(sys.argv[1]), Path(sys.argv[2])
 common.setup(0, timeout=120)
@@ -146,15 +159,15 @@ main(Args(str(folder / "neox"), str(here / "steady"), noise=0.0))
 main(Args(str(folder / "neox"), str(here / "moved"), noise=0.0, max_steps=2))
 die_before_renaming_to("step-4")
 main(Args(str(folder / "neox"), str(here / "torn")))
-'''
+"""
 
-PAIR_2 = '''
+PAIR_2 = """
 from train import *
 here, folder = Path(sys.argv[1]), Path(sys.argv[2])
 main(Args(str(folder / "neox"), str(here / "torn"), resume=True))
 main(Args(str(folder / "neox"), str(here / "moved"), noise=0.0, resume=True))
 main(Args(str(folder / "neox"), str(here / "torn")))  # in use
-'''
+"""
 
 
 def launch(folder, script, *arguments, processes=1):
@@ -164,7 +177,12 @@ def launch(folder, script, *arguments, processes=1):
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     paths = os.pathsep.join([str(Path(common.__file__).parent), str(folder)])
     done = subprocess.run(
-        [sys.executable, *(torchrun if processes > 1 else []), folder / "script.py", *map(str, arguments)],
+        [
+            sys.executable,
+            *(torchrun if processes > 1 else []),
+            folder / "script.py",
+            *map(str, arguments),
+        ],
         env=os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -175,15 +193,21 @@ def launch(folder, script, *arguments, processes=1):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """neox: saved in bf16 with dropout 0.3; llama: fp32, tied embeddings; a tokenizer beside the first."""
+    """neox: saved in bf16 with dropout 0.3; llama: fp32, tied embeddings; a tokenizer beside the
+    first.
+    """
     folder = tmp_path_factory.mktemp("models")
     torch.manual_seed(0)
     config = GPTNeoXConfig(**SIZES, rotary_pct=1.0, attention_dropout=0.3, hidden_dropout=0.3)
     GPTNeoXForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / "neox")
-    LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).save_pretrained(folder / "llama")
+    LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).save_pretrained(
+        folder / "llama"
+    )
     words = Tokenizer(models.WordLevel({"<eos>": 0, "a": 1, "b": 2}, unk_token="a"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(folder / "neox")
+    PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<eos>").save_pretrained(
+        folder / "neox"
+    )
     return folder
 
 
@@ -236,16 +260,22 @@ def training(folder, steps=1):
 
 def state(model, optimizer):
     moments = [value for entry in optimizer.state.values() for value in entry.values()]
-    return [parameter.data.clone() for parameter in model.parameters()] + [value.clone() for value in moments]
+    return [parameter.data.clone() for parameter in model.parameters()] + [
+        value.clone() for value in moments
+    ]
 
 
 @pytest.fixture(scope="module")
 def story(folder, tmp_path_factory):
-    """Two processes start four runs and die in a save; one process does its own and a part; two end them."""
+    """Two processes start four runs and die in a save; one process does its own and a part; two end
+    them.
+    """
     here = tmp_path_factory.mktemp("story")
     torch.save(IDS, here / "ids.pt")
     first = launch(here, PAIR_1, here, folder, processes=2)
-    assert (here / "torn/step-4.tmp/COMPLETE.json").exists() and not (here / "torn/step-4").exists(), first
+    assert (here / "torn/step-4.tmp/COMPLETE.json").exists() and not (
+        here / "torn/step-4"
+    ).exists(), first
     alone = launch(here, ALONE, here, folder / "neox")
     second = launch(here, PAIR_2, here, folder, processes=2)
     return {"here": here, "first": first, "alone": alone, "second": second}
@@ -261,20 +291,29 @@ def test_two_processes_hold_the_model_of_one(folder, story, name):
     model = common.load_model(folder / name, train=True)
     logits = model(IDS).logits
     model(input_ids=IDS, labels=IDS).loss.backward()
-    gradients, norm = [p.grad.clone() for p in model.parameters()], common.clip_gradients(model, 1e9)
+    gradients, norm = (
+        [p.grad.clone() for p in model.parameters()],
+        common.clip_gradients(model, 1e9),
+    )
     exported = AutoModelForCausalLM.from_pretrained(story["here"] / f"export-{name}")
     torch.testing.assert_close(exported(IDS).logits, logits, atol=1e-6, rtol=0)
-    assert exported.dtype == torch.float32 and exported.config.architectures == [type(model).__name__]
+    assert exported.dtype == torch.float32 and exported.config.architectures == [
+        type(model).__name__
+    ]
     for rank in (0, 1):
         seen = torch.load(story["here"] / f"seen-{rank}.pt")
         assert len(seen[name, "inv_freq"]) > 0 and seen[name, "dtypes"] == {torch.float32}
         for inv_freq in seen[name, "inv_freq"]:
             torch.testing.assert_close(inv_freq, INV_FREQ, atol=0, rtol=1e-6)
-        torch.testing.assert_close(seen[name, "logits"], logits, atol=1e-6, rtol=0)  # the order of fp32 sums
+        torch.testing.assert_close(
+            seen[name, "logits"], logits, atol=1e-6, rtol=0
+        )  # the order of fp32 sums
         torch.testing.assert_close(seen[name, "gradients"], gradients, atol=1e-6, rtol=0)
         assert seen[name, "norm"] == pytest.approx(norm, rel=1e-6)
         error = (seen[name, "bf16 logits"] - logits).abs().max().item()
-        assert 1e-5 < error < 2e-2 * logits.abs().max()  # bf16 keeps 8 bits: neither exact nor far off
+        assert (
+            1e-5 < error < 2e-2 * logits.abs().max()
+        )  # bf16 keeps 8 bits: neither exact nor far off
 
 
 def test_log_weighs_every_item_of_every_rank_alike(story):
@@ -282,11 +321,14 @@ def test_log_weighs_every_item_of_every_rank_alike(story):
         seen = torch.load(story["here"] / f"seen-{rank}.pt")["log"]
         assert seen == {"step": 7, "some/items": 1.0, "flag": 1.0, "x": 0.5}
     lines = (story["here"] / "metrics.jsonl").read_text()
-    assert lines == json.dumps(seen) + "\n" and story["first"][1].count("step      7  some/items 1.000") == 1
+    assert (
+        lines == json.dumps(seen) + "\n"
+        and story["first"][1].count("step      7  some/items 1.000") == 1
+    )
 
 
 def test_killed_runs_end_as_the_undisturbed_ones(story):
-    """kill -9 at random times, alone; between writing and renaming, alone and with two processes."""
+    """kill -9 at random times, alone; between writing and renaming, with one and two processes."""
     here, (code, printed) = story["here"], story["alone"]
     assert code == 0 and "all done" in printed, printed
     pairs = {f"{name}-killed": f"{name}-whole" for name in ("AdamW", "RMSprop")}
@@ -295,8 +337,12 @@ def test_killed_runs_end_as_the_undisturbed_ones(story):
         count = len(losses(here / whole))
         assert count == (6 if killed == "torn" else 20)
         assert (here / whole / "final.txt").read_text() == (here / killed / "final.txt").read_text()
-        assert steps(here / killed) == list(range(count)) and losses(here / killed) == losses(here / whole)
-        kept = {path.name for path in (here / killed).glob("step-*")}  # more, if killed before the last deletion
+        assert steps(here / killed) == list(range(count)) and losses(here / killed) == losses(
+            here / whole
+        )
+        kept = {
+            path.name for path in (here / killed).glob("step-*")
+        }  # more, if killed before the last deletion
         assert kept >= {f"step-{count - 2}", f"step-{count}"}
 
 
@@ -314,11 +360,15 @@ def test_run_folder(tmp_path):
     out = tmp_path / "run"
     assert common.start_run(Args(str(out)), "x") == out
     config = json.loads((out / "config.json").read_text())
-    assert config["beta"] == 0.1 and config["world_size"] == 1 and config["torch"] == torch.__version__
+    assert (
+        config["beta"] == 0.1 and config["world_size"] == 1 and config["torch"] == torch.__version__
+    )
     line = fails(common.start_run, Args(str(out)), "x")
     assert str(out) in line and "--overwrite" in line and "--resume" in line
 
-    line = fails(common.start_run, Args(str(out), beta=0.2, data="hh", max_steps=5, resume=True), "x")
+    line = fails(
+        common.start_run, Args(str(out), beta=0.2, data="hh", max_steps=5, resume=True), "x"
+    )
     assert "beta 0.1 -> 0.2" in line and "data tiny -> hh" in line and "max_steps" not in line
     common.start_run(Args(str(out), max_steps=20, resume=True), "x")
 
@@ -334,7 +384,9 @@ def test_run_folder(tmp_path):
 def test_run_folder_of_somebody_else(tmp_path, monkeypatch):
     (tmp_path / "thesis.tex").write_text("")
     assert "config.json" in fails(common.start_run, Args(str(tmp_path), overwrite=True), "x")
-    assert "no run to resume" in fails(common.start_run, Args(str(tmp_path / "new"), resume=True), "x")
+    assert "no run to resume" in fails(
+        common.start_run, Args(str(tmp_path / "new"), resume=True), "x"
+    )
     assert "thesis.tex" in fails(common.start_run, Args(str(tmp_path / "thesis.tex/run")), "x")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     monkeypatch.chdir(tmp_path)
@@ -343,14 +395,18 @@ def test_run_folder_of_somebody_else(tmp_path, monkeypatch):
 
 def test_checkpoint_round_trip(folder, tmp_path):
     model, optimizer = training(folder, steps=2)
-    common.save_checkpoint(tmp_path, 2, model, optimizer, seen=[1, 2], baseline=torch.ones(2), note="x")
+    common.save_checkpoint(
+        tmp_path, 2, model, optimizer, seen=[1, 2], baseline=torch.ones(2), note="x"
+    )
     after_saving = torch.rand(3)
     other = training(folder, steps=0)
     step, extra = common.load_checkpoint(tmp_path, *other)
     assert step == 2 and torch.equal(extra.pop("baseline"), torch.ones(2))
     assert extra == {"seen": [1, 2], "note": "x"}
     assert all(map(torch.equal, state(*other), state(model, optimizer)))
-    assert len(state(*other)) == 4 * len(list(model.parameters()))  # weight, two moments and a count of steps
+    assert len(state(*other)) == 4 * len(
+        list(model.parameters())
+    )  # weight, two moments and a count of steps
     assert torch.equal(torch.rand(3), after_saving)
     assert common.load_checkpoint(tmp_path / "empty", *other) == (0, {})
 
@@ -397,7 +453,9 @@ def test_damaged_checkpoints(folder, tmp_path, capsys, damage):
     assert f"skip step-4: damaged ['{name}']" in capsys.readouterr().out
     assert all(map(torch.equal, state(*other), good)) and steps(tmp_path) == [0, 1]
 
-    common.save_checkpoint(tmp_path, 3, *other)  # the damaged later one makes room, not the good earlier one
+    common.save_checkpoint(
+        tmp_path, 3, *other
+    )  # the damaged later one makes room, not the good earlier one
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-2", "step-3"]
     for folder in tmp_path.glob("step-*"):
         damage(folder)
@@ -436,14 +494,20 @@ def test_checkpoint_cannot_be_written(folder, tmp_path, fault):
 
 
 def test_export_round_trip(folder, tmp_path):
-    model, tokenizer = common.load_model(folder / "llama", train=True), common.load_tokenizer(folder / "neox")
+    model, tokenizer = (
+        common.load_model(folder / "llama", train=True),
+        common.load_tokenizer(folder / "neox"),
+    )
     common.save_model(model, tokenizer, tmp_path / "model")
     torch.nn.init.zeros_(model.model.norm.weight)
     common.save_model(model, tokenizer, tmp_path / "model")  # over the first
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert again.lm_head.weight is again.model.embed_tokens.weight
-    assert AutoTokenizer.from_pretrained(tmp_path / "model")("a b").input_ids == tokenizer("a b").input_ids
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "model")("a b").input_ids
+        == tokenizer("a b").input_ids
+    )
     assert "TokenizersBackend" not in (tmp_path / "model/tokenizer_config.json").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert torch.equal(common.load_model(tmp_path)(IDS).logits, again(IDS).logits)  # a run folder

@@ -2,16 +2,30 @@ import copy
 
 import pytest
 import torch
-from common import decode_step, prefill, reorder, sample_tokens, stay_in_place
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
+from common import decode_step, prefill, reorder, sample_tokens, stay_in_place
+
 V = 61
 CONFIGS = {
-    "neox": GPTNeoXConfig(vocab_size=V, hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
-                          intermediate_size=64, max_position_embeddings=64),
-    "llama": LlamaConfig(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-                         num_key_value_heads=2, intermediate_size=64, max_position_embeddings=64),
+    "neox": GPTNeoXConfig(
+        vocab_size=V,
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    ),
+    "llama": LlamaConfig(
+        vocab_size=V,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    ),
     "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64),
 }
 PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 40, 22, 1, 60], [4, 4, 4, 30]]
@@ -82,7 +96,9 @@ def test_nothing_is_concatenated():
     before = [slab.data_ptr() for layer in cache.layers for slab in (layer.keys, layer.values)]
     for _ in range(4):
         decode_step(model, cache, torch.zeros(5, dtype=torch.long))
-    assert before == [slab.data_ptr() for layer in cache.layers for slab in (layer.keys, layer.values)]
+    assert before == [
+        slab.data_ptr() for layer in cache.layers for slab in (layer.keys, layer.values)
+    ]
     assert cache.get_seq_length() == 3 + 4
 
 
@@ -95,7 +111,9 @@ def test_bf16_model_decodes_like_its_own_full_forward():
         tokens = torch.arange(4) + step
         hidden, logits = decode_step(model, cache, tokens)
         sequences = [ids + [t] for ids, t in zip(sequences, tokens.tolist())]
-    for ids, z in zip(sequences, logits):  # bf16 keeps 8 bits: errors of a percent of the logits' spread
+    for ids, z in zip(
+        sequences, logits
+    ):  # bf16 keeps 8 bits: errors of a percent of the logits' spread
         expected = full_forward(model, ids)[1].float()
         assert (z.float() - expected).abs().max() < 0.05 * expected.std()
     tokens, logps = sample_tokens(logits, torch.full((4,), 0.3))
@@ -120,13 +138,25 @@ def grow(model, ancestors_per_step, prompts, copies):
 
 
 def test_reorder_equals_full_recomputation(model):
-    # before the first step; a permutation, in which slots overwrite each other; all from one; shrinking
-    grow(model, [[1, 1, 0, 2], [3, 0, 1, 2], [2, 2, 2, 2], [0, 1, 2, 3], [3, 1], [1, 0], [1]], PROMPTS[:1], 4)
+    # before the first step; a permutation, in which slots overwrite each other; all from one;
+    # shrinking
+    grow(
+        model,
+        [[1, 1, 0, 2], [3, 0, 1, 2], [2, 2, 2, 2], [0, 1, 2, 3], [3, 1], [1, 0], [1]],
+        PROMPTS[:1],
+        4,
+    )
 
 
 def test_reorder_across_prompts_of_different_length(model):
-    # slot 2 takes over another prompt, then slot 3, its old neighbour, copies it: the prompt moves too
-    grow(model, [[0, 1, 4, 3, 4, 5], [0, 1, 2, 2, 4, 5], [1, 5, 2, 2, 0, 2], [4, 1, 2, 3, 4]], PROMPTS[:3], 2)
+    # slot 2 takes over another prompt, then slot 3, its old neighbour, copies it: the prompt moves
+    # too
+    grow(
+        model,
+        [[0, 1, 4, 3, 4, 5], [0, 1, 2, 2, 4, 5], [1, 5, 2, 2, 0, 2], [4, 1, 2, 3, 4]],
+        PROMPTS[:3],
+        2,
+    )
 
 
 def test_reorder_leaves_survivors_and_a_shared_prompt_alone():
@@ -150,12 +180,16 @@ def test_stay_in_place_keeps_the_multiset_and_every_survivor():
             assert torch.equal(placed.sort().values, ancestors.sort().values)
             for survivor in ancestors.unique():
                 assert placed[survivor] == survivor
-    assert stay_in_place(torch.tensor([5, 1, 7])).tolist() in ([5, 1, 7], [7, 1, 5])  # three of eight
+    assert stay_in_place(torch.tensor([5, 1, 7])).tolist() in (
+        [5, 1, 7],
+        [7, 1, 5],
+    )  # three of eight
     assert stay_in_place(torch.tensor([], dtype=torch.long)).tolist() == []
 
 
 def test_sampling_frequencies_match_the_softmax():
-    # chi-square at level 0.001 (the chance of a false alarm with another seed), expected counts all above 5
+    # chi-square at level 0.001 (the chance of a false alarm with another seed), expected counts all
+    # above 5
     generator = torch.Generator().manual_seed(3)
     scores = torch.randn(37, generator=generator) * 1.5 + 100.0  # not normalised
     scores[[0, 12, 36]] = -torch.inf
@@ -165,7 +199,9 @@ def test_sampling_frequencies_match_the_softmax():
     counts = tokens.bincount(minlength=37)
     assert counts[p == 0].sum() == 0 and (n * p[p > 0]).min() > 5
     assert chisquare(counts[p > 0].numpy(), (n * p[p > 0]).numpy()).pvalue > 0.001
-    torch.testing.assert_close(logps.double(), p.log()[tokens], atol=2e-6, rtol=0)  # fp32 rounding of exp
+    torch.testing.assert_close(
+        logps.double(), p.log()[tokens], atol=2e-6, rtol=0
+    )  # fp32 rounding of exp
 
 
 def test_sampling_inverts_the_cdf_exactly():
@@ -179,15 +215,20 @@ def test_sampling_inverts_the_cdf_exactly():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_edges_of_u_never_reach_a_token_without_mass(dtype):
     generator = torch.Generator().manual_seed(0)
-    scores = (torch.randn(64, 50_304, generator=generator) * 20).to(dtype)  # most probabilities underflow
+    scores = (torch.randn(64, 50_304, generator=generator) * 20).to(
+        dtype
+    )  # most probabilities underflow
     scores[:, :3] = scores[:, -3:] = -torch.inf
     for u in (0.0, 1e-45, 0.5, 1 - 2**-24, 1.0):
         tokens, logps = sample_tokens(scores, torch.full((64,), u))
-        assert torch.isfinite(logps).all() and torch.isfinite(scores.gather(1, tokens[:, None])).all()
+        assert (
+            torch.isfinite(logps).all() and torch.isfinite(scores.gather(1, tokens[:, None])).all()
+        )
 
 
 def test_logps_are_normalised_by_the_sum_they_were_drawn_from():
-    # a fp32 softmax over 50,304 ids sums to 1 within 1e-5 only; the recorded log q is good to fp32 rounding
+    # a fp32 softmax over 50,304 ids sums to 1 within 1e-5 only; the recorded log q is good to fp32
+    # rounding
     scores = torch.randn(32, 50_304, generator=torch.Generator().manual_seed(0)) * 3
     tokens, logps = sample_tokens(scores, torch.linspace(0.01, 0.99, 32))
     exact = scores.double().log_softmax(-1)[torch.arange(32), tokens]
@@ -200,12 +241,13 @@ def test_one_row_and_rows_that_do_not_fill_a_block():
     tokens, logps = sample_tokens(scores, u)
     assert tokens.shape == logps.shape == (11,)
     for i in range(11):
-        token, logp = sample_tokens(scores[i:i + 1], u[i:i + 1])
+        token, logp = sample_tokens(scores[i : i + 1], u[i : i + 1])
         assert token.shape == (1,) and token == tokens[i] and logp == logps[i]
 
 
 def test_padded_vocabulary_is_cut_by_slicing():
-    # an embedding of 64 rows, a tokenizer of 50: the caller passes scores[:, :50]; none of 10,000 draws above
+    # an embedding of 64 rows, a tokenizer of 50: the caller passes scores[:, :50]; none of 10,000
+    # draws above
     model = build("neox", vocab_size=64)
     _, _, logits = prefill(model, PROMPTS[:1], 1, copies=10_000)
     u = torch.rand(10_000, generator=torch.Generator().manual_seed(0))
@@ -216,9 +258,12 @@ def test_padded_vocabulary_is_cut_by_slicing():
 
 
 def test_all_ids_of_a_flat_model_are_drawn():
-    # the library's sampler keeps 50 ids unless told otherwise; here a flat 300-token distribution is covered
+    # the library's sampler keeps 50 ids unless told otherwise; here a flat 300-token distribution
+    # is covered
     u = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    assert len(sample_tokens(torch.zeros(20_000, 300), u)[0].unique()) == 300  # missed with probability 1e-26
+    assert (
+        len(sample_tokens(torch.zeros(20_000, 300), u)[0].unique()) == 300
+    )  # missed with probability 1e-26
 
 
 def test_recorded_logps_equal_teacher_forcing(model):
