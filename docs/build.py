@@ -2,6 +2,7 @@
 
     python docs/build.py            make docs/*.html and docs/equations.md
     python docs/build.py --check    exit code 1 if one of them is not what would be made
+    python docs/build.py --pictures    first copy the pictures that run_all.sh has left in results/
 
 Equations come from equations/*.toml, pictures from pictures.toml, differences to released code from
 released.md, benchmarks from README.md, looks from template.html and style.css.  The right column is
@@ -11,6 +12,7 @@ written.
 """
 
 import re
+import shutil
 import sys
 import tomllib
 from html import escape
@@ -34,14 +36,15 @@ COLOURS = {  # the class of a type of tokens
 # ---- The left column
 
 
-def prose(text):
-    """A comment or a docstring as paragraphs; what is indented or set in columns stays as it is."""
+def prose(text, without_columns=False):
+    """A comment or a docstring as paragraphs; what is set in columns stays so, or is left out."""
     parts = []
     for chunk in re.split(r"\n\s*\n", text):
         lines = chunk.splitlines()
         in_columns = len(lines) > 1 and re.search(r"[^.:;)\s] {2,}\S", chunk)
         if in_columns or all(line.startswith("    ") for line in lines):
-            parts.append(f"<pre>{escape(chunk)}</pre>")
+            if not without_columns:
+                parts.append(f"<pre>{escape(chunk)}</pre>")
             continue
         # A line after an indented one starts a new paragraph, and so does a list item.
         hanging = any(line.startswith("  ") for line in lines)
@@ -49,13 +52,15 @@ def prose(text):
             if i == 0 or line.startswith("- ") or (hanging and not line.startswith(" ")):
                 parts.append("<p>")
             parts.append(escape(line.strip()))
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", "\n".join(parts))
+    text = "\n".join(parts).replace("-&gt;", "→")
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
 
 
 def equation(entry):
     """An equation under its number, with a link to its paper."""
     paper = entry["paper"]
-    label = ", ".join(x for x in (paper["name"], entry["number"], entry.get("section")) if x)
+    number = f"our {entry['number']}" if "ours" in paper and entry["number"] else entry["number"]
+    label = ", ".join(x for x in (paper["name"], number, entry.get("section")) if x)
     title = f'<a href="{paper["link"]}">{escape(label)}</a>: {escape(entry["name"])}'
     note = f"<p>{escape(entry['note'])}</p>" if "note" in entry else ""
     return f'<div class="eq"><p>{title}</p>\n{entry["mathml"]}{note}</div>'
@@ -67,7 +72,7 @@ def notes(source, block):
     if block.heading:
         parts.append(f"<h2>{escape(block.heading)}</h2>")
     if block.note:
-        parts.append(prose(block.note))
+        parts.append(prose(block.note, block.first == 1))
     elif block.remarks:
         parts.append("<ul>")
         for name, comment in block.remarks:
@@ -114,21 +119,26 @@ def code_of_blocks(source, links):
 # ---- Pages
 
 
+def first_line(note):
+    """What a docstring says first."""
+    line = note.partition("\n")[0].partition(".  ")[0]
+    return escape(line.removesuffix(".") + (" ..." if line[-1:] not in ".)" else ""))
+
+
 def contents(source):
     """The functions and classes of a file, under its sections."""
     parts = ["<ul>"]
     for block in source.blocks:
         if block.heading:
             parts.append(f"</ul>\n<p>{escape(block.heading)}</p>\n<ul>")
-        elif block.id in source.spans and "." not in block.id and block.note:
-            first = escape(block.note.splitlines()[0])
-            parts.append(f'<li><a href="#{block.id}">{block.id}</a> {first}</li>')
+        elif block.id in source.spans and "." not in block.id and not block.id.isupper():
+            parts.append(f'<li><a href="#{block.id}">{block.id}</a> {first_line(block.note)}</li>')
     return "\n".join(parts) + "\n</ul>"
 
 
-def picture(picture):
+def figure(picture):
     """The picture of a default run, with its sentence."""
-    image = f'<img src="{picture["file"]}" alt="{escape(picture["alt"])}" loading="lazy">'
+    image = f'<img src="{picture["file"]}" alt="{escape(picture["alt"])}">'
     return f"<figure>{image}\n<figcaption>{escape(picture['sentence'])}</figcaption></figure>"
 
 
@@ -143,8 +153,9 @@ def top(source, pictures):
         parts.append(f"<pre>{escape(chr(10).join(commands))}</pre>")
     name = Path(source.path).stem
     if name in pictures:
-        parts.append(picture(pictures[name]))
-    return "\n".join([*parts, f"<nav>{contents(source)}</nav>"])
+        parts.append(figure(pictures[name]))
+    parts.append(f"<nav>{contents(source)}</nav>")
+    return "<div class='top'>" + "\n".join(parts) + "</div>"
 
 
 def page(source, pictures, common):
@@ -184,13 +195,13 @@ def equation_map(papers, for_page):
 
 def index(sources, papers, pictures):
     """The body of the first page."""
-    parts = ["<main class='wide'>"]
+    parts = ["<main class='wide'>", "<h2>Methods</h2>"]
     for source in sources:
         name = Path(source.path).stem
-        first = escape(source.blocks[0].note.splitlines()[0])
+        first = escape(source.blocks[0].note.partition("\n")[0])
         parts.append(f'<h3><a href="{name}.html">{source.path}</a></h3>\n<p>{first}</p>')
         if name in pictures:
-            parts.append(picture(pictures[name]))
+            parts.append(figure(pictures[name]))
     readme = (ROOT / "README.md").read_text()
     speed = re.search(r"^## Speed.*?(?=^## )", readme, re.M | re.S)
     if speed is None:
@@ -204,10 +215,10 @@ def index(sources, papers, pictures):
 def build():
     """Everything that is made: {path: text}."""
     papers = [read_paper(path) for path in sorted((DOCS / "equations").glob("*.toml"))]
-    paths = sorted(path.relative_to(ROOT) for path in (ROOT / "methods").glob("*.py"))
-    sources = [read_source(str(path), papers) for path in [*paths, Path("common.py")]]
-    check_citations(sources, papers)
     pictures = tomllib.loads((DOCS / "pictures.toml").read_text())
+    paths = [f"methods/{name}.py" for name in pictures] + ["common.py"]
+    sources = [read_source(path, papers) for path in paths]
+    check_citations(sources, papers)
     template = Template((DOCS / "template.html").read_text())
     style = (DOCS / "style.css").read_text()
 
@@ -222,6 +233,9 @@ def build():
 
 
 def main():
+    if "--pictures" in sys.argv:
+        for picture in tomllib.loads((DOCS / "pictures.toml").read_text()).values():
+            shutil.copy(ROOT / picture["from"], DOCS / picture["file"])
     made = build()
     for name, text in made.items():
         path = DOCS / name

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SHORT = {"Eqs.": "Eq.", "Figure": "Fig.", "Thm.": "Theorem", "Algorithm": "Alg.", "Tables": "Table"}
 NUMBER = r"[A-Z]?\.?\d+(?:\.\d+)?"
 THIN_SPACE = '<mspace width="0.167em"></mspace>'
+DIRECTIVES = ("isort:", "fmt:", "ruff:")  # comments for tools
 GAP = r"[\s#]*"  # a list of numbers may go on in the next comment line
 CITATION = re.compile(
     r"\b(Eqs?\.|Theorem|Thm\.|Prop\.|Lemma|Def\.|Alg\.|Algorithm|Fig\.|Figure|Tables?)"
@@ -65,15 +66,15 @@ def to_mathml(latex, place):
             formula = convert(line, display="block")
         except Exception as error:  # the library raises many kinds
             fail(place, f"cannot convert {line}: {error!r}")
-        if "\\" in formula:
-            fail(place, f"cannot convert {line}: unknown command")
+        if "\\" in formula or line.count("{") != line.count("}"):
+            fail(place, f"cannot convert {line}: an unknown command, or braces without their pair")
         formula = formula.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
         formulas.append(formula.replace("<mi>log</mi>", "<mi>log</mi>" + THIN_SPACE))
     return "\n".join(formulas)
 
 
 def read_paper(path):
-    """A paper with its entries, and each entry's place in the file, MathML and key."""
+    """A paper with its entries: each has its line, its MathML and what its places must cite."""
     name = path.relative_to(ROOT)
     text = path.read_text()
     try:
@@ -86,7 +87,7 @@ def read_paper(path):
         if ("place" in entry) == ("reason" in entry):
             fail(entry["from"], f"{entry['name']}: a place in the code, or a reason why not")
         entry["mathml"] = to_mathml(entry.get("latex", ""), entry["from"])
-        entry["key"] = entry["number"] or entry.get("section", "")  # what its places must cite
+        entry["key"] = entry["number"] or entry.get("cite", entry.get("section", "").partition(",")[0])
         entry["lines"] = []  # (source, line) of its places
         entry["paper"] = paper
     return paper
@@ -181,7 +182,7 @@ def read_source(path, papers):
         tree = ast.parse(text)
     except SyntaxError as error:
         fail(f"{path}:{error.lineno}", f"cannot be split: {error.msg}")
-    lines = text.splitlines(keepends=True)
+    lines = list(io.StringIO(text))
     own = [paper for paper in papers if path in paper["files"]]
     source = Source(path, lines, {}, [], own)
     add_spans(source.spans, tree)
@@ -209,13 +210,17 @@ def read_source(path, papers):
 
 
 def make_block(source, comments, first, end):
-    """A paragraph: its comment is its note, or a heading where a blank line follows."""
+    """A paragraph; its comment is its note, or first a heading if a blank line follows it."""
     n = first
     while n < end and source.lines[n - 1].lstrip().startswith("#"):
         n += 1
-    text = "\n".join(comments[i].lstrip("#").strip(" -=") for i in range(first, n)).strip()
-    is_heading = n > first and (n == end or not source.lines[n - 1].strip())
-    notes = [] if is_heading else [text]
+    own = [comments[i].lstrip("#").strip(" -=") for i in range(first, n)]
+    own = [line for line in own if line and not line.startswith(DIRECTIVES)]
+    heading = ""
+    stands_alone = n == end or not source.lines[n - 1].strip()
+    if own and stands_alone and (len(own) == 1 or "----" in source.lines[first - 1]):
+        heading = own.pop(0)
+    notes = ["\n".join(own)]
     owner = ""
     for name, (start, stop, docstring) in source.spans.items():
         if start <= min(n, end - 1) < stop and name != "__doc__":
@@ -223,8 +228,8 @@ def make_block(source, comments, first, end):
         if first <= start < end:
             notes.append(inspect.cleandoc(docstring))
     count = sum(block.owner == owner for block in source.blocks) + 1
-    anchor = owner if owner and count == 1 else f"{owner or 'line'}.{count}"
-    block = Block(anchor, owner, first, end, text if is_heading else "", "\n\n".join(notes).strip(), [])
+    anchor = owner if owner and count == 1 else f"{owner or 'part'}.{count}"
+    block = Block(anchor, owner, first, end, heading, "\n\n".join(notes).strip(), [])
     for i in range(n, end):
         if i in comments:
             name = re.match(r'\s*"?(\w+)"?(?=[:=]| =)', source.lines[i - 1])
