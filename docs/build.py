@@ -71,6 +71,8 @@ def notes(source, block):
     parts = []
     if block.heading:
         parts.append(f"<h2>{escape(block.heading)}</h2>")
+    if block.id in source.spans and block.note:
+        parts.append(f"<h3>{block.id}</h3>")
     if block.note:
         parts.append(prose(block.note, block.first == 1))
     elif block.remarks:
@@ -127,7 +129,7 @@ def first_line(note):
 
 def contents(source):
     """The functions and classes of a file, under its sections."""
-    parts = ["<ul>"]
+    parts = ["<h2>Functions</h2>\n<ul>"]
     for block in source.blocks:
         if block.heading:
             parts.append(f"</ul>\n<p>{escape(block.heading)}</p>\n<ul>")
@@ -169,7 +171,8 @@ def page(source, pictures, common):
     for block, code in zip(source.blocks, code_of_blocks(source, links)):
         anchor = f'<a class="line" href="#{block.id}">{block.first}</a>'
         left = f'<div class="notes">{anchor}\n{notes(source, block)}</div>'
-        rows.append(f'<section id="{block.id}">{left}\n<pre><code>{code}</code></pre></section>')
+        row = f'<div class="row" id="{block.id}">{left}\n<pre><code>{code}</code></pre></div>'
+        rows.append(row)
     return f"{top(source, pictures)}\n<main>\n" + "\n".join(rows) + "\n</main>"
 
 

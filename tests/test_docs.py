@@ -49,7 +49,8 @@ class Reader(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         attributes = dict(attributes)
-        self.open.append(tag)
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
         if "id" in attributes:
             self.ids.append(attributes["id"])
         if tag == "a":
@@ -66,10 +67,8 @@ class Reader(html.parser.HTMLParser):
             pass
 
     def handle_data(self, data):
-        if "section" in self.open:
-            column = self.open[self.open.index("section") + 1 :]
-            if column[:2] == ["pre", "code"]:
-                self.code.append(data)
+        if self.open[:5] == ["html", "body", "main", "div", "pre"]:  # a row's notes are in a div
+            self.code.append(data)
 
 
 @pytest.fixture(scope="module")
