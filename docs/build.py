@@ -190,7 +190,7 @@ def equation_map(papers, for_page):
                 if for_page:
                     target = f"{Path(source.path).stem}.html#{block.id}"
                 where.append(f"[{source.path}:{line}]({target})")
-            place = ", ".join(where) or f"not here: {entry['reason']}"
+            place = ", ".join(where) or f"Not here. {entry['reason']}"
             number = entry["number"] or entry.get("section", "")
             parts.append(f"| {number} | {entry['name']} | {place} |")
     return "\n".join(parts).replace("^", "\\^") + "\n"

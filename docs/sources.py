@@ -74,7 +74,7 @@ def to_mathml(latex, place):
 
 
 def read_paper(path):
-    """A paper with its entries: each has its line, its MathML and what its places must cite."""
+    """A paper with its entries: each gets its line and its MathML."""
     name = path.relative_to(ROOT)
     text = path.read_text()
     try:
@@ -87,7 +87,8 @@ def read_paper(path):
         if ("place" in entry) == ("reason" in entry):
             fail(entry["from"], f"{entry['name']}: a place in the code, or a reason why not")
         entry["mathml"] = to_mathml(entry.get("latex", ""), entry["from"])
-        entry["key"] = entry["number"] or entry.get("cite", entry.get("section", "").partition(",")[0])
+        # What its places must cite.
+        entry["key"] = entry.get("cite") or entry["number"] or entry.get("section", "")
         entry["lines"] = []  # (source, line) of its places
         entry["paper"] = paper
     return paper
