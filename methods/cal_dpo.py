@@ -2,26 +2,33 @@
 
 Xiao, Yuan, Zhu, Li, Honavar 2024, https://arxiv.org/abs/2412.14516
 
-Loss (Eq. 10), r = log pi/pi_ref: DPO with beta = 1, and a pull of r to rho/beta (Eq. 9); here rho = +-1/2:
+Let r_w and r_l be log pi/pi_ref of the chosen and of the rejected response. The loss is that of DPO
+at beta = 1, plus a calibration that pulls r_w to 1/(2 beta) and r_l to -1/(2 beta) (Eq. 10):
 
     L = -log sigmoid( r_w - r_l ) + lam [ (r_w - 1/(2 beta))^2 + (r_l + 1/(2 beta))^2 ],  lam = 1
 
-    python methods/cal_dpo.py                             tiny world, about a minute on a laptop
+    python methods/cal_dpo.py                             tiny world, a minute on a laptop
+    python methods/cal_dpo.py --contrast ipo              the calibration of another loss
     torchrun --standalone --nproc-per-node 4 methods/cal_dpo.py hh --model results/sft-hh
-Presets: tiny (default) | hh, tldr: Pythia-2.8B on Anthropic HH, on TL;DR | ultrafeedback: Zephyr-7B.
 
-Does the chosen reward stay positive?  If 1/(2 beta) is below its ceiling, the headroom -log pi_ref(y_w|x), a
-pair's minimiser has r_w > 0; labels that disagree, and pi adding up to 1, lower it: in the tiny world r_w is
-near 0, where DPO loses 11 nats.  If above (logged: unreachable), as at beta = 0.001, r_w can fall as in DPO:
-while |r| << 1/(2 beta) both pulls are nearly equal (there the sigmoid is 0.05 %, and every step is clipped).
+Presets: tiny (default) | hh, tldr: Pythia-2.8B on Anthropic HH, TL;DR | ultrafeedback: Zephyr-7B.
 
-Differs from the released code: there the README's commands say loss=dpo and run DPO; lam is 0.5 in its last
-version.  App. B.1 misprints the target as 0.5 beta.  calibration_part is logged without lam/(2 beta^2).
+Does r_w stay positive? It cannot exceed -log pi_ref(y_w|x). If its target is below that ceiling,
+the loss of one pair is least at an r_w above 0. Pairs that disagree lower it, and so does the sum
+of all probabilities, which is 1: in the tiny world r_w ends near 0, where DPO loses 11 nats. If the
+target is above the ceiling (logged as "unreachable"), as at beta = 0.001, then r_w can fall as in
+DPO. As long as both targets are far away the two pulls are nearly equal; at beta = 0.001 the
+sigmoid then gives 0.05 % of the gradient, and every step is clipped.
+
+Differences from the paper's text and the released code:
+- The commands of the released README say loss=dpo and run DPO. Its last version has lam = 0.5.
+- Algorithm 1 in App. B.1 misprints the target as 0.5 beta. The authors confirm 1/(2 beta).
+- The logged calibration_part leaves out its value at the start, lam/(2 beta^2).
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,20 +37,15 @@ import tyro
 
 @dataclass
 class Args:
-    beta: float = 0.1  # the log-ratios' targets are rho/beta; App. B.1 searches 0.001 to 0.1
-    lam: float = 1.0  # weight of the calibration term; 0 is DPO at beta = 1
-    shift: float = 0.5  # s of rho = 1-s for chosen and -s for rejected responses
-    targets: Literal["labels", "scores"] = "labels"  # rho by label, or the data's own scores (Eq. 9)
-    average: bool = False  # log-probs per token in the loss, instead of per response
+    beta: float = 0.1  # the log-ratios' targets are +-1/(2 beta); App. B.1 searches 0.001 to 0.1
+    lam: float = 1.0  # weight of the calibration; 0 is DPO at beta = 1
     contrast: Literal["dpo", "ipo", "slic"] = "dpo"  # the loss that is calibrated
-    label_smoothing: float = 0.0  # probability that a label is flipped (conservative DPO)
 
     model: str = "tiny"  # initial policy: tiny, a local or run folder, or a hub id
     ref_model: str = ""  # frozen reference; empty: the initial policy
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
     max_length: int = 512  # tokens of prompt and response together
-    max_prompt_length: int = 256  # tokens a prompt is cut to when the row is longer than max_length
-    truncation: Literal["auto", "keep_end", "keep_start"] = "auto"  # of long prompts; auto: end and cue
+    max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length
 
     lr: float = 5e-5  # of RMSprop, after warm-up
     batch_size: int = 32  # pairs per optimiser step, over all processes
@@ -52,9 +54,9 @@ class Args:
     warmup_steps: int = 10  # of linear warm-up, then lr is constant
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
-    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, sums and loss are float32
-    seed: int = 0
+    gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights and sums are float32
+    seed: int = 0  # of the order of the data
 
     eval_every: int = 320  # training pairs between evaluations, rounded down to whole steps
     eval_pairs: int = 256  # held-out pairs, the same at every evaluation
@@ -64,19 +66,39 @@ class Args:
     overwrite: bool = False  # delete the run that is in the run folder
 
 
-PAPER = dict(  # the released commands; App. B.1: RMSprop, batch 128, 150 warm-up steps, lr 5e-6
-    model="EleutherAI/pythia-2.8b", lr=5e-7, batch_size=64, warmup_steps=150, dtype="bfloat16",
-    eval_every=5000, save_every=20000, tokens_per_microbatch=16384)
+PYTHIA = Args(  # the released commands for Pythia-2.8B
+    model="EleutherAI/pythia-2.8b",  # give the SFT run: --model results/sft-hh
+    lr=5e-7,  # App. B.1: 5e-6
+    batch_size=64,  # App. B.1: 128
+    warmup_steps=150,  # App. B.1
+    max_grad_norm=10.0,
+    dtype="bfloat16",
+    max_length=512,
+    max_prompt_length=256,
+    tokens_per_microbatch=16384,
+    eval_every=5000,
+    eval_pairs=256,
+    save_every=20000,
+)
+ZEPHYR = replace(  # the released code for UltraFeedback
+    PYTHIA,
+    model="alignment-handbook/zephyr-7b-sft-full",
+    max_length=1024,
+    max_prompt_length=512,
+)
 PRESETS = {
     "tiny": Args(),
-    "hh": Args(data="hh", beta=0.1, out="results/cal_dpo-hh", **PAPER),  # with --model results/sft-hh
-    "tldr": Args(data="tldr", beta=0.001, out="results/cal_dpo-tldr", **PAPER),
-    "ultrafeedback": Args(**PAPER | dict(data="ultrafeedback", out="results/cal_dpo-ultrafeedback",
-        beta=0.001, model="alignment-handbook/zephyr-7b-sft-full", max_length=1024, max_prompt_length=512)),
+    "hh": replace(PYTHIA, data="hh", beta=0.1, out="results/cal_dpo-hh"),
+    "tldr": replace(PYTHIA, data="tldr", beta=0.001, out="results/cal_dpo-tldr"),
+    "ultrafeedback": replace(
+        ZEPHYR, data="ultrafeedback", beta=0.001, out="results/cal_dpo-ultrafeedback"
+    ),
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    preset = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else "tiny"
+    preset = "tiny"
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        preset = sys.argv.pop(1)
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
     args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
@@ -85,133 +107,184 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
-from common import (
-    batch_order, clip_gradients, load_checkpoint, load_model, load_pairs, load_tokenizer, log, merge,
-    optimiser_steps, pack_pairs, pair_metrics, plot_curves, print_evaluations, progress,
-    reference_logps, response_logps, save_checkpoint, save_model, setting, setup, speed, start_run,
-    stop_requested, stop_unless_finite, subset, tokenize_pairs
-)
+# common.py is beside this file, or one folder up.
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+# isort: off
+from common import pair_metrics, reference_logps, response_logps  # log-probabilities
+from common import pack_pairs, tokenize_pairs  # tokenization
+from common import batch_order, load_pairs, optimiser_steps, subset  # data
+from common import clip_gradients, load_model, load_tokenizer, save_model  # models
+from common import log, merge, progress, require, setup, speed, start_run  # processes
+from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
+from common import plot_curves, print_evaluations, setting  # processes
+# isort: on
 
 
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
-    """Eq. 7 for each pair.  Four (B,) summed log-probs -> (B,) losses.
+def cal_dpo_loss(
+    chosen_logps,
+    rejected_logps,
+    ref_chosen_logps,
+    ref_rejected_logps,
+    beta,
+    lam=1.0,
+    contrast="dpo",
+):
+    """The loss of each pair, Eq. 10.  Four (B,) summed log-probs -> (B,) losses.
 
-    With label_smoothing = eps, the expected loss when a label is flipped with probability eps; 1/2 has no
-    slope at 0.
+    contrast: "dpo" in Eq. 10; the paper calibrates IPO ("ipo") and SLiC ("slic") in the same way.
+    Raises ValueError for any other.
     """
-    chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # Eq. 5, without beta log Z(x)
-    rejected_reward = beta * (rejected_logps - ref_rejected_logps)
-    margin = chosen_reward - rejected_reward  # where Z(x) cancels
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    r_w = chosen_logps - ref_chosen_logps
+    r_l = rejected_logps - ref_rejected_logps
+    target = 1 / (2 * beta)
+    if contrast == "dpo":
+        preference = -F.logsigmoid(r_w - r_l)  # no beta in the sigmoid
+    elif contrast == "ipo":
+        preference = (r_w - r_l - target) ** 2
+    elif contrast == "slic":
+        preference = F.relu(1 - (r_w - r_l))
+    else:
+        raise ValueError(f"unknown contrast {contrast!r}: it is dpo, ipo or slic")
+    calibration = (r_w - target) ** 2 + (r_l + target) ** 2
+    return preference + lam * calibration  # Eq. 10
 
 
-def cal_dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, lam=1.0,
-                 rho=(0.5, -0.5), contrast="dpo", label_smoothing=0.0):
-    """Eq. 10 for each pair; with rewards rho, Eq. 9.  Four (B,) log-probs -> (B,) losses."""
-    r_w, r_l = chosen_logps - ref_chosen_logps, rejected_logps - ref_rejected_logps
-    phi = {"dpo": dpo_loss(r_w, r_l, 0, 0, 1, label_smoothing),  # no beta in the sigmoid
-           "ipo": (r_w - r_l - 1 / (2 * beta)) ** 2, "slic": F.relu(1 - (r_w - r_l))}[contrast]
-    return phi + lam * ((r_w - rho[0] / beta) ** 2 + (r_l - rho[1] / beta) ** 2)
+def load_rows(args, split, tokenizer):
+    """The pairs of the split "train" or "test" as token ids."""
+    pairs = load_pairs(args.data, split)
+    return tokenize_pairs(pairs, tokenizer, args.max_length, args.max_prompt_length)
 
 
-def with_rho(rows, pairs, args):
-    """Tokenised rows with "rho": rewards of both responses by label, or the scores in the data."""
-    for row in rows:
-        pair, row["rho"] = pairs[row["row"]], [1 - args.shift, -args.shift]
-        if args.targets == "scores":  # columns of UltraFeedback, or of the tiny world
-            scores = dict(zip(map(str, pair.get("responses", ())), pair.get("rewards", ())))
-            rho = [pair.get(f"score_{side}", scores.get(str(pair[side]))) for side in ("chosen", "rejected")]
-            if None in rho:
-                raise SystemExit(f"{args.data}: row {row['row'] + 1} has no scores; use --targets labels")
-            row["rho"] = [float(x) for x in rho]
-    return rows
+def score_reference(args, tokenizer, rows):
+    """The reference's log-probs of chosen and rejected, (N, 2); computed once, cached on disk."""
+    name = args.ref_model or args.model
+    return reference_logps(name, tokenizer, rows, args.dtype, args.tokens_per_microbatch)
 
 
 def pair_losses(model, batch, reference, args):
-    """The packed batch's losses with gradient (B,), and what is logged of each pair, a dictionary of (B,)."""
-    chosen_logps, rejected_logps = response_logps(model, batch)[0].view(-1, 2).unbind(1)
-    ref_chosen_logps, ref_rejected_logps = reference[batch["index"]].to(chosen_logps.device).unbind(1)
+    """The losses of a micro-batch, with gradient, and what is logged of each of its pairs.
+
+    batch: packed from N rows, B of which it holds.  reference: (N, 2) log-probs of all of them.
+    Returns (B,) losses and a dictionary of (B,) tensors.
+    """
+    # The responses of a batch are chosen, rejected, chosen, rejected, ...
+    policy = response_logps(model, batch)[0].view(-1, 2)
+    chosen_logps, rejected_logps = policy.unbind(1)
+    reference = reference[batch["index"]].to(policy.device)
+    ref_chosen_logps, ref_rejected_logps = reference.unbind(1)
+
+    # The loss and its parts, in float64: 1/(2 beta^2) is large beside what the gradient is made of.
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    lengths = batch["counts"].view(-1, 2).to(chosen_logps).unbind(1) if args.average else (1, 1)
-    scaled = [x.double() / n for x, n in zip(logps, lengths * 2)]  # double, since the constant is large
-    rho = torch.tensor([row["rho"] for row in batch["rows"]]).to(scaled[0]).unbind(1)
-    losses, phi = (cal_dpo_loss(*scaled, args.beta, lam, rho, args.contrast, args.label_smoothing)
-                   for lam in (args.lam, 0))
-    parts = {"loss": losses, "dpo_part": phi,
-             "calibration_part": losses - phi - args.lam * (rho[0] ** 2 + rho[1] ** 2) / args.beta**2,
-             "log_ratios/chosen": scaled[0] - scaled[2], "log_ratios/rejected": scaled[1] - scaled[3],
-             "unreachable": ((rho[0] > -args.beta * scaled[2]) | (rho[1] > -args.beta * scaled[3])).float()}
-    return losses, {name: x.detach() for name, x in (parts | pair_metrics(*logps, args.beta)).items()}
+    precise = [x.double() for x in logps]
+    losses = cal_dpo_loss(*precise, args.beta, args.lam, args.contrast)
+    target = 1 / (2 * args.beta)
+    metrics = {"loss": losses.detach()}
+    metrics["dpo_part"] = cal_dpo_loss(*precise, args.beta, 0.0, args.contrast).detach()
+    calibration = metrics["loss"] - metrics["dpo_part"]
+    metrics["calibration_part"] = calibration - 2 * args.lam * target**2
+
+    # The log-ratios, whether r_w cannot reach its target, and what all preference methods log.
+    metrics["log_ratios/chosen"] = (precise[0] - precise[2]).detach()
+    metrics["log_ratios/rejected"] = (precise[1] - precise[3]).detach()
+    metrics["unreachable"] = (target > -precise[2]).float()
+    metrics.update(pair_metrics(*logps, args.beta))
+    return losses, metrics
+
+
+@torch.no_grad()
+def evaluate(model, rows, reference, args):
+    """What is logged of this process's share of the held-out pairs: a dictionary of tensors."""
+    metrics = []
+    for batch in pack_pairs(rows, args.tokens_per_microbatch):
+        _, pairs = pair_losses(model, batch, reference, args)
+        metrics.append(pairs)
+    return merge(metrics, prefix="eval_")
 
 
 PANELS = [  # of the figure: title, unit, metrics
     ("implicit rewards", "beta log pi/pi_ref, nats", ["rewards/chosen", "rewards/rejected"]),
     ("accuracy", "share of pairs", ["rewards/accuracies", "ranking_accuracy"]),
     ("DPO part of the loss", "nats per pair", ["dpo_part"]),
-    ("calibration part, less its constant", "squared nats per pair", ["calibration_part"])]
+    ("calibration part, less its constant", "squared nats per pair", ["calibration_part"]),
+]
 
 
-@torch.no_grad()
-def evaluate(model, rows, reference, args):
-    """What is logged of each of this process's held-out pairs, before the update that follows."""
-    batches = pack_pairs(rows, args.tokens_per_microbatch)
-    return merge([pair_losses(model, batch, reference, args)[1] for batch in batches], prefix="eval_")
+def check(args):
+    """Refuse what no run could use, before anything is loaded."""
+    require(0 < args.beta < float("inf"), "--beta must be positive")
+    require(0 <= args.lam < float("inf"), "--lam must be at least 0")
+    require(args.contrast in ("dpo", "ipo", "slic"), "--contrast must be dpo, ipo or slic")
 
 
 def main(args):
-    smooth = 0 <= args.label_smoothing < 0.5 and (args.contrast == "dpo" or not args.label_smoothing)
-    if not (args.beta > 0 and args.lam >= 0 and smooth):
-        raise SystemExit("--beta must be positive, --lam not negative, --label-smoothing in [0, 0.5) of dpo")
+    check(args)
     setup(args.seed)
+
+    # Data: token ids of the pairs that the optimiser steps will use, and of the held-out pairs.
     tokenizer = load_tokenizer(args.model)
-    limits = args.max_length, args.max_prompt_length, args.truncation
-    train, test = (with_rho(tokenize_pairs(pairs, tokenizer, *limits), pairs, args)
-                   for pairs in [load_pairs(args.data, split) for split in ("train", "test")])
+    train = load_rows(args, "train", tokenizer)
+    test = load_rows(args, "test", tokenizer)
     steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
     out = start_run(args, "cal_dpo")
 
-    ref_train, ref_test = (reference_logps(args.ref_model or args.model, tokenizer, rows, args.dtype,
-                                           args.tokens_per_microbatch) for rows in (train, test))
+    # Reference: it never changes, and neither do its log-probs.
+    ref_train = score_reference(args, tokenizer, train)
+    ref_test = score_reference(args, tokenizer, test)
 
+    # Model: the policy, its optimiser, and where a resumed run goes on.
     model = load_model(args.model, args.dtype, train=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.RMSprop(model.parameters(), lr=args.lr)
-    start, state = load_checkpoint(out, model, optimizer) if args.resume else (0, {})
-    clipped = state.get("clipped", 0)  # steps whose gradient was clipped so far
-    eval_steps, save_steps = (max(1, n // args.batch_size) for n in (args.eval_every, args.save_every))
+    start = 0
+    clipped = 0  # steps whose gradient was clipped so far
+    if args.resume:
+        start, state = load_checkpoint(out, model, optimizer)
+        clipped = state.get("clipped", 0)
+    eval_steps = max(1, args.eval_every // args.batch_size)
+    save_steps = max(1, args.save_every // args.batch_size)
 
     for step in progress(range(start, steps)):
         if step % eval_steps == 0:
             log(out, step, **evaluate(model, test, ref_test, args))
-        started, metrics = time.time(), []
-        index = batch_order(len(train), args.batch_size, step, args.seed)
-        rows, reference = [train[i] for i in index], ref_train[index]
-        for batch in pack_pairs(rows, args.tokens_per_microbatch):
-            losses, pairs = pair_losses(model, batch, reference, args)
-            (losses.sum() * dist.get_world_size() / len(rows)).backward()  # FSDP averages over the processes
-            metrics.append(pairs)
 
+        # Step: the gradients of the micro-batches add up to that of the mean over all pairs.
+        started = time.time()
+        index = batch_order(len(train), args.batch_size, step, args.seed)
+        rows = [train[i] for i in index]
+        metrics = []
+        for batch in pack_pairs(rows, args.tokens_per_microbatch):
+            losses, pairs = pair_losses(model, batch, ref_train[index], args)
+            # FSDP takes the mean over the processes; the loss is the mean over all their pairs.
+            (losses.sum() * dist.get_world_size() / len(rows)).backward()
+            metrics.append(pairs)
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, rows, out)
         clipped += grad_norm > args.max_grad_norm
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
         optimizer.step()
         optimizer.zero_grad()
-        log(out, step, **merge(metrics), grad_norm=grad_norm, clipped_steps=clipped / (step + 1), lr=lr,
-            **speed(rows, time.time() - started))
+
+        # Log: means over all processes, of values from before the update.
+        status = {"grad_norm": grad_norm, "clipped_steps": clipped / (step + 1)}
+        status["lr"] = optimizer.param_groups[0]["lr"]
+        log(out, step, **merge(metrics), **status, **speed(rows, time.time() - started))
+
+        # Save: a checkpoint when it is due, and when the run is asked to stop.
         stop = stop_requested()
-        if stop or args.save_every and (step + 1) % save_steps == 0:
+        if stop or (args.save_every > 0 and (step + 1) % save_steps == 0):
             save_checkpoint(out, step + 1, model, optimizer, clipped=clipped)
         if stop:
-            raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
+            raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
+    # After the last step: the model, the figure, and a table of the held-out metrics.
     log(out, steps, **evaluate(model, test, ref_test, args))
     save_model(model, tokenizer, out / "model")
-    history = plot_curves(out, PANELS, f"Cal-DPO (Xiao et al. 2024), beta {args.beta}: {setting(args)}")
+    history = plot_curves(
+        out, PANELS, f"Cal-DPO (Xiao et al. 2024), beta {args.beta}: {setting(args)}"
+    )
     print_evaluations(history)
     return history
 

@@ -2,31 +2,35 @@
 
 Siththaranjan, Laidlaw, Hadfield-Menell 2023, https://arxiv.org/abs/2312.08358
 
-Preferences hide context: who judged, by which objective.  A reward model fitted by Eq. 1 follows Borda count,
-not expected utility (Thm. 3.1).  DPL outputs a distribution D(a) of utility, fitted by the likelihood
-P(a beats b) = P(u_a > u_b) + P(u_a = u_b) / 2, where u_a ~ D(a) and u_b ~ D(b) are independent:
+Preference data hide context: who judged, and by which objective. A reward model fitted by Eq. 1
+orders alternatives by their Borda count and not by their expected utility (Theorem 3.1). DPL gives
+every alternative a distribution of utility instead, and fits it by the likelihood (Sec. 4)
+P(a beats b) = P(u_a > u_b) + P(u_a = u_b) / 2, where u_a and u_b are independent. Reward types:
 
-    base               one point r_a                   -log sigmoid(r_a - r_b)   (Eq. 1)
-    mean_and_variance  N(mu, sigma = softplus(f))      -log Phi((mu_a - mu_b) / sqrt(sigma_a^2 + sigma_b^2))
-    categorical        softmax on K atoms in [0, 1]    -log sum_ij p_i(a) p_j(b) M_ij, M_ij = 1, 1/2 or 0
+    base               one number r                  -log sigmoid(r_a - r_b), Eq. 1
+    mean_and_variance  N(mu, softplus(f)^2)          -log Phi((mu_a - mu_b) / sqrt(var_a + var_b))
+    categorical        softmax over K atoms          -log sum_ij p_i(a) p_j(b) M_ij
 
-    python methods/dpl.py                 hidden-context: all three in the tiny world
-    python methods/dpl.py synthetic 1d    Fig. 3 in seconds; figure3: at full size; 2d: the other world
-    python methods/dpl.py train --type categorical --model gpt2 --data pairs.jsonl --lr 1e-5 --out results/cat
-    python methods/dpl.py evaluate --checkpoints results/cat --data pairs.jsonl --out eval_results.jsonl
-    python methods/dpl.py score --checkpoints results/cat --prompt "Human: Hi" --response " Hello"
-    python methods/dpl.py score --checkpoints results/cat --data samples.jsonl --risk cvar    (best of n)
-    python methods/dpl.py summarize --files reward_outputs.jsonl eval_results.jsonl
+    python methods/dpl.py                hidden-context: two reward types in the tiny world
+    python methods/dpl.py synthetic 1d   Figure 3 in seconds; figure3: in full; 2d: another world
+    python methods/dpl.py train --type categorical --model gpt2 --data pairs.jsonl --lr 1e-5
+    python methods/dpl.py evaluate --data pairs.jsonl --out eval.jsonl     rows: chosen, rejected
+    python methods/dpl.py score --data prompts.jsonl --out outputs.jsonl   rows: prompt, responses
+    python methods/dpl.py score --prompt "Human: Hi" --response " Hello"
+    python methods/dpl.py summarize --files eval.jsonl outputs.jsonl
 
-Presets: the commands, figure3, and hh, which is train with Llama-2-7B and LoRA (App. C.2).
-As in the released code, not the paper: link of mean_and_variance (the paper's: --link probit), entropy bonus
-(--entropy example), weight decay, z drawn for each side of a synthetic pair (--shared-context is Eq. 2).
-Not as in the released code: fp32 head, losses in log space (a bf16 head stops learning at lr 3e-6), a floor
-on sigma, no dropout in LoRA, a coin for synthetic ties, the true Borda count in 2d.
+Presets: the commands above, figure3, and hh, which is train with Llama-2-7B and LoRA (App. C.2).
 
-Found by hidden-context on the tiny world, seeds 0, 1, 2: base follows Borda count (r .96-.97) and rates up
-the monsters that a quarter of the readers hate; the sd of mean_and_variance finds what divides the readers
-(AUC 1.00, .84, .97), its 1 % quantile avoids it; after as many steps categorical finds little (AUC .55-.61).
+These follow the released code and not the paper: the link of mean_and_variance (the paper's is
+--link probit), the weight decay, and a context drawn for each side of a synthetic pair
+(--shared-context: one for both, Eq. 2). These follow neither: the reward head is float32 (in
+bfloat16 it stops learning at the paper's rate), losses stay in log space, sigma has a floor, LoRA
+has no dropout, and a coin breaks synthetic ties.
+
+Found by hidden-context, seeds 0, 1, 2: base follows Borda count (correlation .95 to .97) and rates
+up the monsters that a quarter of the readers hate; the sd of mean_and_variance finds what divides
+the readers (AUC .84 to 1.00). categorical is not shown, since it needs more updates: AUC .55 to .65
+in as many, .91 and .72 (seeds 0, 1) at --lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03.
 """
 
 import json
@@ -34,80 +38,82 @@ import math
 import sys
 import time
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import NormalDist
 from typing import Literal
 
 import tyro
 
-TYPES = "base", "mean_and_variance", "categorical"
-RISKS = "mean", "quantile", "cvar", "mean_sd", "entropic"
-ALPHAS = 0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 0.9, 0.99
+RewardType = Literal["base", "mean_and_variance", "categorical", "compare"]
 
 
 @dataclass
 class Args:
-    type: Literal[(*TYPES, "all")] = "mean_and_variance"  # all: the three, against the tiny world's truth
-    link: Literal["logistic", "logistic_matched", "probit"] = "logistic"  # of mean_and_variance
+    """Options of train, hh and hidden-context."""
+
+    type: RewardType = "mean_and_variance"  # compare: two of them, as hidden-context does
+    link: Literal["logistic", "probit"] = "logistic"  # P(win) of mean_and_variance; probit: Sec. 4
     num_atoms: int = 10  # K of categorical; App. C.2
-    entropy: Literal["batch", "example"] = "batch"  # of a micro-batch's mean p, or mean of each (App. C.2)
-    entropy_coeff: float = 0.1  # kappa, categorical only; App. C.2
-    variance_penalty: float = 0.0  # times sigma_chosen^2 + sigma_rejected^2; released code only
+    entropy: Literal["example", "batch"] = "example"  # batch: of a micro-batch's mean p (released)
+    entropy_coeff: float = 0.1  # kappa, weight of the entropy bonus of categorical; App. C.2
     sigma_floor: float = 1e-4  # a width added to every comparison; none in the released code
     soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen instead of 1
-    subset: Literal["both", "helpful", "harmless"] = "both"  # sub-folder of data, or by data_subset
-    lora: bool = False  # rank 8, alpha 32 (App. C.2) on whole frozen weights, merged at the end; needs peft
-    schedule: Literal["cosine", "step", "linear", "constant"] = "cosine"  # no warm-up; cosine ends at a tenth
+    subset: Literal["both", "helpful", "harmless"] = "both"  # sub-folder, or data_subset of a row
+    lora: bool = False  # train rank 8, alpha 32 (App. C.2) and merge it at the end; needs peft
 
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
     data: str = "tiny"  # tiny, hh, ultrafeedback, ..., a file, a folder or a hub id
     max_length: int = 1024  # tokens; pairs with a longer side are dropped, not cut; App. C.2
     lr: float = 3e-3  # of AdamW, for the tiny model; the paper's is 3e-6
-    head_lr: float = 0.0  # of the head; 0: as lr
-    weight_decay: float = 1e-3  # released code; 1e-4 in App. C.2
+    head_lr: float = 0.0  # of the reward head; 0: the same as lr
+    schedule: Literal["cosine", "constant"] = "cosine"  # of both rates; cosine ends at a tenth
+    weight_decay: float = 1e-3  # of AdamW; released code, 1e-4 in App. C.2
     batch_size: int = 32  # pairs per optimiser step, over all processes
-    epochs: int = 1
-    max_steps: int = 0  # 0: as many as the epochs hold
-    max_grad_norm: float = 1.0  # released code
-    tokens_per_microbatch: int = 8192  # packed tokens per forward pass and process
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, head, losses stay float32
-    seed: int = 0
+    epochs: int = 1  # passes over the training pairs
+    max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
+    max_grad_norm: float = 1.0  # longer gradients are cut to this norm; released code
+    tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; head and losses stay float32
+    seed: int = 0  # of the head's first weights and the order of the pairs
+
     eval_every: int = 0  # training pairs between evaluations; 0: only at the end
-    eval_pairs: int = 256  # held out; passes over all, as in the released code, cost more than training
+    eval_pairs: int = 256  # held-out pairs; a pass over all of them costs more than training
     save_every: int = 0  # training pairs between checkpoints; 0: none
-    out: str = ""  # run folder; empty: results/dpl-train, or results/dpl for all
-    resume: bool = False  # continue the run in the run folder
-    overwrite: bool = False  # delete the run in the run folder
+    out: str = ""  # run folder; empty: results/dpl-train, or results/dpl for compare
+    resume: bool = False  # continue the run in the run folder from its newest good checkpoint
+    overwrite: bool = False  # delete the run that is in the run folder
 
 
 @dataclass
 class SyntheticArgs:
-    env: tyro.conf.Positional[Literal["1d", "2d"]] = "1d"  # 1d: the paper's
-    shared_context: bool = False  # one z for both sides of a pair, Eq. 2; 1d only
-    width: int = 64  # of three hidden layers
+    """Options of synthetic and figure3."""
+
+    env: tyro.conf.Positional[Literal["1d", "2d"]] = "1d"  # 1d: Figure 3; 2d: of the released code
+    shared_context: bool = False  # one context for both sides of a pair, Eq. 2; 1d only
+    width: int = 64  # of the three hidden layers
     batch_size: int = 512  # pairs, drawn anew for every step
     lr: float = 3e-3  # of Adam, decaying exponentially to 1e-5
-    steps: int = 600  # for each type
-    seed: int = 0
+    steps: int = 600  # optimiser steps for each reward type
+    seed: int = 0  # of the pairs and the first weights
     out: str = ""  # run folder; empty: results/dpl-<env>
-    overwrite: bool = False  # delete the run in the run folder
+    overwrite: bool = False  # delete the run that is in the run folder
 
 
 @dataclass
 class ScoreArgs:
+    """Options of evaluate and score."""
+
     checkpoints: tuple[str, ...] = ("results/dpl-train",)  # run or model folders
-    names: tuple[str, ...] = ("both",)  # one for each: reward_outputs_NAME, risk_NAME and its best_NAME
-    data: str = ""  # JSON lines of prompt and responses, or of prompt and response; or pairs, as for train
+    names: tuple[str, ...] = ("both",)  # one for each: columns reward_outputs_NAME and risk_NAME
+    data: str = ""  # JSON lines of prompt and responses; or pairs, as for train
     split: Literal["train", "test"] = "test"  # of pairs
     subset: Literal["both", "helpful", "harmless"] = "both"  # of pairs
     max_length: int = 2**30  # tokens; pairs with a longer side are dropped, nothing is ever cut
     prompt: str = ""  # with --response, instead of --data: print the numbers of one text
     response: str = ""  # see --prompt
-    risk: Literal[RISKS] = "quantile"  # what risk_NAME holds; see utility
-    alpha: float = 0.01  # of quantile and cvar; Sec. 5
-    c: float = 1.0  # of mean_sd and entropic
-    tokens_per_microbatch: int = 16384  # packed tokens per forward pass and process
+    risk: Literal["mean", "quantile"] = "quantile"  # the utility in risk_NAME
+    alpha: float = 0.01  # of the quantile; Sec. 5
+    tokens_per_microbatch: int = 16384  # memory knob: packed tokens per forward pass and process
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute
     out: str = "reward_outputs.jsonl"  # the file to write
     overwrite: bool = False  # replace that file
@@ -115,22 +121,36 @@ class ScoreArgs:
 
 @dataclass
 class SummarizeArgs:
-    files: tuple[str, ...] = ()  # of evaluate or score; responses[0] is taken for safe, [1] for jailbroken
-    alpha: float = 0.01  # of quantile and cvar; Sec. 5
-    c: float = 1.0  # of mean_sd and entropic
+    """Options of summarize."""
+
+    files: tuple[str, ...] = ()  # written by evaluate, score or the released code
+    alpha: float = 0.01  # of the quantile; Sec. 5
 
 
 PRESETS = {
-    "hidden-context": Args(type="all", soft_labels=True, lr=3e-4, head_lr=3e-2, batch_size=16, epochs=3),
+    "hidden-context": Args(
+        type="compare", soft_labels=True, lr=3e-4, head_lr=3e-2, batch_size=16, epochs=3
+    ),
     "train": Args(),
-    "evaluate": ScoreArgs(data="tiny", max_length=1024, out="eval_results_both.jsonl"), "score": ScoreArgs(),
-    "summarize": SummarizeArgs(), "synthetic": SyntheticArgs(),
+    "evaluate": ScoreArgs(data="tiny", max_length=1024, out="eval_results_both.jsonl"),
+    "score": ScoreArgs(),
+    "summarize": SummarizeArgs(),
+    "synthetic": SyntheticArgs(),
     "figure3": SyntheticArgs(width=512, batch_size=2048, lr=1e-3, steps=1000),  # released README
-    "hh": Args(model="meta-llama/Llama-2-7b-hf", data="hh", lora=True, dtype="bfloat16", lr=3e-6,
-               batch_size=2, save_every=2000)}  # App. C.2; one subset: --epochs 2 --data hh-helpful-base
+    "hh": Args(  # App. C.2; for one subset: --epochs 2 --data hh-helpful-base
+        model="meta-llama/Llama-2-7b-hf",
+        data="hh",
+        lora=True,
+        dtype="bfloat16",
+        lr=3e-6,
+        batch_size=2,
+        save_every=2000,
+    ),
+}
 
-if __name__ == "__main__":  # before torch is imported: --help answers at once
-    if not sys.argv[1:] or sys.argv[1][0] == "-" and sys.argv[1] not in ("-h", "--help"):
+if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    first = "".join(sys.argv[1:2])
+    if first not in ("-h", "--help") and (first == "" or first.startswith("-")):
         sys.argv.insert(1, "hidden-context")
     command = tyro.extras.subcommand_type_from_defaults(PRESETS, prefix_names=False)
     args = tyro.cli(command, description=__doc__)
@@ -143,531 +163,1165 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
-from common import (TINY_GROUPS, batch_order, clip_gradients, load_checkpoint, load_model, load_pairs,
-                    load_tokenizer, log, model_folder, on_rank0, optimiser_steps, pack_pairs, read_rows,
-                    require, response_hiddens, save_checkpoint, save_model, say, setting, setup, speed,
-                    start_run, stop_requested, stop_unless_finite, subset, tiny_attributes, tiny_reward,
-                    tokenize_pairs, write)
+# common.py lies beside this file or one folder up.
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+# isort: off
+from common import response_hiddens  # log-probabilities
+from common import pack_pairs, tokenize_pairs  # tokenization
+from common import batch_order, load_pairs, optimiser_steps, read_rows, subset  # data
+from common import clip_gradients, load_model, load_tokenizer, model_folder, save_model  # models
+from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
+from common import load_checkpoint, log, merge, on_rank0, progress, require  # processes
+from common import save_checkpoint, say, setting, setup, speed, start_run  # processes
+from common import stop_requested, stop_unless_finite, write  # processes
+# isort: on
+
+SHOWN = ("base", "mean_and_variance")  # of hidden-context, which learn in its time
+ALPHAS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 0.9, 0.99)
+
+# ---- the paper: losses
 
 
 def base_loss(chosen, rejected):
-    """Eq. 1 for each pair.  (B, 1) rewards -> (B,) losses"""
+    """Eq. 1 for each pair, whose label is 1.  (B, 1) rewards, twice -> (B,) losses"""
     return -F.logsigmoid(chosen[:, 0] - rejected[:, 0])
 
 
-def mean_variance_loss(chosen, rejected, link="logistic", sigma=F.softplus, sigma_floor=1e-12):
-    """-log P(u_chosen > u_rejected), u ~ N(mu, sigma(f)^2) (Sec. 4).  (B, 2) of mu, f -> (B,)
+def normal_loss(mu_chosen, sigma_chosen, mu_rejected, sigma_rejected, link, sigma_floor=0.0):
+    """-log P(u_chosen > u_rejected), independent normal utilities (Sec. 4).  (B,) each -> (B,)
 
-    probit is the paper's.  logistic, the released code's, is pi/2 too steep at 0: sigma comes out too large.
-    logistic_matched has Phi's slope.  The floor keeps z finite where both sigma vanish.
+    The probit link is the paper's. The logistic link is the released code's: its slope at 0 is
+    pi / 2 times that of the probit, so that the fitted sigma comes out too large by that factor.
+    The floor keeps z finite where both sigma vanish.
     """
-    (mu_c, f_c), (mu_r, f_r) = chosen.unbind(-1), rejected.unbind(-1)
-    z = (mu_c - mu_r) / (sigma(f_c) ** 2 + sigma(f_r) ** 2 + sigma_floor**2).sqrt()
+    # z is the mean of u_chosen - u_rejected in units of its standard deviation.
+    variance = sigma_chosen**2 + sigma_rejected**2 + sigma_floor**2
+    z = (mu_chosen - mu_rejected) / variance.sqrt()
     if link == "probit":
         return -torch.special.log_ndtr(z)
-    return -F.logsigmoid(math.sqrt(2 * math.pi if link == "logistic" else 8 / math.pi) * z)
+    if link == "logistic":
+        return -F.logsigmoid(math.sqrt(2 * math.pi) * z)
+    raise ValueError(f"unknown link {link!r}")
+
+
+def mean_variance_loss(chosen, rejected, link="logistic", sigma_floor=1e-12):
+    """The normal loss with sigma = softplus(f) (App. C.2).  (B, 2) of mu and f, twice -> (B,)"""
+    mu_chosen, f_chosen = chosen.unbind(-1)
+    mu_rejected, f_rejected = rejected.unbind(-1)
+    sigma_chosen = F.softplus(f_chosen)
+    sigma_rejected = F.softplus(f_rejected)
+    return normal_loss(mu_chosen, sigma_chosen, mu_rejected, sigma_rejected, link, sigma_floor)
 
 
 def categorical_loss(chosen, rejected):
-    """-log sum_ij p_i(chosen) p_j(rejected) M_ij, tied atoms count half (Sec. 4).  (B, K) logits -> (B,)"""
-    i = torch.arange(chosen.shape[-1]).to(chosen)
-    log_M = torch.log((1 + torch.sign(i[:, None] - i)) / 2)  # 0 for i > j, -log 2 for i = j, -inf for i < j
-    log_p_c, log_p_r = chosen.log_softmax(-1), rejected.log_softmax(-1)
-    return -(log_p_c[:, :, None] + log_p_r[:, None, :] + log_M).flatten(1).logsumexp(-1)
+    """-log sum_ij p_i(chosen) p_j(rejected) M_ij (Sec. 4).  (B, K) logits, twice -> (B,)
+
+    M_ij is 1 if atom i lies above atom j, 1/2 if they are the same and 0 if it lies below.
+    """
+    log_p_chosen = chosen.log_softmax(-1)
+    log_p_rejected = rejected.log_softmax(-1)
+    atom = torch.arange(chosen.shape[-1]).to(chosen)
+    M = (1 + torch.sign(atom[:, None] - atom)) / 2
+
+    # In log space a sum of products that are too small for a float is still finite.
+    log_terms = log_p_chosen[:, :, None] + log_p_rejected[:, None, :] + M.log()
+    return -log_terms.flatten(1).logsumexp(-1)
 
 
-def entropy(chosen, rejected, over="batch"):
-    """H of App. C.2, to be subtracted kappa times from the mean loss.  (B, K) logits, twice -> ()
+def entropy(chosen, rejected, over="example"):
+    """H of App. C.2, of which kappa times is taken off the mean loss.  (B, K) logits, twice -> ()
 
-    "example" is the mean of H(p(.|a)), the paper's; "batch" is H of the mean p, the released code's: it asks
-    the batch to use all atoms and lets single predictions collapse.
+    "example" is the paper's, the mean of each alternative's H(p). "batch" is the released code's, H
+    of the mean p: it asks the batch to use all atoms, and lets single predictions collapse.
     """
     log_p = torch.cat([chosen, rejected]).log_softmax(-1)
     if over == "batch":
-        log_p = log_p.logsumexp(0) - math.log(len(log_p))
+        log_p = log_p.logsumexp(0) - math.log(len(log_p))  # of the mean p
+    elif over != "example":
+        raise ValueError(f"unknown entropy {over!r}")
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
-def pair_losses(chosen, rejected, type, link="logistic", sigma_floor=1e-12):
-    """The loss of each pair, for which exp(-loss) is the model's P(chosen wins).  (B, K), twice -> (B,)"""
-    if type == "mean_and_variance":
-        return mean_variance_loss(chosen, rejected, link, sigma_floor=sigma_floor)
-    return base_loss(chosen, rejected) if type == "base" else categorical_loss(chosen, rejected)
+def pair_losses(chosen, rejected, reward_type, link="logistic", sigma_floor=1e-12):
+    """The loss of each pair; exp(-loss) is the model's P(chosen wins).  (B, K), twice -> (B,)"""
+    if reward_type == "base":
+        return base_loss(chosen, rejected)
+    if reward_type == "mean_and_variance":
+        return mean_variance_loss(chosen, rejected, link, sigma_floor)
+    if reward_type == "categorical":
+        return categorical_loss(chosen, rejected)
+    raise ValueError(f"unknown reward type {reward_type!r}")
 
 
-def utility(outputs, type, risk="mean", alpha=0.01, c=1.0, scale=1.0):
+# ---- the paper: distributions of utility as numbers
+
+
+def normal_utility(mu, sigma, measure, alpha):
+    """Mean, sd or alpha-quantile of N(mu, sigma^2).  Any shapes -> that shape"""
+    if measure == "mean":
+        return mu
+    if measure == "sd":
+        return sigma
+    return mu + NormalDist().inv_cdf(alpha) * sigma
+
+
+def categorical_utility(logits, measure, alpha):
+    """Mean, sd or alpha-quantile of a distribution over atoms in [0, 1].  (..., K) -> (...)
+
+    In mean and sd atom i = 0 .. K - 1 is the point i / (K - 1). In the quantile it is the bin from
+    i / K to (i + 1) / K, as in the released code: quantiles of points would tie.
+    """
+    K = logits.shape[-1]
+    p = logits.softmax(-1)
+    if measure == "quantile":
+        # The share of each bin below the quantile: all, none, or a part of the bin that holds it.
+        below = p.cumsum(-1) - p
+        filled = ((alpha - below) / p).nan_to_num(0).clamp(0, 1)
+        return filled.sum(-1) / K
+
+    # Moments of the points.
+    atoms = torch.arange(K).to(logits) / (K - 1)
+    mean = (p * atoms).sum(-1)
+    if measure == "mean":
+        return mean
+    return (p * (atoms - mean[..., None]) ** 2).sum(-1).sqrt()
+
+
+def utility(outputs, reward_type, measure="mean", alpha=0.01):
     """Each distribution of utility as one number.  (..., K) raw outputs -> (...)
 
-    risk: mean, sd, quantile (alpha), cvar (mean of the worst share alpha), mean_sd (mean - c sd) or entropic
-    (-log E[exp(-c u)] / c).  scale multiplies sigma: 2 / pi brings a logistic link's to the matched slope.
-    Atom i = 0 .. K - 1 is the point i / (K - 1), but in quantile and cvar the bin from i / K to (i + 1) / K,
-    as in the released code: quantiles of points would tie.
+    measure: mean; sd, the trace of hidden context; or quantile, the risk-averse utility of Sec. 5.
     """
-    if type == "base":
-        return torch.zeros_like(outputs[..., 0]) if risk == "sd" else outputs[..., 0]
-    if type == "mean_and_variance":
-        mean, sd, x = outputs[..., 0], scale * F.softplus(outputs[..., 1]), NormalDist().inv_cdf(alpha)
-        quantile, cvar = mean + x * sd, mean - NormalDist().pdf(x) / alpha * sd
-        entropic = mean - c * sd**2 / 2
-    else:
-        log_p, K = outputs.log_softmax(-1), outputs.shape[-1]
-        p, i = log_p.exp(), torch.arange(K).to(outputs)
-        u = i / (K - 1)
-        mean, entropic = (p * u).sum(-1), -(log_p - c * u).logsumexp(-1) / c
-        sd = (p * (u - mean[..., None]) ** 2).sum(-1).sqrt()
-        room = alpha - (p.cumsum(-1) - p)
-        tail, filled = room.clamp(min=0).minimum(p), (room / p).nan_to_num(0).clamp(0, 1)  # mass, share
-        quantile, cvar = filled.sum(-1) / K, (tail * (i + filled / 2)).sum(-1) / K / alpha
-    measures = dict(mean=mean, sd=sd, quantile=quantile, cvar=cvar, mean_sd=mean - c * sd, entropic=entropic)
-    return measures[risk]
+    if measure not in ("mean", "sd", "quantile"):
+        raise ValueError(f"unknown measure {measure!r}")
+    if reward_type == "base":
+        reward = outputs[..., 0]
+        return torch.zeros_like(reward) if measure == "sd" else reward
+    if reward_type == "mean_and_variance":
+        return normal_utility(outputs[..., 0], F.softplus(outputs[..., 1]), measure, alpha)
+    if reward_type == "categorical":
+        return categorical_utility(outputs, measure, alpha)
+    raise ValueError(f"unknown reward type {reward_type!r}")
 
 
 def r_squared(mean, sd):
-    """Sec. 4: the share of the variance of utility that is not hidden context.  Any shapes -> ()"""
-    return mean.var(correction=0) / (mean.var(correction=0) + (sd**2).mean())
+    """Share of the variance of utility that is not hidden context (Sec. 4).  Any shapes -> ()"""
+    explained = mean.var(correction=0)
+    return explained / (explained + (sd**2).mean())
 
 
-def wilson(k, n, z=1.959964):
-    """95 % interval of a rate, seen k times in n."""
-    centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
+def wilson(hits, n, z=1.959964):
+    """The 95 % interval of a rate that was seen `hits` times in n -> (low, high)"""
+    centre = hits + z * z / 2
+    half = z * math.sqrt(hits * (n - hits) / n + z * z / 4)
     return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
 
 
-def environment(a):
-    """Of the synthetic utility, E[u] / q with probability q, else 0.  (..., 1 or 2) -> E[u], q, both (...)"""
-    if a.shape[-1] == 1:
-        return a[..., 0], torch.where(a[..., 0] < 0.8, 1.0, 0.5).to(a)
-    return a[..., 1], 1 - a[..., 0] * a[..., 1]
-
-
-def borda(a, shared=False):
-    """BC(a) = E_b[p(a, b)] (Sec. 3) in closed form; z drawn for each side or shared (1d).  -> (...)"""
-    u, q = environment(a)
-    if a.shape[-1] == 1:
-        return torch.where(q == 1, 0.1 + u, 0.05 + 0.5 * u if shared else 0.275 + 0.25 * u)
-    v, c = u / q, 1 - (q / u).clamp(max=1)
-    low = 0.25 + torch.log1p(v) / 2 + v / (2 * (1 + v))
-    high = 0.25 + c - c**2 / 4 + torch.log((1 + v) / v) / 2 - 1 / (2 * (1 + v)) + 1 / (2 * v)
-    return q * torch.where(v <= 1, low, high) + (1 - q) / 8  # u = v; or u = 0, which ties with other zeros
-
-
 def correlation(x, y):
-    """Pearson's, over all elements -> float"""
-    return torch.corrcoef(torch.stack([x.flatten(), y.flatten()]).double())[0, 1].item()
+    """Pearson's correlation over all elements -> float"""
+    both = torch.stack([x.flatten(), y.flatten()]).double()
+    return torch.corrcoef(both)[0, 1].item()
 
 
-def finish(out, table, curves, draw, panels, caption):
-    """Print the table {column: {row: number}}, write curves.json and the figure drawn from it; by rank 0."""
-    write(out / "curves.json", {name: x.tolist() for name, x in curves.items()})
-    say(f"\n{'':32}" + "".join(f"{name:>19}" for name in table))
-    for row in table["base"]:
-        numbers = (f"{column[row]:19.4f}" if row in column else " " * 19 for column in table.values())
-        say(f"{row:32}" + "".join(numbers))
-    from matplotlib.figure import Figure
-    figure = Figure((12, 3.4 * panels // 3), layout="constrained")
-    curves = json.loads((out / "curves.json").read_bytes())
-    draw({name: torch.tensor(x) for name, x in curves.items()}, figure.subplots(panels // 3, 3).flat)
-    figure.suptitle(caption, fontsize=9)
-    (out / "figures").mkdir(exist_ok=True)
-    figure.savefig(out / "figures" / "dpl.png", dpi=120)
+# ---- the synthetic worlds
 
 
-def draw_1d(curves, axes):
-    """Fig. 3, right to left: what each type learned."""
-    u, mean, sd, twin = *(curves[name] for name in ("u", "mean_and_variance", "sd")), axes[0].twinx()
-    lines = axes[0].plot(u, curves["base"], "k"), twin.plot(u, curves["borda"], "b--"), twin.plot(u, u, "r:")
-    names = "learned utility (left)", "Borda count (right)", "expected utility (right)"
-    axes[0].legend([line for line, in lines], names, fontsize=8)
-    axes[1].plot(u, mean, "k")
-    low, high = (mean - sd).clamp(mean.min() - 1), (mean + sd).clamp(max=mean.max() + 1)
-    axes[1].fill_between(u, low, high, alpha=0.3)
-    axes[2].imshow(curves["p"].T, origin="lower", extent=(0, 1, 0, 1), aspect="auto", cmap="Greys")
-    for axis, title in zip(axes, ("base", "mean_and_variance: mean, sd", "categorical: p(u | a)")):
-        axis.set(title=title, xlabel="alternative a", ylabel="utility")
+def environment(env, a):
+    """Utility is E[u] / q with probability q, and else 0.  (..., d) alternatives -> E[u], q
+
+    1d is the paper's (Sec. 4, Figure 3): beyond 0.8 a coin decides. 2d is from the released code.
+    """
+    if env == "1d":
+        mean = a[..., 0]
+        q = torch.where(mean < 0.8, 1.0, 0.5).to(a)
+        return mean, q
+    if env == "2d":
+        x, y = a.unbind(-1)
+        return y, 1 - x * y
+    raise ValueError(f"unknown environment {env!r}")
 
 
-def draw_2d(curves, axes):
-    """The released code's second figure, with the true Borda count."""
-    titles = {"u": "expected utility", "borda": "Borda count", "base": "base: learned utility",
-              "mean_and_variance": "mean_and_variance: mean", "sd": "mean_and_variance: sd"}
-    side, p = math.isqrt(len(curves["u"])), curves["p"]
-    for axis, (name, title) in zip(axes, titles.items()):
-        drawn = axis.contourf(curves[name].view(side, side).T, 12, extent=(0, 1, 0, 1))
-        axis.figure.colorbar(drawn, ax=axis)
-        axis.set(title=title, xlabel="x", ylabel="y")
-    axes[5].set(title="categorical: p(u | x, y)", xlabel="x", ylabel="y")
-    for i, j in torch.cartesian_prod(torch.arange(4), torch.arange(4)).tolist():
-        inset = axes[5].inset_axes((i / 4 + 0.02, j / 4 + 0.02, 0.21, 0.21), xticks=[], yticks=[])
-        inset.bar(range(p.shape[1]), p.view(side, side, -1)[(2 * i + 1) * side // 8, (2 * j + 1) * side // 8])
-        inset.set_ylim(0, 1)
+def dimensions(env):
+    """How many numbers an alternative of this world is."""
+    if env == "1d":
+        return 1
+    if env == "2d":
+        return 2
+    raise ValueError(f"unknown environment {env!r}")
 
 
-def synthetic(args):
-    """Fit all types to preferences of the environment -> {type: {"loss", "corr. Borda", "corr. E[u]"}}"""
-    require(args.env == "1d" or not args.shared_context, "--shared-context: its Borda count is for 1d only")
-    setup(args.seed)
-    out, d = start_run(args, f"dpl-{args.env}"), int(args.env[0])
-    generator = torch.Generator().manual_seed(args.seed)
+def borda(env, a, shared=False):
+    """Borda count BC(a) = E_b[p(a, b)] (Sec. 3) in closed form.  (..., d) alternatives -> (...)
 
-    def compare(n):  # n pairs, and whether the first is preferred
-        (a, b), z = torch.rand(2, n, d, generator=generator), torch.rand(3, n, generator=generator)
-        (u_a, q_a), (u_b, q_b) = environment(a), environment(b)
-        u_a = torch.where(z[0] < q_a, u_a / q_a, 0)
-        u_b = torch.where(z[1 - args.shared_context] < q_b, u_b / q_b, 0)
-        return torch.cat([a, b]), torch.where(u_a == u_b, z[2] < 0.5, u_a > u_b)[:, None]
+    By Theorem 3.1 a base model orders the alternatives as BC does.
+    shared: both sides of a pair have one context, Eq. 2; else each side its own, as in the released
+    code. Only the 1d world has a closed form for shared contexts.
+    """
+    # 1d: up to 0.8 the utility is a itself; beyond, it is 0 half the time.
+    mean, q = environment(env, a)
+    if env == "1d":
+        beyond = 0.05 + 0.5 * mean if shared else 0.275 + 0.25 * mean
+        return torch.where(q == 1, 0.1 + mean, beyond)
 
-    line = (torch.arange(400 // d**3) + 0.5) / (400 // d**3)
-    grid = line[:, None] if d == 1 else torch.cartesian_prod(line, line)
-    curves, table = dict(u=environment(grid)[0], borda=borda(grid, args.shared_context)), {}
-    mean_variance = partial(mean_variance_loss, sigma=lambda f: (f - 2).exp())  # as in the released code
-    for type, K, loss in (("base", 1, base_loss), ("categorical", 20 if d == 1 else 8, categorical_loss),
-                          ("mean_and_variance", 2, mean_variance)):
-        layers = []
-        for n in (d, args.width, args.width):  # App. C.1; BatchNorm: released code, there of each side alone
-            layers += [nn.Linear(n, args.width), *[nn.BatchNorm1d(args.width)] * (K > 2), nn.ReLU()]
-        net = nn.Sequential(*layers, nn.Linear(args.width, K))
-        optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
-        for step in range(args.steps + 1):  # the last is a test of the finished net
-            net.train(step < args.steps)
-            sides, wins = compare(args.batch_size if step < args.steps else 50000)
-            out_a, out_b = net(sides).chunk(2)
-            losses = loss(torch.where(wins, out_a, out_b), torch.where(wins, out_b, out_a))
-            if step % 100 == 0 or step == args.steps:
-                log(out, step, **{type: losses})
-            if step < args.steps:
-                losses.mean().backward()
-                optimizer.param_groups[0]["lr"] = args.lr * (1e-5 / args.lr) ** (step / args.steps)
-                optimizer.step()
-                optimizer.zero_grad()
-        outputs = net(grid).detach()
-        curves[type] = utility(outputs, type) - utility(outputs, type).mean() * (K == 1)
-        curves |= dict(p=outputs.softmax(-1)) if K > 2 else dict(sd=(outputs[:, -1] - 2).exp())
-        table[type] = {"loss": losses.mean().item(), "corr. E[u]": correlation(curves[type], curves["u"]),
-                       "corr. Borda": correlation(curves[type], curves["borda"])}
-    draw = draw_1d if d == 1 else draw_2d
-    caption = f"{'As Fig. 3' if d == 1 else 'Synthetic 2d'}: {args.steps} steps, seed {args.seed}"
-    on_rank0(lambda: finish(out, table, curves, draw, 3 * d, caption), f"{out}: cannot be written")
-    return table
+    # 2d: with probability q the utility is v; else it is 0, which ties with other zeros. G is the
+    # share of alternatives below v.
+    v = mean / q
+    G_low = 0.25 + torch.log1p(v) / 2 + v / (2 * (1 + v))
+    c = 1 - (q / mean).clamp(max=1)
+    G_high = 0.25 + c - c**2 / 4 + torch.log((1 + v) / v) / 2 - 1 / (2 * (1 + v)) + 1 / (2 * v)
+    G = torch.where(v <= 1, G_low, G_high)
+    return q * G + (1 - q) / 8
+
+
+def draw_pairs(env, n, shared, generator):
+    """n random pairs -> alternatives (2n, d), first sides before second; who wins (n, 1)"""
+    # Alternatives, contexts z and coins, all uniform.
+    first, second = torch.rand(2, n, dimensions(env), generator=generator)
+    context_first, context_second, coin = torch.rand(3, n, generator=generator)
+    if shared:
+        context_second = context_first  # Eq. 2
+
+    # The utilities in these contexts.
+    mean, q = environment(env, first)
+    u_first = torch.where(context_first < q, mean / q, 0)
+    mean, q = environment(env, second)
+    u_second = torch.where(context_second < q, mean / q, 0)
+
+    # O_u of Eq. 2: the higher utility wins, and a tie goes either way.
+    first_wins = torch.where(u_first == u_second, coin < 0.5, u_first > u_second)
+    return torch.cat([first, second]), first_wins[:, None]
+
+
+# ---- model and data
 
 
 def encode(texts, tokenizer, max_length):
-    """Token ids of prompts and responses, without end-of-text; rows with a side over max_length go."""
+    """Rows of text -> rows of token ids without the end of text; "row" is the index of the text.
+
+    Rows with a side of more than max_length tokens are dropped and counted, never cut (App. C.2).
+    """
+    # Limits that nothing reaches: tokenize_pairs would cut.
     rows = tokenize_pairs(texts, tokenizer, 2**40, 2**39, what="")
+
+    # The reward is read at the last token of the text, and none is added (released code).
+    kept = []
     for row in rows:
         row["responses"] = [ids[:-1] for ids in row["responses"]]
         row["p"] = texts[row["row"]].get("p_chosen")
-    kept = [row for row in rows if len(row["prompt_ids"]) + max(map(len, row["responses"])) <= max_length]
+        longest = len(row["prompt_ids"]) + max(map(len, row["responses"]))
+        if longest <= max_length:
+            kept.append(row)
     if len(kept) < len(texts):
-        say(f"kept {len(kept)} of {len(texts)} rows: {len(texts) - len(rows)} could not be tokenized, "
-            f"{len(rows) - len(kept)} have a side of over --max-length {max_length} tokens")
+        failed = f"{len(texts) - len(rows)} could not be tokenized"
+        long = f"{len(rows) - len(kept)} have a side of over --max-length {max_length} tokens"
+        say(f"kept {len(kept)} of {len(texts)} rows: {failed}, {long}")
     require(kept, "no row is left: raise --max-length")
     return kept
 
 
 def load_subset(args, split):
-    """Pairs of --data and --subset: the folder's sub-folder of that name, else rows by data_subset."""
+    """Pairs of --data and --subset: of the sub-folder of that name, else rows by data_subset."""
+    # The relabelled HH-RLHF has a folder for each subset; to read them all would take pairs twice.
     folder = Path(args.data, args.subset)
-    rows = load_pairs(str(folder) if folder.is_dir() else args.data, split)
-    if args.subset != "both" and not folder.is_dir():
-        rows = [row for row in rows if row.get("data_subset") == args.subset]
-    require(rows, f"{args.data}: no row has data_subset {args.subset}, nor is there such a sub-folder")
+    if folder.is_dir():
+        return load_pairs(str(folder), split)
+
+    rows = load_pairs(args.data, split)
+    if args.subset == "both":
+        return rows
+    rows = [row for row in rows if row.get("data_subset") == args.subset]
+    problem = f"no row has data_subset {args.subset}, nor is there such a sub-folder"
+    require(rows, f"{args.data}: {problem}")
     return rows
 
 
+def number_of_outputs(reward_type, num_atoms):
+    """K, the outputs of the reward head."""
+    if reward_type == "base":
+        return 1
+    if reward_type == "mean_and_variance":
+        return 2
+    if reward_type == "categorical":
+        return num_atoms
+    raise ValueError(f"unknown reward type {reward_type!r}")
+
+
 def add_head(model, weight):
-    """Attach the fp32 reward head `score`, a name of the library's sequence classifiers.  weight: (K, d)"""
-    model.score = nn.Linear(*weight.shape[::-1], bias=False, device=model.device)
+    """Attach the float32 reward head `score`, as the library's classifiers name it.  (K, d)"""
+    K, width = weight.shape
+    model.score = nn.Linear(width, K, bias=False, device=model.device)
     model.score.weight.data.copy_(weight)
-    model.config.num_labels = len(weight)
-    if isinstance(one := next(model.parameters()), DTensor):
-        fully_shard(model.score, mesh=one.device_mesh)
+    model.config.num_labels = K
+    parameter = next(model.parameters())
+    if isinstance(parameter, DTensor):  # the body is sharded over several processes
+        fully_shard(model.score, mesh=parameter.device_mesh)
+
+
+def new_reward_model(args, tokenizer):
+    """A language model with a fresh head of args.type -> the model, and its LoRA form or None."""
+    model = load_model(args.model, args.dtype, train=not args.lora)
+    adapted = None
+    if args.lora:
+        import peft
+
+        # The adapters go into the model itself; `adapted` can merge them into its weights later.
+        config = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0)
+        adapted = peft.get_peft_model(model, config)
+
+    # The head starts at 1 % of the library's, so that all outputs are close to 0 (released code).
+    K = number_of_outputs(args.type, args.num_atoms)
+    add_head(model, 0.01 * 0.02 * torch.randn(K, model.config.hidden_size))
+    if not model.config.tie_word_embeddings:
+        model.get_output_embeddings().requires_grad_(False)  # a reward model predicts no tokens
+
+    # What evaluation needs to know travels in config.json.
+    atoms = []
+    if args.type == "categorical":
+        atoms = [i / (K - 1) for i in range(K)]
+    model.config.dpl = {"type": args.type, "K": K, "link": args.link, "atoms": atoms}
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, adapted
 
 
 def load_reward_model(name, dtype):
-    """-> model with its head, tokenizer, {"type", "K", "atoms", "link"}: what train saved"""
+    """What train saved -> the model, its tokenizer, and {"type", "K", "link", "atoms"}"""
     folder = model_folder(name)
-    meta = json.loads((folder / "config.json").read_bytes()).get("dpl")
-    require(meta, f"{folder}/config.json: no entry dpl, so this is no reward model; `dpl.py train` makes one")
-    files = [safe_open(path, "pt") for path in folder.glob("*.safetensors")]
-    heads = [file.get_tensor("score.weight") for file in files if "score.weight" in file.keys()]
-    K = {"base": 1, "mean_and_variance": 2}.get(meta["type"], meta["K"])
-    n = len(heads[0]) if heads else 0
-    require(n == K == meta["K"], f"{folder}: the head has {n} outputs, not those of {meta['type']} with K = "
-            f"{meta['K']} as in config.json; restore the files that train saved")
+    config = folder / "config.json"
+    meta = json.loads(config.read_bytes()).get("dpl")
+    remedy = "so this is no reward model; `dpl.py train` makes one"
+    require(meta, f"{config}: no entry dpl, {remedy}")
+
+    # load_model reads the body only; the head comes from the same files.
+    weight = torch.zeros(0, 1)
+    for path in folder.glob("*.safetensors"):
+        file = safe_open(path, "pt")
+        if "score.weight" in file.keys():
+            weight = file.get_tensor("score.weight")
+
+    # A head of another shape would be read as another distribution.
+    K = number_of_outputs(meta["type"], meta["K"])
+    expected = f"those of {meta['type']} with K = {meta['K']} as in config.json"
+    remedy = "restore the files that train saved"
+    fits = len(weight) == K == meta["K"]
+    require(fits, f"{folder}: the head has {len(weight)} outputs, not {expected}; {remedy}")
+
     model = load_model(name, dtype)
-    add_head(model, heads[0])
+    add_head(model, weight)
     return model, load_tokenizer(name), meta
+
+
+def head_outputs(model, batch):
+    """Raw outputs at the last token of each response of a packed batch.  -> (R, K) float32"""
+    return model.score(response_hiddens(model, batch).float())
 
 
 @torch.no_grad()
 def raw_outputs(model, rows, tokens_per_microbatch):
-    """The head's outputs for the responses of encoded rows, on all ranks.  -> list of (responses, K), CPU"""
+    """Raw outputs for encoded rows, the same on all processes -> list of (responses, K), CPU"""
+    # Packed rows: a prompt is computed once for all its responses, and nothing is padded.
     sizes = [len(row["responses"]) for row in rows]
     outputs = [torch.zeros(n, model.config.num_labels) for n in sizes]
     for batch in pack_pairs(rows, tokens_per_microbatch):
-        found = model.score(response_hiddens(model, batch).float()).cpu()
-        for i, x in zip(batch["index"], found.split([sizes[i] for i in batch["index"]])):
-            outputs[i] = x
-    dist.all_reduce(whole := torch.cat(outputs))
+        batch_sizes = [sizes[i] for i in batch["index"]]
+        found = head_outputs(model, batch).cpu().split(batch_sizes)
+        for i, row_outputs in zip(batch["index"], found, strict=True):
+            outputs[i] = row_outputs
+
+    # Every process filled in its own rows and left the others at 0.
+    whole = torch.cat(outputs)
+    dist.all_reduce(whole)
     return whole.split(sizes)
+
+
+# ---- training
+
+
+def batch_losses(model, batch, args):
+    """A packed batch's objective with gradient (B,), and what is logged of each pair, (B,) each.
+
+    Accuracy is the share of pairs with P(chosen wins) > 1/2, whatever the soft labels are.
+    """
+    outputs = head_outputs(model, batch)
+    chosen = outputs[0::2]
+    rejected = outputs[1::2]
+    hard = pair_losses(chosen, rejected, args.type, args.link, args.sigma_floor)
+    losses = hard
+    if args.soft_labels:  # Eq. 1: p_u(a, b) of either order
+        p = torch.tensor([row["p"] for row in batch["rows"]]).to(outputs)
+        swapped = pair_losses(rejected, chosen, args.type, args.link, args.sigma_floor)
+        losses = p * hard + (1 - p) * swapped
+
+    objective = losses
+    if args.type == "categorical":  # App. C.2
+        objective = losses - args.entropy_coeff * entropy(chosen, rejected, args.entropy)
+    accuracy = (hard < math.log(2)).float()
+    return objective, {"loss": losses.detach(), "accuracy": accuracy}
+
+
+def evaluate(model, rows, args):
+    """Loss and accuracy of held-out pairs, (pairs,) each."""
+    outputs = torch.stack(raw_outputs(model, rows, args.tokens_per_microbatch))
+    losses = pair_losses(outputs[:, 0], outputs[:, 1], args.type, args.link, args.sigma_floor)
+    accuracy = (losses < math.log(2)).float()
+    return {"eval_loss": losses, "eval_accuracy": accuracy}
 
 
 def lr_factor(schedule, t, T):
     """Learning rate of step t of T, as a multiple of the first."""
-    return {"cosine": 0.1 + 0.45 * (1 + math.cos(math.pi * t / T)), "linear": 1 - t / T, "constant": 1.0,
-            "step": 0.1 ** ((t >= T // 3) + (t >= 2 * T // 3))}[schedule]
+    if schedule == "cosine":  # released code
+        return 0.1 + 0.45 * (1 + math.cos(math.pi * t / T))
+    if schedule == "constant":
+        return 1.0
+    raise ValueError(f"unknown schedule {schedule!r}")
+
+
+def new_optimizer(model, args):
+    """AdamW with two groups of parameters, body and head, which may learn at different rates."""
+    head = model.score.weight
+    body = [p for p in model.parameters() if p.requires_grad and p is not head]
+    groups = [{"params": body}, {"params": [head]}]
+    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+
+
+def set_rates(optimizer, args, factor):
+    """Rates of the next step: of the body, which is returned, and of the head."""
+    body, head = optimizer.param_groups
+    body["lr"] = args.lr * factor
+    head["lr"] = args.head_lr * factor
+    if args.head_lr == 0:
+        head["lr"] = body["lr"]
+    return body["lr"]
+
+
+def average_gradients(model):
+    """Mean over the processes, for weights that every process holds whole (LoRA)."""
+    for parameter in model.parameters():
+        if parameter.grad is not None:
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def load_training_pairs(args, tokenizer):
+    """-> encoded pairs to train on, and the held-out ones."""
+    rows = encode(load_subset(args, "train"), tokenizer, args.max_length)
+    held_out = encode(load_subset(args, "test"), tokenizer, args.max_length)
+    for row in rows:
+        known = isinstance(row["p"], int | float) and 0 <= row["p"] <= 1
+        problem = "--soft-labels: every row needs p_chosen, a number from 0 to 1"
+        require(known or not args.soft_labels, problem)
+    return rows, subset(held_out, args.eval_pairs, seed=0)
 
 
 def train(args):
-    """Fit a reward model of args.type to pairs -> the lines of metrics.jsonl, the last with eval_ metrics."""
+    """Fit a reward model of args.type to pairs -> the records of metrics.jsonl"""
+    # Data: pairs of token ids, the longer ones dropped.
     setup(args.seed)
-    out, world, tokenizer = start_run(args, "dpl-train"), dist.get_world_size(), load_tokenizer(args.model)
-    rows, held_out = (encode(load_subset(args, x), tokenizer, args.max_length) for x in ("train", "test"))
-    held_out = subset(held_out, args.eval_pairs, seed=0)
-    known = all(isinstance(row["p"], (int, float)) and 0 <= row["p"] <= 1 for row in rows)
-    require(known or not args.soft_labels, "--soft-labels: every row needs p_chosen, a number from 0 to 1")
+    out = start_run(args, "dpl-train")
+    tokenizer = load_tokenizer(args.model)
+    rows, held_out = load_training_pairs(args, tokenizer)
     steps = optimiser_steps(len(rows), args.batch_size, args.epochs, args.max_steps)
-    K = {"base": 1, "mean_and_variance": 2, "categorical": args.num_atoms}[args.type]
-    require(K > (args.type == "categorical"), f"--num-atoms {K}: a distribution needs at least 2")
-    model = load_model(args.model, args.dtype, train=not args.lora)
-    if args.lora:
-        import peft
-        adapted = peft.get_peft_model(model, peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0))
-    add_head(model, 0.01 * 0.02 * torch.randn(K, model.config.hidden_size))  # 1 % of the library's
-    model.config.pad_token_id, model.config.dpl = tokenizer.pad_token_id, dict(
-        type=args.type, K=K, link=args.link, atoms=[i / (K - 1) for i in range(K)] if K > 2 else [])
-    if not model.config.tie_word_embeddings:
-        model.get_output_embeddings().requires_grad_(False)  # unused
-    body = [p for p in model.parameters() if p.requires_grad and p is not model.score.weight]
-    groups = [dict(params=body), dict(params=[model.score.weight])]
-    optimizer = torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
-    start, history = load_checkpoint(out, model, optimizer)[0] if args.resume else 0, []
+    eval_steps = max(1, args.eval_every // args.batch_size)
+    save_steps = max(1, args.save_every // args.batch_size)
 
-    def losses_of(chosen, rejected):
-        return pair_losses(chosen, rejected, args.type, args.link, args.sigma_floor)
+    # Model: the body is a language model, the head is new.
+    model, adapted = new_reward_model(args, tokenizer)
+    optimizer = new_optimizer(model, args)
+    start = 0
+    if args.resume:
+        start, _ = load_checkpoint(out, model, optimizer)
 
-    def record(step, losses, hard, prefix="", **values):  # accuracy: the share with P(chosen wins) > 1/2
-        hits = 1.0 * (hard < math.log(2))
-        history.append(log(out, step, **{f"{prefix}loss": losses, f"{prefix}accuracy": hits, **values}))
+    history = []
+    for step in progress(range(start, steps)):
+        if args.eval_every and step % eval_steps == 0:
+            history.append(log(out, step, **evaluate(model, held_out, args)))
 
-    def evaluate(step):
-        outputs = torch.stack(raw_outputs(model, held_out, args.tokens_per_microbatch))
-        record(step, losses := losses_of(*outputs.unbind(1)), losses, "eval_")
-
-    for step in range(start, steps):
-        if args.eval_every and step % max(1, args.eval_every // args.batch_size) == 0:
-            evaluate(step)
-        started, seen = time.time(), []
-        batch_rows = [rows[i] for i in batch_order(len(rows), args.batch_size, step, args.seed)]
+        # The gradient of the mean objective of the batch, a few packed rows at a time.
+        started = time.time()
+        index = batch_order(len(rows), args.batch_size, step, args.seed)
+        batch_rows = [rows[i] for i in index]
+        metrics = []
         for batch in pack_pairs(batch_rows, args.tokens_per_microbatch):
-            outputs = model.score(response_hiddens(model, batch).float())
-            chosen, rejected = outputs.view(-1, 2, K).unbind(1)
-            p = torch.tensor([row["p"] if args.soft_labels else 1.0 for row in batch["rows"]]).to(outputs)
-            hard, bonus = losses_of(chosen, rejected), 0.0
-            losses = p * hard + (1 - p) * losses_of(rejected, chosen) if args.soft_labels else hard  # Eq. 1
-            if args.type == "categorical":
-                bonus = args.entropy_coeff * entropy(chosen, rejected, args.entropy)
-            elif args.type == "mean_and_variance":
-                bonus = -2 * args.variance_penalty * (F.softplus(outputs[:, 1]) ** 2).mean()
-            ((losses - bonus).sum() * world / args.batch_size).backward()  # FSDP averages over the processes
-            seen.append(torch.stack([losses, hard]).detach())
-        for p in [*body, model.score.weight] if args.lora else ():  # whole on every process
-            dist.all_reduce(p.grad)
-            p.grad /= world
+            objective, pairs = batch_losses(model, batch, args)
+            share = dist.get_world_size() / args.batch_size  # FSDP averages over the processes
+            (objective.sum() * share).backward()
+            metrics.append(pairs)
+
+        # One step of AdamW.
+        if args.lora:
+            average_gradients(model)
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, batch_rows, out)
-        for group, lr in zip(optimizer.param_groups, (args.lr, args.head_lr or args.lr)):
-            group["lr"] = lr * lr_factor(args.schedule, step, steps)
+        lr = set_rates(optimizer, args, lr_factor(args.schedule, step, steps))
         optimizer.step()
         optimizer.zero_grad()
-        record(step, *torch.cat(seen, 1), lr=optimizer.param_groups[0]["lr"], grad_norm=grad_norm,
-               **speed(batch_rows, time.time() - started))
+
+        # Log, save, and stop when asked to.
+        seconds = time.time() - started
+        values = {**merge(metrics), "lr": lr, "grad_norm": grad_norm, **speed(batch_rows, seconds)}
+        history.append(log(out, step, **values))
         stop = stop_requested()
-        if stop or args.save_every and (step + 1) % max(1, args.save_every // args.batch_size) == 0:
+        if stop or args.save_every and (step + 1) % save_steps == 0:
             save_checkpoint(out, step + 1, model, optimizer)
         if stop:
             raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
-    evaluate(steps)
-    save_model(adapted.merge_and_unload() if args.lora else model, tokenizer, out / "model")
+
+    # The last record is that of the held-out pairs.
+    history.append(log(out, steps, **evaluate(model, held_out, args)))
+    whole = adapted.merge_and_unload() if args.lora else model
+    save_model(whole, tokenizer, out / "model")
     return history
 
 
-def score(args):
-    """Raw outputs of reward models for pairs or responses -> the rows written to args.out."""
-    require(len(args.checkpoints) == len({*args.names}) == len(args.names), "--names: one per checkpoint")
-    require(args.data or args.response, "give --data, or --prompt and --response")
-    free = args.overwrite or args.response or not Path(args.out).exists()
-    require(free, f"{args.out}: exists; --overwrite replaces it")
-    setup(0)
-    rows = read_rows(Path(args.data)) if Path(args.data).is_file() else []
-    if args.response:
-        rows = [dict(prompt=args.prompt, responses=[args.response])]
-    elif not rows or "chosen" in rows[0]:
+# ---- scoring
+
+
+def rows_to_score(args):
+    """Rows of --data with "prompt" and "responses", which are [rejected, chosen] of a pair."""
+    # Pairs, in any form that train reads.
+    path = Path(args.data)
+    rows = []
+    if path.is_file():
+        rows = read_rows(path)
+    if not rows or "chosen" in rows[0]:
         rows = load_subset(args, args.split)
-    else:
-        groups = {}
-        for number, row in enumerate(rows, 1):
-            texts = row.get("responses", [row.get("response")])
-            fine = isinstance(texts, list) and texts and all(isinstance(text, str) and text for text in texts)
-            require("prompt" in row and fine, f"{args.data}:{number}: needs prompt and responses, none empty")
-            key = json.dumps(row["prompt"]) if "response" in row else number
-            groups.setdefault(key, {**row, "responses": []})["responses"] += texts
-        rows = list(groups.values())
-    pairs = "chosen" in rows[0]
-    require(not pairs or len(args.names) == 1, "--checkpoints: for pairs one, each with its own --out")
-    for name, checkpoint in zip(args.names, args.checkpoints):
-        model, tokenizer, meta = load_reward_model(checkpoint, args.dtype)
-        texts = rows if pairs else [dict(prompt=row["prompt"], responses=row["responses"]) for row in rows]
-        encoded = encode(texts, tokenizer, args.max_length)
-        require(pairs or len(encoded) == len(rows), f"{args.data}: drop these rows before scoring it")
-        rows = [rows[row["row"]] for row in encoded]
-        for row, outputs in zip(rows, raw_outputs(model, encoded, args.tokens_per_microbatch)):
-            risk = utility(outputs, meta["type"], args.risk, args.alpha, args.c)
-            if pairs:
-                row["reward_output_chosen"], row["reward_output_rejected"] = outputs.tolist()
-                row["reward_model"] = meta
-                continue
-            row |= {f"reward_outputs_{name}": outputs.tolist(), f"risk_{name}": risk.tolist(),
-                    f"best_{name}": risk.argmax().item(), f"reward_model_{name}": meta}
-        if args.response:
-            numbers = ((risk, utility(outputs, meta["type"], risk, args.alpha, args.c).item())
-                       for risk in ("mean", "sd", "quantile", args.risk))
-            say("  ".join([name, *(f"{risk} {number:.6g}" for risk, number in numbers)]))
-    if not args.response:
-        text = "".join(json.dumps(row) + "\n" for row in rows).encode()
-        on_rank0(lambda: write(args.out, text), f"{args.out}: cannot be written")
+        for row in rows:
+            row["responses"] = [row["rejected"], row["chosen"]]
+        return rows
+
+    # Prompts with responses, as in the released code's jailbroken_responses.jsonl.
+    for number, row in enumerate(rows, 1):
+        responses = row.get("responses")
+        fine = isinstance(responses, list) and len(responses) > 0 and "prompt" in row
+        if fine:
+            fine = all(isinstance(text, str) and text for text in responses)
+        require(fine, f"{args.data}:{number}: needs prompt and responses, none empty")
     return rows
 
 
-def read_outputs(path):
-    """Raw outputs in a file of score, evaluate or the released code -> {name: ((N, n, K), {"type", "link"})}
+def add_scores(rows, name, checkpoint, args):
+    """The rows with three more columns: reward_outputs_NAME, risk_NAME and reward_model_NAME."""
+    model, tokenizer, meta = load_reward_model(checkpoint, args.dtype)
+    texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
+    encoded = encode(texts, tokenizer, args.max_length)
+    pairs = "chosen" in rows[0]
+    complete = pairs or len(encoded) == len(rows)
+    require(complete, f"{args.data}: drop these rows before scoring it")
 
-    Of pairs, rejected comes first.  Where the file does not tell, K = 1 is base and K = 2 mean_and_variance.
-    """
-    rows, found = read_rows(Path(path)), {}
+    # Pairs that are too long are gone; the others get their columns.
+    scored = []
+    outputs = raw_outputs(model, encoded, args.tokens_per_microbatch)
+    for code, row_outputs in zip(encoded, outputs, strict=True):
+        row = rows[code["row"]]
+        risk = utility(row_outputs, meta["type"], args.risk, args.alpha)
+        row[f"reward_outputs_{name}"] = row_outputs.tolist()
+        row[f"risk_{name}"] = risk.tolist()
+        row[f"reward_model_{name}"] = meta
+        scored.append(row)
+    return scored
+
+
+def score(args):
+    """Raw outputs of reward models for pairs or responses -> the rows, written to args.out."""
+    alone = args.response != ""  # one text on the command line
+    if alone:
+        rows = [{"prompt": args.prompt, "responses": [args.response]}]
+    else:
+        free = args.overwrite or not Path(args.out).exists()
+        require(free, f"{args.out}: exists; --overwrite replaces it")
+        rows = rows_to_score(args)
+
+    for name, checkpoint in zip(args.names, args.checkpoints, strict=True):
+        rows = add_scores(rows, name, checkpoint, args)
+
+    if alone:
+        for name in args.names:
+            print_utilities(rows[0], name, args.alpha)
+        return rows
+    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    on_rank0(lambda: write(args.out, text), f"{args.out}: cannot be written")
+    return rows
+
+
+def print_utilities(row, name, alpha):
+    """One line: mean, sd and quantile of a row's only response under the reward model NAME."""
+    outputs = torch.tensor(row[f"reward_outputs_{name}"])
+    line = [name]
+    for measure in ("mean", "sd", "quantile"):
+        value = utility(outputs, row[f"reward_model_{name}"]["type"], measure, alpha).item()
+        line.append(f"{measure} {value:.6g}")
+    say("  ".join(line))
+
+
+# ---- summary of scored files
+
+
+@dataclass
+class Scored:
+    """What one reward model said of the rows of a file."""
+
+    name: str  # of the reward model; "NAME, SUBSET" where only that data_subset is meant
+    reward_type: str
+    outputs: torch.Tensor  # (rows, responses, K), raw, float64
+
+
+@dataclass
+class Rate:
+    """How often the second response is rated no lower than the first."""
+
+    hits: int
+    ties: int  # hits where both are the same
+    rows: int
+
+
+@dataclass
+class Summary:
+    """What summarize prints of one reward model in one file."""
+
+    r_squared: float
+    r_squared_within: float  # of the variance within prompts only
+    mean: Rate
+    quantile: Rate  # at --alpha
+    quantiles: dict  # {alpha of ALPHAS: Rate}
+
+
+def output_table(path, rows, column):
+    """A column of raw outputs -> (rows, responses, K) float64; SystemExit names file and line."""
+    table = []
+    for number, row in enumerate(rows, 1):
+        try:
+            outputs = torch.tensor(row[column], dtype=torch.float64)
+        except (KeyError, TypeError, ValueError):
+            outputs = torch.zeros(())
+        table.append(outputs)
+        fine = outputs.dim() == 2 and outputs.shape == table[0].shape and outputs.isfinite().all()
+        problem = f"{column} is not as many numbers as in line 1; score the file again"
+        require(fine, f"{path}:{number}: {problem}")
+    return torch.stack(table)
+
+
+def usual_type(K):
+    """The reward type with K outputs, for the released code's files, which do not name it."""
+    if K == 1:
+        return "base"
+    if K == 2:
+        return "mean_and_variance"
+    return "categorical"
+
+
+def part_of(row):
+    """The subset of HH-RLHF that a row belongs to."""
+    return str(row.get("data_subset", "other"))
+
+
+def read_outputs(path):
+    """Raw outputs in a file of score, evaluate or the released code -> list of Scored"""
+    rows = read_rows(Path(path))
     require(rows, f"{path}: no rows; write the file with score or evaluate")
-    columns = {key[15:]: [key] for key in rows[0] if key.startswith("reward_outputs_")}
-    if "reward_output_chosen" in rows[0]:
-        columns = dict.fromkeys(sorted({"both", *(row.get("data_subset") or "both" for row in rows)}),
-                                ["reward_output_rejected", "reward_output_chosen"])
-    require(columns, f"{path}:1: no reward_outputs_NAME or reward_output_chosen; use score or evaluate")
-    for name, keys in columns.items():
-        outputs = []
-        for number, row in enumerate(rows, 1):
-            try:
-                outputs.append(torch.tensor([row[key] for key in keys]).double().flatten(end_dim=-2))
-            except (KeyError, TypeError, ValueError):
-                outputs.append(torch.zeros(()))
-            require(outputs[-1].dim() == 2 and outputs[-1].shape == outputs[0].shape,
-                    f"{path}:{number}: {keys[-1]} is not as many numbers as in line 1; score the file again")
-        type = {1: "base", 2: "mean_and_variance"}.get(outputs[0].shape[1], "categorical")
-        meta = row.get(f"reward_model_{name}", row.get("reward_model", dict(type=type, link="logistic")))
-        keep = [len(keys) == 1 or name in ("both", row.get("data_subset")) for row in rows]
-        found[name] = torch.stack(outputs)[keep], meta
+
+    # The released code's eval_results have one reward model, and a column for each side of a pair.
+    for row in rows:
+        if "reward_output_chosen" in row:
+            sides = [row.get("reward_output_rejected"), row["reward_output_chosen"]]
+            row["reward_outputs_pairs"] = sides
+
+    # All others have a column for each reward model.
+    prefix = "reward_outputs_"
+    names = [key.removeprefix(prefix) for key in rows[0] if key.startswith(prefix)]
+    require(names, f"{path}:1: no reward_outputs_NAME; write the file with score or evaluate")
+
+    found = []
+    parts = sorted(set(map(part_of, rows)))
+    for name in names:
+        outputs = output_table(path, rows, prefix + name)
+        meta = rows[0].get(f"reward_model_{name}", {})
+        reward_type = meta.get("type") or usual_type(outputs.shape[-1])
+        found.append(Scored(name, reward_type, outputs))
+
+        # Helpfulness accuracy is that of the helpful rows (Table 1).
+        if len(parts) > 1:
+            for part in parts:
+                members = [part_of(row) == part for row in rows]
+                found.append(Scored(f"{name}, {part}", reward_type, outputs[members]))
     return found
 
 
+def rate(utilities):
+    """(rows, responses >= 2) -> Rate.  Ties count as hits, as in the released code."""
+    first = utilities[:, 0]
+    second = utilities[:, 1]
+    hits = (second >= first).sum().item()
+    ties = (second == first).sum().item()
+    return Rate(hits, ties, len(utilities))
+
+
+def summary_of(scored, alpha):
+    """r^2 (Sec. 4) and the rates of Table 1 of one reward model's outputs -> Summary"""
+    # 1 - r^2 is the share of hidden context.
+    mean = utility(scored.outputs, scored.reward_type, "mean")
+    sd = utility(scored.outputs, scored.reward_type, "sd")
+
+    # Comparisons within prompts say nothing about the differences between prompts.
+    n = mean.shape[1]
+    within = (mean - mean.mean(1, keepdim=True)) * math.sqrt(n / (n - 1))  # unbiased for any n
+
+    # How much risk aversion does it take to refuse the jailbreaks?
+    quantiles = {}
+    for level in ALPHAS:
+        quantiles[level] = rate(utility(scored.outputs, scored.reward_type, "quantile", level))
+    return Summary(
+        r_squared=r_squared(mean, sd).item(),
+        r_squared_within=r_squared(within, sd).item(),
+        mean=rate(mean),
+        quantile=rate(utility(scored.outputs, scored.reward_type, "quantile", alpha)),
+        quantiles=quantiles,
+    )
+
+
+def print_summary(path, scored, summary, alpha):
+    """A paragraph for one reward model in one file."""
+    rows, responses = scored.outputs.shape[:2]
+    say(f"\n{path}: {scored.name}, {scored.reward_type}, {rows} rows of {responses}")
+    say(f"  r^2 {summary.r_squared:.4f}, within prompts {summary.r_squared_within:.4f}")
+    lines = {"mean": summary.mean}
+    if scored.reward_type != "base":
+        lines[f"quantile {alpha:g}"] = summary.quantile
+    for label, found in lines.items():
+        low, high = wilson(found.hits, found.rows)
+        share = f"{found.hits:6}/{found.rows}  {found.hits / found.rows:.4f}"
+        say(f"  {label:14}{share}  [{low:.4f}, {high:.4f}]  ties {found.ties}")
+    if scored.reward_type != "base":
+        say("  alpha   " + "".join(f"{level:6g}" for level in ALPHAS))
+        say("  quantile" + "".join(f"{found.hits:6}" for found in summary.quantiles.values()))
+
+
 def summarize(args):
-    """Print r^2 and how often the second response (jailbroken, chosen) is rated no lower than the first."""
-    require(args.files, "--files: name the files that score or evaluate wrote")
+    """Print r^2 and the rate at which the second response is preferred -> {name: Summary}"""
+    found = []
+    for path in args.files:
+        for scored in read_outputs(path):
+            several = scored.outputs.shape[1] > 1
+            require(several, f"{path}: one response a prompt, and nothing to compare it with")
+            found.append((path, scored))
+
     results = {}
-    found = [(path, *item) for path in args.files for item in read_outputs(path).items()]
-    for path, name, (outputs, meta) in found:
-        require(outputs.shape[1] > 1, f"{path}: one response a prompt, and nothing to compare it with")
-        type, n, m, result = meta["type"], *outputs.shape[:2], {}
-        matched = 2 / math.pi if type == "mean_and_variance" and meta["link"] == "logistic" else 1.0
-        mean, sd = utility(outputs, type), utility(outputs, type, "sd")
-        within = (mean - mean.mean(1, keepdim=True)) * math.sqrt(m / (m - 1))  # a prompt's mean is arbitrary
-        r2 = [r_squared(mean, sd).item(), r_squared(mean, matched * sd).item(), r_squared(within, sd).item()]
-        say(f"\n{path}: {name}, {type}, {n} rows of {outputs.shape[1]}")
-        say(f"  r^2 {r2[0]:.4f}, with slope-matched sigma {r2[1]:.4f}, within prompts {r2[2]:.4f}")
-        scales = sorted({1.0, matched}, reverse=True)
-        shown = [(risk, args.alpha, x) for risk in RISKS for x in scales if risk != "mean" or x == 1]
-        for key in shown[:1 if type == "base" else None] + [("quantile", alpha, 1.0) for alpha in ALPHAS]:
-            first, second, *_ = utility(outputs, type, *key[:2], args.c, key[2]).unbind(1)
-            result[key] = k, ties = (second >= first).sum().item(), (second == first).sum().item()
-            if key in shown:
-                interval = "[{:.4f}, {:.4f}]".format(*wilson(k, n))
-                say(f"  {key[0]:9} sigma x {key[2]:.3f} {k:6}/{n}  {k / n:.4f}  {interval}  ties {ties}")
-        if type != "base":
-            say("  alpha   " + "".join(f"{alpha:6g}" for alpha in ALPHAS))
-            say("  quantile" + "".join(f"{result['quantile', alpha, 1.0][0]:6}" for alpha in ALPHAS))
-        names = [other for _, other, _ in found]  # one name in two files: both are kept
-        results[name if names.count(name) == 1 else f"{path}: {name}"] = dict(r2=r2, counts=result)
+    names = [scored.name for _, scored in found]
+    for path, scored in found:
+        summary = summary_of(scored, args.alpha)
+        print_summary(path, scored, summary, args.alpha)
+        key = scored.name
+        if names.count(key) > 1:  # one name in two files: both are kept
+            key = f"{path}: {key}"
+        results[key] = summary
     return results
 
 
-def draw_hidden(curves, axes):
-    """Base beside both utilities; spread on what divides the groups; calibration."""
+# ---- tables and figures
+
+
+def print_table(table):
+    """{column: {row: number}} -> aligned lines; a column may lack rows."""
+    say("\n" + " " * 32 + "".join(f"{name:>19}" for name in table))
+    for row in table["base"]:
+        line = f"{row:32}"
+        for column in table.values():
+            line += f"{column[row]:19.4f}" if row in column else " " * 19
+        say(line)
+
+
+def new_figure(rows, caption):
+    """-> a figure of three panels a row, and its axes, a flat array."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((12, 3.4 * rows), layout="constrained")
+    axes = figure.subplots(rows, 3).flatten()
+    figure.suptitle(caption, fontsize=9)
+    return figure, axes
+
+
+def save_results(out, curves, figure):
+    """Write the curves that the figure shows, and the figure."""
+    write(out / "curves.json", {name: values.tolist() for name, values in curves.items()})
+    (out / "figures").mkdir(exist_ok=True)
+    figure.savefig(out / "figures" / "dpl.png", dpi=120)
+
+
+def finish(out, table, curves, figure):
+    """Print the table, and let rank 0 write the curves and the figure."""
+    print_table(table)
+    on_rank0(lambda: save_results(out, curves, figure), f"{out}: cannot be written")
+
+
+def draw_1d(curves, caption):
+    """Figure 3: what each reward type learned in the 1d world -> the figure"""
+    figure, axes = new_figure(1, caption)
+    u = curves["u"]
+    twin = axes[0].twinx()
+    axes[0].plot(u, curves["base"], "k", label="learned utility (left)")
+    twin.plot(u, curves["borda"], "b--", label="Borda count (right)")
+    twin.plot(u, u, "r:", label="expected utility (right)")
+    axes[0].set_title("base")
+    figure.legend(loc="outside lower left", ncols=3, fontsize=8)
+
+    # The band is cut where sd has diverged: beyond 0.8 it grows without bound.
+    mean = curves["mean_and_variance"]
+    low = (mean - curves["sd"]).clamp(mean.min() - 1)
+    high = (mean + curves["sd"]).clamp(max=mean.max() + 1)
+    axes[1].plot(u, mean, "k")
+    axes[1].fill_between(u, low, high, alpha=0.3)
+    axes[1].set_title("mean_and_variance: mean, sd")
+
+    extent = (0, 1, 0, 1)
+    axes[2].imshow(curves["p"].T, origin="lower", extent=extent, aspect="auto", cmap="Greys")
+    axes[2].set_title("categorical: p(u | a)")
+    for axis in axes:
+        axis.set(xlabel="alternative a", ylabel="utility")
+    return figure
+
+
+def draw_2d(curves, caption):
+    """The released code's second figure, with the true Borda count -> the figure"""
+    figure, axes = new_figure(2, caption)
+    titles = {
+        "u": "expected utility",
+        "borda": "Borda count",
+        "base": "base: learned utility",
+        "mean_and_variance": "mean_and_variance: mean",
+        "sd": "mean_and_variance: sd",
+        "p": "categorical: p(u | x, y)",
+    }
+    for axis, title in zip(axes, titles.values(), strict=True):
+        axis.set(title=title, xlabel="x", ylabel="y")
+    side = math.isqrt(len(curves["u"]))
+    for axis, name in zip(axes[:5], titles, strict=False):
+        drawn = axis.contourf(curves[name].view(side, side).T, 12, extent=(0, 1, 0, 1))
+        figure.colorbar(drawn, ax=axis)
+
+    # The distributions at the midpoints of a 4 x 4 grid, as bars.
+    p = curves["p"].view(side, side, -1)
+    for i in range(4):
+        for j in range(4):
+            place = (i / 4 + 0.02, j / 4 + 0.02, 0.21, 0.21)
+            inset = axes[5].inset_axes(place, xticks=[], yticks=[], ylim=(0, 1))
+            bars = p[(2 * i + 1) * side // 8, (2 * j + 1) * side // 8]
+            inset.bar(range(len(bars)), bars)
+    return figure
+
+
+def draw_hidden(curves, caption):
+    """Base beside the utilities; spread on what divides the groups; calibration -> the figure"""
+    figure, axes = new_figure(1, caption)
     divides = curves["true sd"] > 1
-    for keep, label, color in ((~divides, "no monster", "C0"), (divides, "monsters divide the groups", "C3")):
-        axes[0].plot(curves["E[u]"][keep], curves["base"][keep], ".", color=color, label=label)
-        axes[1].hist(curves["mean_and_variance sd"][keep], 40, color=color, alpha=0.6, label=label)
+    spread = curves["mean_and_variance sd"]
+    groups = {"no monster": ~divides, "monsters divide the groups": divides}
+    for color, (label, members) in enumerate(groups.items()):
+        style = {"color": f"C{3 * color}", "label": label}
+        axes[0].plot(curves["E[u]"][members], curves["base"][members], ".", **style)
+        axes[1].hist(spread[members], 40, alpha=0.6, **style)
     axes[0].set(title="base", xlabel="expected utility", ylabel="learned utility (log-odds)")
     axes[1].set(title="mean_and_variance", xlabel="learned sd of utility", ylabel="responses")
-    for type in TYPES:  # ten bins of predictions
-        p, true = curves[f"{type} P(win)"], curves["P(win)"]
-        bins = [keep for keep in ((p * 10).long() == i for i in range(10)) if keep.any()]
-        axes[2].plot(*([x[keep].mean() for keep in bins] for x in (p, true)), ".-", label=type)
+
+    # Calibration in ten bins of the predicted probability.
+    for reward_type in SHOWN:
+        predicted = curves[f"{reward_type} P(win)"]
+        points = []
+        for i in range(10):
+            members = (predicted * 10).long() == i
+            if members.any():
+                point = (predicted[members].mean(), curves["P(win)"][members].mean())
+                points.append(point)
+        axes[2].plot(*torch.tensor(points).T, ".-", label=reward_type)
     axes[2].axline((0, 0), (1, 1), color="k", ls=":")
     axes[2].set(title="calibration", xlabel="predicted P(win)", ylabel="true P(win)")
     for axis in axes:
         axis.legend(fontsize=8)
+    return figure
 
 
-def hidden_context(args):
-    """Train each type in the tiny world, where two groups of readers judge; compare with their utilities."""
+# ---- synthetic and figure3
+
+
+def synthetic_grid(env):
+    """Alternatives to look at, the midpoints of 400 or of 50 x 50 cells.  -> (cells, d)"""
+    if env == "1d":
+        return ((torch.arange(400) + 0.5) / 400)[:, None]
+    if env == "2d":
+        line = (torch.arange(50) + 0.5) / 50
+        return torch.cartesian_prod(line, line)
+    raise ValueError(f"unknown environment {env!r}")
+
+
+def synthetic_net(reward_type, env, width):
+    """The net of App. C.1: three hidden layers, and K outputs of reward_type."""
+    K = number_of_outputs(reward_type, 20 if env == "1d" else 8)
+    layers = []
+    inputs = dimensions(env)
+    for _ in range(3):
+        layers.append(nn.Linear(inputs, width))
+        if reward_type == "categorical":
+            layers.append(nn.BatchNorm1d(width))  # released code, there of each side alone
+        layers.append(nn.ReLU())
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(width, K))
+
+
+def synthetic_sigma(outputs):
+    """Here sigma is exp(f - 2), as in the released code, and not softplus(f).  (..., 2) -> (...)"""
+    return (outputs[..., 1] - 2).exp()
+
+
+def synthetic_losses(net, reward_type, n, args, generator):
+    """Losses of n new pairs.  -> (n,)"""
+    sides, first_wins = draw_pairs(args.env, n, args.shared_context, generator)
+    first, second = net(sides).chunk(2)
+    chosen = torch.where(first_wins, first, second)
+    rejected = torch.where(first_wins, second, first)
+    if reward_type == "mean_and_variance":
+        sigma_chosen = synthetic_sigma(chosen)
+        sigma_rejected = synthetic_sigma(rejected)
+        return normal_loss(
+            chosen[:, 0], sigma_chosen, rejected[:, 0], sigma_rejected, "logistic", 1e-12
+        )
+    return pair_losses(chosen, rejected, reward_type)
+
+
+def fit_synthetic(reward_type, args, generator, out):
+    """Train a net on fresh pairs in every step -> the net, and its loss on 50,000 more."""
+    net = synthetic_net(reward_type, args.env, args.width)
+    optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
+    for step in range(args.steps):
+        losses = synthetic_losses(net, reward_type, args.batch_size, args, generator)
+        if step % 100 == 0:
+            log(out, step, **{reward_type: losses})
+        losses.mean().backward()
+        optimizer.param_groups[0]["lr"] = args.lr * (1e-5 / args.lr) ** (step / args.steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    net.eval()
+    with torch.no_grad():
+        losses = synthetic_losses(net, reward_type, 50000, args, generator)
+    log(out, args.steps, **{reward_type: losses})
+    return net, losses.mean().item()
+
+
+def synthetic(args):
+    """Fit all types to preferences of the world -> {type: {"loss", "corr. E[u]", "corr. Borda"}}"""
     setup(args.seed)
-    out, rows = start_run(args, "dpl"), load_pairs("tiny", "test")
-    texts = [dict(prompt=row["prompt"], responses=row["responses"]) for row in rows]
-    share = torch.tensor([share for share, _ in TINY_GROUPS])[:, None, None]
-    u = torch.tensor([[[tiny_reward(row["prompt"], text, group) for text in row["responses"]] for row in rows]
-                      for group in range(len(share))])  # (groups, prompts, 4)
-    seen = [tiny_attributes(text) for row in rows for text in row["responses"]]
-    seen = torch.tensor([[1.0, a["polite"], a["happy"], abs(a["detail"] - 2), a["monster"]] for a in seen])
-    mean, (i, j), flat = (share * u).sum(0), torch.combinations(torch.arange(4)).unbind(1), u.flatten(1)
-    sd = (share * (u - mean) ** 2).sum(0).sqrt()
-    p = (share * torch.sigmoid(u[..., i] - u[..., j])).sum(0).flatten()
-    BC = (share * torch.sigmoid(flat[:, :, None] - flat[:, None])).sum(0).mean(1).view_as(mean)
-    curves, table, divides = {"E[u]": mean, "true sd": sd, "P(win)": p}, {}, 1.0 * (sd > 1)
+    out = start_run(args, f"dpl-{args.env}")
+    generator = torch.Generator().manual_seed(args.seed)
 
-    def measure(name, mean_hat, sd_hat, careful, p_hat=None):
-        worth = torch.linalg.lstsq(seen, mean_hat.flatten()[:, None]).solution[:, 0]
-        above = (sd_hat[divides > 0][:, None] - sd_hat[divides == 0]).sign()
-        table[name] = {"corr. Borda": correlation(mean_hat, BC), "corr. E[u]": correlation(mean_hat, mean),
-                       "worth of a monster / happy end": (worth[4] / worth[2]).item(),
-                       "r^2": r_squared(mean_hat, sd_hat).item(),
-                       "AUC of sd for monsters": above.mean().item() / 2 + 0.5}
-        if p_hat is not None:
-            table[name]["|P(win) - true P(win)|"] = (p_hat - p).abs().mean().item()
-        for label, choice in (("mean", mean_hat), ("1 % quantile", careful)):
-            best = choice.argmax(1, keepdim=True)
-            table[name][f"best of 4 by {label}: monsters"] = divides.gather(1, best).mean().item()
-            table[name][f"best of 4 by {label}: worst u"] = u.amin(0).gather(1, best).mean().item()
+    # What is true of the alternatives on a grid.
+    grid = synthetic_grid(args.env)
+    expected, _ = environment(args.env, grid)
+    curves = {"u": expected, "borda": borda(args.env, grid, args.shared_context)}
 
-    measure("expected u", mean, sd, u.amin(0))
-    for type in TYPES:
-        if not args.resume or not (out / type / "model").is_dir():
-            train(replace(args, type=type, out=f"{out / type}", resume=args.resume and (out / type).is_dir()))
-        model, tokenizer, _ = load_reward_model(out / type, args.dtype)
-        encoded = encode(texts, tokenizer, args.max_length)
-        outputs = torch.stack(raw_outputs(model, encoded, args.tokens_per_microbatch))
-        curves[f"{type} P(win)"] = p_hat = torch.exp(-pair_losses(
-            outputs[:, i].flatten(0, 1), outputs[:, j].flatten(0, 1), type, args.link, args.sigma_floor))
-        curves[type], curves[f"{type} sd"] = utility(outputs, type), utility(outputs, type, "sd")
-        measure(type, curves[type], curves[f"{type} sd"], utility(outputs, type, "quantile"), p_hat)
-    caption = f"Hidden context: {setting(args)}; {divides.numel()} held-out responses"
-    on_rank0(lambda: finish(out, table, curves, draw_hidden, 3, caption), f"{out}: cannot be written")
+    # What each reward type learns of them.
+    table = {}
+    for reward_type in ("base", "categorical", "mean_and_variance"):
+        net, loss = fit_synthetic(reward_type, args, generator, out)
+        with torch.no_grad():
+            outputs = net(grid)
+        learned = utility(outputs, reward_type)
+        if reward_type == "base":
+            learned = learned - learned.mean()  # Eq. 1 does not see a constant
+        elif reward_type == "categorical":
+            curves["p"] = outputs.softmax(-1)
+        else:
+            curves["sd"] = synthetic_sigma(outputs)
+        curves[reward_type] = learned
+        table[reward_type] = {
+            "loss": loss,
+            "corr. E[u]": correlation(learned, curves["u"]),
+            "corr. Borda": correlation(learned, curves["borda"]),
+        }
+
+    if args.env == "1d":
+        figure = draw_1d(curves, f"As Figure 3: {args.steps} steps, seed {args.seed}")
+    else:
+        figure = draw_2d(curves, f"Synthetic 2d: {args.steps} steps, seed {args.seed}")
+    finish(out, table, curves, figure)
     return table
 
 
-def main(args):
-    require(0 < getattr(args, "alpha", 0.5) < 1, "--alpha: a probability between 0 and 1 is needed; try 0.01")
-    require(getattr(args, "c", 1.0) > 0, "--c: must be above 0")
+# ---- hidden-context
+
+
+@dataclass
+class Readers:
+    """What the readers think of four responses to each prompt; (prompts, 4) unless said."""
+
+    mean: torch.Tensor  # expected utility over the groups of readers
+    sd: torch.Tensor  # over the groups
+    worst: torch.Tensor  # utility to the group that likes it least
+    borda: torch.Tensor  # mean probability of beating a response to any prompt
+    divides: torch.Tensor  # 1 where the groups disagree, which is where there is a monster
+    first_wins: torch.Tensor  # (prompts * 6,), of the pairs of four
+    attributes: torch.Tensor  # (prompts * 4, 5): 1, polite, happy, adjectives off two, monster
+
+
+def pairs_of_four(values):
+    """(prompts, 4, ...) -> first and second sides of each prompt's 6 pairs, (prompts * 6, ...)"""
+    first, second = torch.combinations(torch.arange(4)).unbind(1)
+    return values[:, first].flatten(0, 1), values[:, second].flatten(0, 1)
+
+
+def ask_readers(rows):
+    """Held-out rows of the tiny world -> Readers.  A group's preferences are Bradley-Terry."""
+    group_utilities = []
+    for group in range(len(TINY_GROUPS)):
+        of_group = []
+        for row in rows:
+            of_group.append([tiny_reward(row["prompt"], text, group) for text in row["responses"]])
+        group_utilities.append(of_group)
+    u = torch.tensor(group_utilities)  # (groups, prompts, 4)
+    share = torch.tensor([share for share, _ in TINY_GROUPS])[:, None, None]
+    mean = (share * u).sum(0)
+    sd = (share * (u - mean) ** 2).sum(0).sqrt()
+
+    # Eq. 2: the probability that the first wins, with one reader for both sides.
+    first_wins = 0
+    for (weight, _), of_group in zip(TINY_GROUPS, u, strict=True):
+        first, second = pairs_of_four(of_group)
+        first_wins = first_wins + weight * torch.sigmoid(first - second)
+    flat = u.flatten(1)
+    beats = (share * torch.sigmoid(flat[:, :, None] - flat[:, None])).sum(0)
+
+    attributes = []
+    for row in rows:
+        for text in row["responses"]:
+            seen = tiny_attributes(text)
+            away = abs(seen["detail"] - 2)
+            attributes.append([1.0, seen["polite"], seen["happy"], away, seen["monster"]])
+    return Readers(
+        mean=mean,
+        sd=sd,
+        worst=u.amin(0),
+        borda=beats.mean(1).view_as(mean),
+        divides=(sd > 1).float(),
+        first_wins=first_wins,
+        attributes=torch.tensor(attributes, dtype=torch.float64),
+    )
+
+
+def compare(readers, mean, sd, careful):
+    """Learned mean, sd and risk-averse utility (prompts, 4) beside the readers' -> {row: number}"""
+    # Worth of each attribute by least squares, in units of a happy end.
+    fit = torch.linalg.lstsq(readers.attributes, mean.flatten()[:, None].double())
+    _, _, happy, _, monster = fit.solution[:, 0]
+
+    # The AUC: how often sd is larger where readers disagree than where they do not.
+    divided = sd[readers.divides == 1]
+    agreed = sd[readers.divides == 0]
+    above = (divided[:, None] - agreed).sign().mean().item()
+    column = {
+        "corr. Borda": correlation(mean, readers.borda),
+        "corr. E[u]": correlation(mean, readers.mean),
+        "worth of a monster / happy end": (monster / happy).item(),
+        "r^2": r_squared(mean, sd).item(),
+        "AUC of sd for monsters": above / 2 + 0.5,
+    }
+
+    for label, choice in (("mean", mean), ("1 % quantile", careful)):
+        best = choice.argmax(1, keepdim=True)
+        monsters = readers.divides.gather(1, best).mean().item()
+        column[f"best of 4 by {label}: monsters"] = monsters
+        worst = readers.worst.gather(1, best).mean().item()
+        column[f"best of 4 by {label}: worst u"] = worst
+    return column
+
+
+def hidden_context(args):
+    """Train two types in the tiny world, where two groups of readers judge -> the table"""
+    setup(args.seed)
+    out = start_run(args, "dpl")
+    rows = load_pairs("tiny", "test")
+    texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
+    readers = ask_readers(rows)
+    first_wins = readers.first_wins
+    curves = {"E[u]": readers.mean, "true sd": readers.sd, "P(win)": first_wins}
+
+    table = {"expected u": compare(readers, readers.mean, readers.sd, readers.worst)}
+    for reward_type in SHOWN:
+        # Train, or go on with what an earlier run has finished.
+        folder = out / reward_type
+        if not args.resume or not (folder / "model").is_dir():
+            resume = args.resume and folder.is_dir()
+            train(replace(args, type=reward_type, out=str(folder), resume=resume))
+
+        # Score the held-out responses.
+        model, tokenizer, _ = load_reward_model(folder, args.dtype)
+        encoded = encode(texts, tokenizer, args.max_length)
+        outputs = torch.stack(raw_outputs(model, encoded, args.tokens_per_microbatch))
+        mean = utility(outputs, reward_type)
+        sd = utility(outputs, reward_type, "sd")
+        table[reward_type] = compare(readers, mean, sd, utility(outputs, reward_type, "quantile"))
+
+        first, second = pairs_of_four(outputs)
+        losses = pair_losses(first, second, reward_type, args.link, args.sigma_floor)
+        predicted = torch.exp(-losses)
+        error = (predicted - first_wins).abs().mean().item()
+        table[reward_type]["|P(win) - true P(win)|"] = error
+        curves[reward_type] = mean
+        curves[f"{reward_type} sd"] = sd
+        curves[f"{reward_type} P(win)"] = predicted
+
+    caption = f"Hidden context: {setting(args)}; {mean.numel()} held-out responses"
+    finish(out, table, curves, draw_hidden(curves, caption))
+    say("categorical is not shown: in as many updates its sd finds little here (AUC .55 to .65)")
+    return table
+
+
+# ---- the commands
+
+RANGES = {  # option: least and largest value
+    "alpha": (1e-6, 1 - 1e-6),
+    "num_atoms": (2, 1000),
+    "entropy_coeff": (0, 1000),
+    "sigma_floor": (0, 1000),
+    "max_length": (1, 2**40),
+    "lr": (0, 1),
+    "head_lr": (0, 1),
+    "weight_decay": (0, 1000),
+    "tokens_per_microbatch": (1, 2**40),
+    "width": (1, 2**20),
+    "steps": (1, 2**40),
+}
+
+
+def check(args):
+    """Whatever can be refused before anything is loaded or made is refused here, in one line."""
+    for name, value in vars(args).items():
+        if name in RANGES:
+            low, high = RANGES[name]
+            flag = "--" + name.replace("_", "-")
+            require(low <= value <= high, f"{flag} {value}: must be from {low:g} to {high:g}")
     if isinstance(args, Args):
-        return hidden_context(args) if args.type == "all" else train(args)
-    return {SyntheticArgs: synthetic, ScoreArgs: score, SummarizeArgs: summarize}[type(args)](args)
+        known = args.type != "compare" or args.data == "tiny"
+        require(known, "--type compare: it is with the readers of the tiny world; --data tiny")
+    elif isinstance(args, SyntheticArgs):
+        closed = args.env == "1d" or not args.shared_context
+        require(closed, "--shared-context: its Borda count is for 1d only")
+    elif isinstance(args, ScoreArgs):
+        different = len(args.checkpoints) == len(set(args.names)) == len(args.names)
+        require(different, "--names: one per checkpoint, all different")
+        something = args.data or args.response
+        require(something, "give --data, or --prompt and --response")
+    elif isinstance(args, SummarizeArgs):
+        require(args.files, "--files: name the files that score or evaluate wrote")
+
+
+def main(args):
+    check(args)
+    if isinstance(args, SyntheticArgs):
+        return synthetic(args)
+    if isinstance(args, ScoreArgs):
+        setup(0)
+        return score(args)
+    if isinstance(args, SummarizeArgs):
+        return summarize(args)
+    if args.type == "compare":
+        return hidden_context(args)
+    return train(args)
 
 
 if __name__ == "__main__":

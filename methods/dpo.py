@@ -2,26 +2,32 @@
 
 Rafailov, Sharma, Mitchell, Ermon, Manning, Finn 2023, https://arxiv.org/abs/2305.18290
 
-Loss (Eq. 7), with implicit rewards beta log pi/pi_ref (Eq. 5, whose beta log Z(x) cancels in the difference):
+The loss of a prompt x with a chosen response y_w and a rejected response y_l (Eq. 7):
 
     L = -log sigmoid( beta log pi(y_w|x)/pi_ref(y_w|x) - beta log pi(y_l|x)/pi_ref(y_l|x) )
 
-    python methods/dpo.py                                     tiny world, about a minute on a laptop
+Its two terms are the implicit rewards of the responses (Eq. 5). The reward that a policy is optimal
+for has a further term, beta log Z(x), which is the same for both responses and cancels.
+
+    python methods/dpo.py                                     tiny world, a minute on a laptop
     python methods/dpo.py --model results/sft --beta 0.5      from your own SFT run
     torchrun --standalone --nproc-per-node 4 methods/dpo.py hh --model results/sft-hh
 
 Presets: tiny (default) | hh: Pythia-2.8B on Anthropic HH | tldr: Pythia-2.8B on TL;DR comparisons.
 
-Log-probs are summed over the response's tokens, its end-of-text token included, and never over the prompt.
-Differs from the released code of the paper (eric-mitchell/direct-preference-optimization):
-- policy and reference compute in the same dtype, so that every reward is exactly 0 at step 0;
-- --seed reaches the order of the data; partial batches carry over into the next epoch and are not dropped;
-- the rejected transcript must share the chosen one's prompt, else the row is dropped and counted.
+The log-probability of a response is the sum over its tokens. Its end-of-text token counts, and the
+tokens of the prompt never do. Before the first step the policy is the reference, and every loss is
+log 2.
+
+Three things differ from the released code (eric-mitchell/direct-preference-optimization):
+- The policy and the reference compute in the same dtype, so that all rewards are 0 at step 0.
+- The order of the data follows --seed, and no epoch drops its last rows.
+- A rejected transcript has the same prompt as the chosen one; other rows are dropped and counted.
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -37,8 +43,7 @@ class Args:
     ref_model: str = ""  # frozen reference; empty: the initial policy
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
     max_length: int = 512  # tokens of prompt and response together
-    max_prompt_length: int = 256  # tokens a prompt is cut to when the row is longer than max_length
-    truncation: Literal["auto", "keep_end", "keep_start"] = "auto"  # of long prompts; auto: end and cue
+    max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length
 
     lr: float = 5e-5  # of RMSprop, after warm-up
     batch_size: int = 32  # pairs per optimiser step, over all processes
@@ -47,9 +52,9 @@ class Args:
     warmup_steps: int = 10  # of linear warm-up, then lr is constant
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
-    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, sums and loss are float32
-    seed: int = 0
+    gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights and sums are float32
+    seed: int = 0  # of the order of the data
 
     eval_every: int = 320  # training pairs between evaluations, rounded down to whole steps
     eval_pairs: int = 256  # held-out pairs, the same at every evaluation
@@ -59,18 +64,30 @@ class Args:
     overwrite: bool = False  # delete the run that is in the run folder
 
 
-PAPER = dict(  # the released commands for Pythia-2.8B; App. B: RMSprop, batch 64, 150 warm-up steps, lr 1e-6
-    model="EleutherAI/pythia-2.8b", lr=5e-7, batch_size=64, warmup_steps=150, max_grad_norm=10.0,
-    dtype="bfloat16", max_length=512, max_prompt_length=256, eval_every=5000, eval_pairs=256,
-    save_every=20000, tokens_per_microbatch=16384)
+PYTHIA = Args(  # the released commands for Pythia-2.8B
+    model="EleutherAI/pythia-2.8b",  # give the SFT run: --model results/sft-hh
+    lr=5e-7,  # App. B: 1e-6
+    batch_size=64,  # App. B
+    warmup_steps=150,  # App. B
+    max_grad_norm=10.0,
+    dtype="bfloat16",
+    max_length=512,
+    max_prompt_length=256,
+    tokens_per_microbatch=16384,
+    eval_every=5000,
+    eval_pairs=256,
+    save_every=20000,
+)
 PRESETS = {
     "tiny": Args(),
-    "hh": Args(data="hh", beta=0.1, out="results/dpo-hh", **PAPER),  # with --model results/sft-hh
-    "tldr": Args(data="tldr", beta=0.5, out="results/dpo-tldr", **PAPER),  # 0.5 for summaries, App. B
+    "hh": replace(PYTHIA, data="hh", beta=0.1, out="results/dpo-hh"),
+    "tldr": replace(PYTHIA, data="tldr", beta=0.5, out="results/dpo-tldr"),  # App. B
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    preset = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else "tiny"
+    preset = "tiny"
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        preset = sys.argv.pop(1)
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
     args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
@@ -79,34 +96,73 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
-from common import (
-    batch_order, clip_gradients, load_checkpoint, load_model, load_pairs, load_tokenizer, log, merge,
-    optimiser_steps, pack_pairs, pair_metrics, plot_curves, print_evaluations, progress,
-    reference_logps, response_logps, save_checkpoint, save_model, setting, setup, speed, start_run,
-    stop_requested, stop_unless_finite, subset, tokenize_pairs
-)
+# common.py is beside this file, or one folder up.
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+# isort: off
+from common import pair_metrics, reference_logps, response_logps  # log-probabilities
+from common import pack_pairs, tokenize_pairs  # tokenization
+from common import batch_order, load_pairs, optimiser_steps, subset  # data
+from common import clip_gradients, load_model, load_tokenizer, save_model  # models
+from common import log, merge, progress, require, setup, speed, start_run  # processes
+from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
+from common import plot_curves, print_evaluations, setting  # processes
+# isort: on
 
 
-def dpo_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0):
-    """Eq. 7 for each pair.  Four (B,) summed log-probs -> (B,) losses.
+def dpo_loss(
+    chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, label_smoothing=0.0
+):
+    """The loss of each pair, Eq. 7.  Four (B,) summed log-probs -> (B,) losses.
 
-    With label_smoothing = eps, the expected loss when a label is flipped with probability eps; 1/2 has no
-    slope at 0.
+    label_smoothing is the probability that a label is wrong, and the loss is then an expectation.
+    At 1/2 there would be nothing to learn.
     """
     chosen_reward = beta * (chosen_logps - ref_chosen_logps)  # Eq. 5, without beta log Z(x)
     rejected_reward = beta * (rejected_logps - ref_rejected_logps)
-    margin = chosen_reward - rejected_reward  # where Z(x) cancels
+    margin = chosen_reward - rejected_reward  # beta log Z(x) cancels
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
 
 
+def load_rows(args, split, tokenizer):
+    """The pairs of the split "train" or "test" as token ids."""
+    pairs = load_pairs(args.data, split)
+    return tokenize_pairs(pairs, tokenizer, args.max_length, args.max_prompt_length)
+
+
+def score_reference(args, tokenizer, rows):
+    """The reference's log-probs of chosen and rejected, (N, 2); computed once, cached on disk."""
+    name = args.ref_model or args.model
+    return reference_logps(name, tokenizer, rows, args.dtype, args.tokens_per_microbatch)
+
+
 def pair_losses(model, batch, reference, args):
-    """The packed batch's losses with gradient (B,), and what is logged of each pair, a dictionary of (B,)."""
-    chosen_logps, rejected_logps = response_logps(model, batch)[0].view(-1, 2).unbind(1)
-    ref_chosen_logps, ref_rejected_logps = reference[batch["index"]].to(chosen_logps.device).unbind(1)
+    """The losses of a micro-batch, with gradient, and what is logged of each of its pairs.
+
+    batch: packed from N rows, B of which it holds.  reference: (N, 2) log-probs of all of them.
+    Returns (B,) losses and a dictionary of (B,) tensors.
+    """
+    # The responses of a batch are chosen, rejected, chosen, rejected, ...
+    policy = response_logps(model, batch)[0].view(-1, 2)
+    chosen_logps, rejected_logps = policy.unbind(1)
+    reference = reference[batch["index"]].to(policy.device)
+    ref_chosen_logps, ref_rejected_logps = reference.unbind(1)
+
+    # The loss, and the metrics that all preference methods have.
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     losses = dpo_loss(*logps, args.beta, args.label_smoothing)
-    return losses, {"loss": losses.detach(), **pair_metrics(*logps, args.beta)}
+    metrics = {"loss": losses.detach()}
+    metrics.update(pair_metrics(*logps, args.beta))
+    return losses, metrics
+
+
+@torch.no_grad()
+def evaluate(model, rows, reference, args):
+    """What is logged of this process's share of the held-out pairs: a dictionary of tensors."""
+    metrics = []
+    for batch in pack_pairs(rows, args.tokens_per_microbatch):
+        _, pairs = pair_losses(model, batch, reference, args)
+        metrics.append(pairs)
+    return merge(metrics, prefix="eval_")
 
 
 PANELS = [  # of the figure: title, unit, metrics
@@ -116,65 +172,81 @@ PANELS = [  # of the figure: title, unit, metrics
 ]
 
 
-@torch.no_grad()
-def evaluate(model, rows, reference, args):
-    """What is logged of each of this process's held-out pairs, before the update that follows."""
-    batches = pack_pairs(rows, args.tokens_per_microbatch)
-    return merge([pair_losses(model, batch, reference, args)[1] for batch in batches], prefix="eval_")
+def check(args):
+    """Refuse what no run could use, before anything is loaded."""
+    require(0 < args.beta < float("inf"), "--beta must be positive")
+    require(0 <= args.label_smoothing < 0.5, "--label-smoothing must be in [0, 0.5)")
 
 
 def main(args):
-    if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5:
-        raise SystemExit("--beta must be positive and --label-smoothing in [0, 0.5)")
+    check(args)
     setup(args.seed)
+
+    # Data: token ids of the pairs that the optimiser steps will use, and of the held-out pairs.
     tokenizer = load_tokenizer(args.model)
-    limits = args.max_length, args.max_prompt_length, args.truncation
-    train = tokenize_pairs(load_pairs(args.data, "train"), tokenizer, *limits)
-    test = tokenize_pairs(load_pairs(args.data, "test"), tokenizer, *limits)
+    train = load_rows(args, "train", tokenizer)
+    test = load_rows(args, "test", tokenizer)
     steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
     out = start_run(args, "dpo")
 
-    ref_train, ref_test = (reference_logps(args.ref_model or args.model, tokenizer, rows, args.dtype,
-                                           args.tokens_per_microbatch) for rows in (train, test))
+    # Reference: it never changes, and neither do its log-probs.
+    ref_train = score_reference(args, tokenizer, train)
+    ref_test = score_reference(args, tokenizer, test)
 
+    # Model: the policy, its optimiser, and where a resumed run goes on.
     model = load_model(args.model, args.dtype, train=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     optimizer = torch.optim.RMSprop(model.parameters(), lr=args.lr)
-    start, state = load_checkpoint(out, model, optimizer) if args.resume else (0, {})
-    clipped = state.get("clipped", 0)  # steps whose gradient was clipped so far
-    eval_steps, save_steps = (max(1, n // args.batch_size) for n in (args.eval_every, args.save_every))
+    start = 0
+    clipped = 0  # steps whose gradient was clipped so far
+    if args.resume:
+        start, state = load_checkpoint(out, model, optimizer)
+        clipped = state.get("clipped", 0)
+    eval_steps = max(1, args.eval_every // args.batch_size)
+    save_steps = max(1, args.save_every // args.batch_size)
 
     for step in progress(range(start, steps)):
         if step % eval_steps == 0:
             log(out, step, **evaluate(model, test, ref_test, args))
-        started, metrics = time.time(), []
-        index = batch_order(len(train), args.batch_size, step, args.seed)
-        rows, reference = [train[i] for i in index], ref_train[index]
-        for batch in pack_pairs(rows, args.tokens_per_microbatch):
-            losses, pairs = pair_losses(model, batch, reference, args)
-            (losses.sum() * dist.get_world_size() / len(rows)).backward()  # FSDP averages over the processes
-            metrics.append(pairs)
 
+        # Step: the gradients of the micro-batches add up to that of the mean over all pairs.
+        started = time.time()
+        index = batch_order(len(train), args.batch_size, step, args.seed)
+        rows = [train[i] for i in index]
+        metrics = []
+        for batch in pack_pairs(rows, args.tokens_per_microbatch):
+            losses, pairs = pair_losses(model, batch, ref_train[index], args)
+            # FSDP takes the mean over the processes; the loss is the mean over all their pairs.
+            (losses.sum() * dist.get_world_size() / len(rows)).backward()
+            metrics.append(pairs)
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, rows, out)
         clipped += grad_norm > args.max_grad_norm
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
         optimizer.step()
         optimizer.zero_grad()
-        log(out, step, **merge(metrics), grad_norm=grad_norm, clipped_steps=clipped / (step + 1), lr=lr,
-            **speed(rows, time.time() - started))
+
+        # Log: means over all processes, of values from before the update.
+        status = {"grad_norm": grad_norm, "clipped_steps": clipped / (step + 1)}
+        status["lr"] = optimizer.param_groups[0]["lr"]
+        log(out, step, **merge(metrics), **status, **speed(rows, time.time() - started))
+
+        # Save: a checkpoint when it is due, and when the run is asked to stop.
         stop = stop_requested()
-        if stop or args.save_every and (step + 1) % save_steps == 0:
+        if stop or (args.save_every > 0 and (step + 1) % save_steps == 0):
             save_checkpoint(out, step + 1, model, optimizer, clipped=clipped)
         if stop:
-            raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
+            raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
+    # After the last step: the model, the figure, and a table of the held-out metrics.
     log(out, steps, **evaluate(model, test, ref_test, args))
     save_model(model, tokenizer, out / "model")
-    history = plot_curves(out, PANELS, f"DPO (Rafailov et al. 2023), beta {args.beta}: {setting(args)}")
+    history = plot_curves(
+        out, PANELS, f"DPO (Rafailov et al. 2023), beta {args.beta}: {setting(args)}"
+    )
     print_evaluations(history)
     return history
 

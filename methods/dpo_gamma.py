@@ -2,30 +2,33 @@
 
 Chen, Malladi, Zhang, Chen, Zhang, Ranganath, Cho 2024, https://arxiv.org/abs/2405.19534
 
-Loss (Eq. 4); gamma = 1 is DPO, gamma = 0 forgets the reference:
+The loss (Eq. 4); gamma = 1 is DPO, and gamma = 0 forgets the reference:
 
     L = -log sigmoid( beta [ log pi(y_w|x)/pi(y_l|x) - gamma log pi_ref(y_w|x)/pi_ref(y_l|x) ] )
 
-    python methods/dpo_gamma.py                             tiny world, gamma 0, 1 and 2, about a minute
-    python methods/dpo_gamma.py --gamma 0 0.25 0.5 0.75 1   a sweep that shares one cached reference pass
-    torchrun --standalone --nproc-per-node 4 methods/dpo_gamma.py hh --gamma 0.5 --model results/sft-hh
+    python methods/dpo_gamma.py                             tiny world, gamma 0, 1 and 2, a minute
+    python methods/dpo_gamma.py --gamma 0 0.25 0.5 0.75 1   a sweep: one cached reference serves all
+    torchrun --standalone --nproc-per-node 4 methods/dpo_gamma.py hh --model results/sft-hh
 
-Presets: tiny (default) | hh: nine gammas, Pythia-2.8B on Anthropic HH, from an SFT on its chosen side.
+Presets: tiny (default) | hh: nine gammas, Pythia-2.8B on Anthropic HH, after an SFT.
 
-A pair is ranked right if pi(y_w|x) > pi(y_l|x), that is if L < -log sigmoid(beta gamma c) with c = log
-pi_ref(y_l|x)/pi_ref(y_w|x) (Theorem 4.1 for gamma = 1): the larger c, the smaller the loss must become.
-Every evaluation logs, of held-out pairs, the ranking accuracy; the shares that were right under the reference
-and are right (kept) or wrong (lost), or were wrong and are right (fixed) or wrong (missed), as in Fig. 2; the
-squared distance of the weights from their start.  figures/ranking.png has Fig. 3 for each gamma, and accuracy
-against distance as in Fig. 4.  A run of a sweep resumes with --gamma 1 --out .../gamma-1 --resume.
+A pair is ranked right if pi(y_w|x) > pi(y_l|x). That is so if and only if its loss is below
+-log sigmoid(beta gamma c), where c = log pi_ref(y_l|x)/pi_ref(y_w|x) (Theorem 4.1, for gamma = 1).
+The more the reference prefers the wrong response, the smaller the loss must become.
 
-Differs from the released code: gamma is called alpha there (its --gamma is unused, its default loss is DPO),
-the learning rate decays, its weight norm is not of the change.  Rewards are beta log pi/pi_ref throughout.
+Every evaluation logs, of held-out pairs, the ranking accuracy and the four shares of Fig. 2: pairs
+that the reference ranks right and the policy right (kept) or wrong (lost), and pairs that the
+reference ranks wrong and the policy right (fixed) or wrong (missed). It also logs the squared
+distance of the weights from their start, for Fig. 4. --resume goes on with a whole sweep, and
+studies/dpo_gamma_figures.py draws Fig. 3 and Fig. 4 of it.
+
+Differs from the released code: gamma is called alpha there, --gamma is not used, and the default
+loss is DPO. The learning rate decays there. The logged norm is of the weights, not of their change.
 """
 
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,15 +38,13 @@ import tyro
 @dataclass
 class Args:
     beta: float = 0.1  # strength of the KL constraint, Def. 2.2; 0.1 fits Fig. 3
-    gamma: tuple[float, ...] = (0.0, 1.0, 2.0)  # weight of the reference, Eq. 4; several: a run for each
-    label_smoothing: float = 0.0  # probability that a label is flipped (conservative DPO)
+    gamma: tuple[float, ...] = (0.0, 1.0, 2.0)  # weight of the reference, Eq. 4; a run for each
 
     model: str = "tiny"  # initial policy: tiny, a local or run folder, or a hub id
     ref_model: str = ""  # frozen reference; empty: the initial policy
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
     max_length: int = 512  # tokens of prompt and response together
-    max_prompt_length: int = 256  # tokens a prompt is cut to when the row is longer than max_length
-    truncation: Literal["auto", "keep_end", "keep_start"] = "auto"  # of long prompts; auto: end and cue
+    max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length
 
     lr: float = 5e-5  # of RMSprop, after warm-up
     batch_size: int = 32  # pairs per optimiser step, over all processes
@@ -52,9 +53,9 @@ class Args:
     warmup_steps: int = 10  # of linear warm-up, then lr is constant
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
-    gradient_checkpointing: bool = False  # recompute activations in backward: less memory, a third more time
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights, sums and loss are float32
-    seed: int = 0
+    gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights and sums are float32
+    seed: int = 0  # of the order of the data
 
     eval_every: int = 320  # training pairs between evaluations, rounded down to whole steps
     eval_pairs: int = 256  # held-out pairs, the same at every evaluation
@@ -64,17 +65,31 @@ class Args:
     overwrite: bool = False  # delete the run that is in the run folder
 
 
-PAPER = dict(  # README and App. D.1; lr is the least of four searched, batch 64 fits the steps of Fig. 2
-    model="EleutherAI/pythia-2.8b", lr=5e-7, batch_size=64, epochs=5, warmup_steps=150, max_grad_norm=1.0,
-    dtype="bfloat16", max_length=512, max_prompt_length=256, eval_every=32000, eval_pairs=1000,
-    save_every=160000, tokens_per_microbatch=16384)
+PYTHIA = Args(  # App. D.1 and the released README
+    model="EleutherAI/pythia-2.8b",  # give the SFT run: --model results/sft-hh
+    lr=5e-7,  # the least of the four searched; the paper does not say which won
+    batch_size=64,  # fits the 12,500 steps of Fig. 2
+    epochs=5,
+    warmup_steps=150,
+    max_grad_norm=1.0,
+    dtype="bfloat16",
+    max_length=512,
+    max_prompt_length=256,
+    tokens_per_microbatch=16384,
+    eval_every=32000,
+    eval_pairs=1000,
+    save_every=160000,
+)
+NINE_GAMMAS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0)  # Fig. 4
 PRESETS = {
     "tiny": Args(),
-    "hh": Args(data="hh", out="results/dpo_gamma-hh", gamma=tuple(k / 4 for k in range(9)), **PAPER),
+    "hh": replace(PYTHIA, data="hh", gamma=NINE_GAMMAS, out="results/dpo_gamma-hh"),
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    preset = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else "tiny"
+    preset = "tiny"
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        preset = sys.argv.pop(1)
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
     args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
@@ -82,37 +97,90 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.tensor import DTensor
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
-from common import (
-    batch_order, clip_gradients, load_checkpoint, load_model, load_pairs, load_tokenizer, log, merge,
-    optimiser_steps, pack_pairs, pair_metrics, plot_curves, print_evaluations, progress,
-    reference_logps, response_logps, save_checkpoint, save_model, setting, setup, speed, start_run,
-    stop_requested, stop_unless_finite, subset, tokenize_pairs
-)
+# common.py is beside this file, or one folder up.
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
+# isort: off
+from common import pair_metrics, reference_logps, response_logps  # log-probabilities
+from common import pack_pairs, tokenize_pairs  # tokenization
+from common import batch_order, load_pairs, optimiser_steps, subset  # data
+from common import clip_gradients, load_model, load_tokenizer, save_model  # models
+from common import log, merge, progress, require, setup, speed, start_run  # processes
+from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
+from common import plot_curves, print_evaluations, setting  # processes
+# isort: on
 
 
-def dpo_gamma_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, gamma,
-                   label_smoothing=0.0):
-    """Eq. 4 for each pair; gamma = 1 is DPO to the bit.  Four (B,) summed log-probs -> (B,) losses.
-
-    With label_smoothing = eps, the expected loss when a label is flipped with probability eps; 1/2 has no
-    slope at 0.
-    """
-    chosen_reward = beta * (chosen_logps - gamma * ref_chosen_logps)  # the reference is pi_ref^gamma
+def dpo_gamma_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta, gamma):
+    """The loss of each pair, Eq. 4.  Four (B,) summed log-probs -> (B,) losses."""
+    chosen_reward = beta * (chosen_logps - gamma * ref_chosen_logps)  # reference pi_ref^gamma
     rejected_reward = beta * (rejected_logps - gamma * ref_rejected_logps)
-    margin = chosen_reward - rejected_reward  # where Z(x) cancels
-    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+    margin = chosen_reward - rejected_reward  # beta log Z(x) cancels
+    return -F.logsigmoid(margin)  # Eq. 4
+
+
+def largest_right_loss(c, beta, gamma):
+    """The loss below which a pair is ranked right, Theorem 4.1.  (B,) -> (B,)
+
+    c = log pi_ref(y_l|x)/pi_ref(y_w|x). It is the loss at pi(y_w|x) = pi(y_l|x).
+    """
+    return -F.logsigmoid(beta * gamma * c)
+
+
+def load_rows(args, split, tokenizer):
+    """The pairs of the split "train" or "test" as token ids."""
+    pairs = load_pairs(args.data, split)
+    return tokenize_pairs(pairs, tokenizer, args.max_length, args.max_prompt_length)
+
+
+def score_reference(args, tokenizer, rows):
+    """The reference's log-probs of chosen and rejected, (N, 2); computed once, cached on disk."""
+    name = args.ref_model or args.model
+    return reference_logps(name, tokenizer, rows, args.dtype, args.tokens_per_microbatch)
 
 
 def pair_losses(model, batch, reference, args):
-    """The packed batch's losses with gradient (B,), and what is logged of each pair, a dictionary of (B,)."""
-    chosen_logps, rejected_logps = response_logps(model, batch)[0].view(-1, 2).unbind(1)
-    ref_chosen_logps, ref_rejected_logps = reference[batch["index"]].to(chosen_logps.device).unbind(1)
+    """The losses of a micro-batch, with gradient, and what is logged of each of its pairs.
+
+    batch: packed from N rows, B of which it holds.  reference: (N, 2) log-probs of all of them.
+    Returns (B,) losses and a dictionary of (B,) tensors.
+    """
+    # The responses of a batch are chosen, rejected, chosen, rejected, ...
+    policy = response_logps(model, batch)[0].view(-1, 2)
+    chosen_logps, rejected_logps = policy.unbind(1)
+    reference = reference[batch["index"]].to(policy.device)
+    ref_chosen_logps, ref_rejected_logps = reference.unbind(1)
+
+    # The loss, and the metrics that all preference methods have.
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
-    losses = dpo_gamma_loss(*logps, args.beta, args.gamma, args.label_smoothing)
-    c = ref_rejected_logps - ref_chosen_logps  # of Theorem 4.1
-    return losses, {"loss": losses.detach(), **pair_metrics(*logps, args.beta), "c": c}
+    losses = dpo_gamma_loss(*logps, args.beta, args.gamma[0])
+    metrics = {"loss": losses.detach()}
+    metrics.update(pair_metrics(*logps, args.beta))
+    metrics["c"] = ref_rejected_logps - ref_chosen_logps  # of Theorem 4.1
+    return losses, metrics
+
+
+@torch.no_grad()
+def evaluate(model, rows, reference, args):
+    """What is logged of this process's share of the held-out pairs: a dictionary of tensors."""
+    metrics = []
+    for batch in pack_pairs(rows, args.tokens_per_microbatch):
+        _, pairs = pair_losses(model, batch, reference, args)
+        metrics.append(pairs)
+    return merge(metrics, prefix="eval_")
+
+
+def copy_weights(model):
+    """The weights as they are now: a list of tensors, sharded as the model is."""
+    return [weight.detach().clone() for weight in model.parameters()]
+
+
+@torch.no_grad()
+def squared_distance(model, weights):
+    """The squared distance of the model's weights from these, which are in the same order."""
+    distance = sum((new - old).square().sum() for new, old in zip(model.parameters(), weights))
+    return distance.full_tensor() if isinstance(distance, DTensor) else distance  # DTensor: sharded
 
 
 PANELS = [  # of the figure: title, unit, metrics
@@ -123,96 +191,112 @@ PANELS = [  # of the figure: title, unit, metrics
 ]
 
 
-@torch.no_grad()
-def evaluate(model, rows, reference, args):
-    """What is logged of each of this process's held-out pairs, before the update that follows."""
-    batches = pack_pairs(rows, args.tokens_per_microbatch)
-    metrics = merge([pair_losses(model, batch, reference, args)[1] for batch in batches], prefix="eval_")
-    torch.save(metrics, Path(args.out, f"pairs-{dist.get_rank()}-{dist.get_world_size()}.pt"))
-    distance = sum((p - start).square().sum() for p, start in zip(model.parameters(), model.start))
-    return metrics | {"eval_distance": getattr(distance, "full_tensor", lambda: distance)()}
+def check(args):
+    """Refuse what no run could use, before anything is loaded."""
+    require(0 < args.beta < float("inf"), "--beta must be positive")
+    finite = [abs(gamma) < float("inf") for gamma in args.gamma]
+    require(finite and all(finite), "--gamma must be one or more finite numbers")
 
 
-def run(args):
-    """One gamma, a float in args -> the records of its metrics.jsonl."""
-    if not args.beta > 0 or not 0 <= args.label_smoothing < 0.5:
-        raise SystemExit("--beta must be positive and --label-smoothing in [0, 0.5)")
+def train_one(args):
+    """One run: args.gamma holds one number.  Returns the records of its metrics.jsonl."""
     setup(args.seed)
+
+    # Data: token ids of the pairs that the optimiser steps will use, and of the held-out pairs.
     tokenizer = load_tokenizer(args.model)
-    limits = args.max_length, args.max_prompt_length, args.truncation
-    train = tokenize_pairs(load_pairs(args.data, "train"), tokenizer, *limits)
-    test = tokenize_pairs(load_pairs(args.data, "test"), tokenizer, *limits)
+    train = load_rows(args, "train", tokenizer)
+    test = load_rows(args, "test", tokenizer)
     steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
     out = start_run(args, "dpo_gamma")
 
-    ref_train, ref_test = (reference_logps(args.ref_model or args.model, tokenizer, rows, args.dtype,
-                                           args.tokens_per_microbatch) for rows in (train, test))
+    # Reference: it never changes, and neither do its log-probs.
+    ref_train = score_reference(args, tokenizer, train)
+    ref_test = score_reference(args, tokenizer, test)
 
+    # Model: the policy, its optimiser, and where a resumed run goes on.
     model = load_model(args.model, args.dtype, train=True)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    model.start = [p.detach().clone() for p in model.parameters()]
+    first_weights = copy_weights(model)
     optimizer = torch.optim.RMSprop(model.parameters(), lr=args.lr)
-    start, state = load_checkpoint(out, model, optimizer) if args.resume else (0, {})
-    clipped = state.get("clipped", 0)  # steps whose gradient was clipped so far
-    eval_steps, save_steps = (max(1, n // args.batch_size) for n in (args.eval_every, args.save_every))
+    start = 0
+    clipped = 0  # steps whose gradient was clipped so far
+    if args.resume:
+        start, state = load_checkpoint(out, model, optimizer)
+        clipped = state.get("clipped", 0)
+    eval_steps = max(1, args.eval_every // args.batch_size)
+    save_steps = max(1, args.save_every // args.batch_size)
 
     for step in progress(range(start, steps)):
         if step % eval_steps == 0:
-            log(out, step, **evaluate(model, test, ref_test, args))
-        started, metrics = time.time(), []
-        index = batch_order(len(train), args.batch_size, step, args.seed)
-        rows, reference = [train[i] for i in index], ref_train[index]
-        for batch in pack_pairs(rows, args.tokens_per_microbatch):
-            losses, pairs = pair_losses(model, batch, reference, args)
-            (losses.sum() * dist.get_world_size() / len(rows)).backward()  # FSDP averages over the processes
-            metrics.append(pairs)
+            held_out = evaluate(model, test, ref_test, args)
+            log(out, step, **held_out, eval_distance=squared_distance(model, first_weights))
 
+        # Step: the gradients of the micro-batches add up to that of the mean over all pairs.
+        started = time.time()
+        index = batch_order(len(train), args.batch_size, step, args.seed)
+        rows = [train[i] for i in index]
+        metrics = []
+        for batch in pack_pairs(rows, args.tokens_per_microbatch):
+            losses, pairs = pair_losses(model, batch, ref_train[index], args)
+            # FSDP takes the mean over the processes; the loss is the mean over all their pairs.
+            (losses.sum() * dist.get_world_size() / len(rows)).backward()
+            metrics.append(pairs)
         grad_norm = clip_gradients(model, args.max_grad_norm)
         stop_unless_finite(grad_norm, step, rows, out)
         clipped += grad_norm > args.max_grad_norm
-        lr = optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
+        optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
         optimizer.step()
         optimizer.zero_grad()
-        log(out, step, **merge(metrics), grad_norm=grad_norm, clipped_steps=clipped / (step + 1), lr=lr,
-            **speed(rows, time.time() - started))
+
+        # Log: means over all processes, of values from before the update.
+        status = {"grad_norm": grad_norm, "clipped_steps": clipped / (step + 1)}
+        status["lr"] = optimizer.param_groups[0]["lr"]
+        log(out, step, **merge(metrics), **status, **speed(rows, time.time() - started))
+
+        # Save: a checkpoint when it is due, and when the run is asked to stop.
         stop = stop_requested()
-        if stop or args.save_every and (step + 1) % save_steps == 0:
+        if stop or (args.save_every > 0 and (step + 1) % save_steps == 0):
             save_checkpoint(out, step + 1, model, optimizer, clipped=clipped)
         if stop:
-            raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
+            raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
-    log(out, steps, **evaluate(model, test, ref_test, args))
+    # After the last step: the model, the figure, and a table of the held-out metrics.
+    held_out = evaluate(model, test, ref_test, args)
+    log(out, steps, **held_out, eval_distance=squared_distance(model, first_weights))
     save_model(model, tokenizer, out / "model")
-    history = plot_curves(out, PANELS, f"DPO^{args.gamma} (Chen et al.), beta {args.beta}: {setting(args)}")
+    history = plot_curves(
+        out, PANELS, f"DPO^{args.gamma[0]} (Chen et al.), beta {args.beta}: {setting(args)}"
+    )
     print_evaluations(history)
     return history
 
 
+def runs_of_sweep(args):
+    """The options of a run for each gamma.  A resumed sweep leaves out what is finished."""
+    runs = []
+    for gamma in args.gamma:
+        folder = Path(args.out)
+        if len(args.gamma) > 1:
+            folder = folder / f"gamma-{gamma:g}"
+        run = replace(args, gamma=(gamma,), out=str(folder))
+
+        # A sweep that was stopped: some of its runs are finished, and some have not begun.
+        if gamma != args.gamma[0]:
+            run.resume = args.resume and (folder / "config.json").is_file()
+        finished = args.resume and (folder / "model").is_dir()
+        if not finished or gamma == args.gamma[-1]:  # of the last one, start_run says that it is
+            runs.append(run)
+    return runs
+
+
 def main(args):
-    if not args.gamma or not all(abs(gamma) < float("inf") for gamma in args.gamma):
-        raise SystemExit("--gamma must be one or more finite numbers")
-    from matplotlib.figure import Figure
-    figure, records = Figure((4 * len(args.gamma) + 4, 4), layout="constrained"), []
-    *axes, fig4 = figure.subplots(1, len(args.gamma) + 1)
-    for axis, gamma in zip(axes, args.gamma):
-        out = Path(args.out, f"gamma-{gamma:g}" if len(args.gamma) > 1 else "")
-        records += (history := run(Args(**vars(args) | {"gamma": gamma, "out": str(out)})))
-        pairs = merge([torch.load(file, "cpu") for file in out.glob(f"pairs-*-{dist.get_world_size()}.pt")])
-        c, loss, right = (pairs[f"eval_{name}"] for name in ("c", "loss", "ranking_accuracy"))
-        axis.scatter(c, loss, 9, right, cmap="coolwarm_r", vmin=0, vmax=1)  # and the line of Theorem 4.1:
-        axis.plot(x := c.sort()[0], dpo_gamma_loss(0, 0, 0, x, args.beta, gamma, args.label_smoothing), "k--")
-        axis.set(title=f"gamma {gamma:g}", ylabel="loss, nats",
-                 xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats")
-        points = [(r["eval_distance"], r["eval_ranking_accuracy"]) for r in history if "eval_loss" in r]
-        fig4.plot(*zip(*points), "o-", label=f"gamma {gamma:g}")
-    fig4.set(xlabel="squared distance of the weights from their start", ylabel="ranking accuracy")
-    fig4.legend()
-    figure.suptitle(f"DPO^gamma (Chen et al.), blue: ranked right, beta {args.beta}, {setting(args)}", size=9)
-    Path(args.out, "figures").mkdir(exist_ok=True)
-    figure.savefig(Path(args.out, "figures", "ranking.png"), dpi=120)  # the same bytes from all processes
+    check(args)
+    records = []
+    for run in runs_of_sweep(args):
+        records += train_one(run)
     return records
 
 

@@ -1,20 +1,27 @@
 """Responses to test prompts from any model, and how often a judge prefers them to others.
 
-Win rates as in DPO (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, Sec. 6 and App. C.2) and Cal-DPO
-(Xiao et al. 2024, https://arxiv.org/abs/2412.14516), against the chosen responses or another model's:
+Win rates as in DPO (Rafailov et al. 2023, https://arxiv.org/abs/2305.18290, Sec. 6, App. C.2) and
+Cal-DPO (Xiao et al. 2024, https://arxiv.org/abs/2412.14516).  The responses are compared with the
+chosen responses of the data, or with the responses of another model:
 
     win rate = (wins + ties / 2) / comparisons, with a 95 % Wilson interval that counts prompts
 
-    python methods/generate.py                              tiny world, judged by its known reward
-    python methods/generate.py --model results/dpo --against results/generate/responses.jsonl --out results/2
+    python methods/generate.py                          tiny world, judged by its known reward
     python methods/generate.py hh --model results/dpo-hh --judge results/dpl-train
-    python methods/generate.py --responses results/generate-hh/responses.jsonl --judge-command "python ask.py"
+    python methods/generate.py --model results/dpo --against FILE --out results/2
+    python methods/generate.py --responses FILE --judge-command "python ask.py"
 
-A judge command reads questions, lines of JSON {"prompt", "a", "b"}, and prints A, B or tie for each.  Each is
-asked in both orders (in the papers in one, at random); a response wins if the two answers together favour it,
-so a preference for a place makes a tie.  Presets: tiny (default) | hh, as released | tldr, as in EXO.
-The released code of Cal-DPO has no judge.  It decodes greedily (its paper: temperature 1), strips responses,
-leaves out the last partial batch; here they keep their first space, as in the data, and none is left out.
+FILE is the responses.jsonl of another run.
+Presets: tiny (default) | hh: as released with Cal-DPO | tldr: as in EXO (arxiv.org/abs/2402.00856).
+
+A judge command reads questions, one line of JSON {"prompt", "a", "b"} for each, and prints A, B or
+tie for each.  Every question is asked in both orders (the papers ask in one order, chosen at
+random).  A response wins if the two answers together favour it, so that a judge that prefers a
+place makes a tie.
+
+The released code of Cal-DPO has no judge.  It decodes greedily (its paper: temperature 1), strips
+the responses and leaves out the last partial batch.  Here responses keep their first space, as in
+the data, and no batch is left out.
 """
 
 import json
@@ -22,7 +29,8 @@ import math
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -48,7 +56,7 @@ class Args:
     max_prompt_length: int = 512  # tokens to which longer prompts are cut
     batch_size: int = 64  # responses sampled side by side, on each process
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the models
-    seed: int = 0
+    seed: int = 0  # of every random draw
     out: str = "results/generate"  # run folder
     resume: bool = False  # continue a killed run: finished batches are kept
     overwrite: bool = False  # delete the run that is in the run folder
@@ -56,14 +64,32 @@ class Args:
 
 PRESETS = {
     "tiny": Args(max_new_tokens=64),
-    "hh": Args(data="hh", temperature=0.0, max_prompt_length=1948, judge="none", dtype="bfloat16",
-               out="results/generate-hh"),  # as released: greedy, 100 new tokens after the whole prompt
-    "tldr": Args(data="tldr-sft", temperature=0.8, max_new_tokens=75, max_prompt_length=575, samples=4,
-                 prompts=512, seed=42, judge="none", dtype="bfloat16", out="results/generate-tldr"),
-}  # tldr: EXO, https://arxiv.org/abs/2402.00856, 650 tokens in all
+    "hh": Args(  # as released: greedy, 100 new tokens after the whole prompt
+        data="hh",
+        temperature=0.0,
+        max_prompt_length=1948,
+        judge="none",
+        dtype="bfloat16",
+        out="results/generate-hh",
+    ),
+    "tldr": Args(  # EXO: 650 tokens in all
+        data="tldr-sft",
+        temperature=0.8,
+        max_new_tokens=75,
+        max_prompt_length=575,
+        samples=4,
+        prompts=512,
+        seed=42,
+        judge="none",
+        dtype="bfloat16",
+        out="results/generate-tldr",
+    ),
+}
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    preset = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else "tiny"
+    preset = "tiny"
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        preset = sys.argv.pop(1)
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
     args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
@@ -72,203 +98,504 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
+from matplotlib.figure import Figure
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
-from common import (decode_step, load_model, load_pairs, load_tokenizer, model_folder, on_rank0, prefill,
-                    progress, read_rows, reorder, require, row_texts, sample_tokens, setting, setup,
-                    start_run, stay_in_place, stop_requested, tiny_reward, tokenize_pairs, words, write)
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
+# isort: off
+from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
+from common import row_texts, tokenize_pairs  # tokenization
+from common import load_pairs, read_rows, words  # data
+from common import load_model, load_tokenizer, model_folder  # models
+from common import tiny_reward  # the tiny world
+from common import (
+    on_rank0,
+    progress,
+    require,
+    setting,
+    setup,
+    start_run,
+    stop_requested,
+    write,
+)  # processes
+# isort: on
+
+
+# The win rate.
+
+
+@dataclass
+class WinRate:
+    """What a judge said of all comparisons."""
+
+    wins: int
+    ties: int
+    losses: int
+    prompts: int  # different prompts; responses to the same prompt are no independent evidence
+    win_rate: float  # (wins + ties / 2) / comparisons
+    low: float  # of the 95 % interval of the win rate
+    high: float
+    score: float  # the judge's mean score of the responses
+    other_score: float  # and of those they are compared with
+
+
+def wilson(k, n, z=1.959964):
+    """The 95 % interval of a rate of which k cases in n were seen.  Ties make k a fraction.
+
+    It holds the rates p with |k / n - p| <= z sqrt(p (1 - p) / n), Wilson 1927.
+    """
+    centre = k + z * z / 2
+    half = z * math.sqrt(k * (n - k) / n + z * z / 4)
+    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
+
+
+def summarise(rows):
+    """Compared rows, with their outcome 1 (win), 0 (tie) or -1 (loss) and two scores -> WinRate"""
+    outcomes = [row["outcome"] for row in rows]
+
+    # A tie is half a win.
+    wins = outcomes.count(1)
+    ties = outcomes.count(0)
+    win_rate = (wins + ties / 2) / len(rows)
+
+    # Samples of one prompt resemble each other, so the interval counts prompts, not samples.
+    prompts = len({row.get("row", i) for i, row in enumerate(rows)})
+    low, high = wilson(win_rate * prompts, prompts)
+
+    # What the judge gave, on average; the unit is the judge's own.
+    score = sum(row["score"] for row in rows) / len(rows)
+    other_score = sum(row["other_score"] for row in rows) / len(rows)
+
+    return WinRate(
+        wins=wins,
+        ties=ties,
+        losses=outcomes.count(-1),
+        prompts=prompts,
+        win_rate=win_rate,
+        low=low,
+        high=high,
+        score=score,
+        other_score=other_score,
+    )
+
+
+# Sampling.
+
+
+class Filters:
+    """The library's filters of next-token logits, one after the other."""
+
+    def __init__(self, processors):
+        """processors: those of transformers, in the order in which they act."""
+        self.processors = processors
+
+    def __call__(self, logits):
+        """(n, V) logits -> (n, V) logits, -inf for the tokens that are left out."""
+        for process in self.processors:
+            logits = process(None, logits)
+        return logits
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The library's filters, in its order, as a function of (n, V) logits; temperature 0 is greedy."""
-    used = {"Temperature": (temperature, 1), "TopK": (top_k, 0), "TopP": (top_p, 1), "MinP": (min_p, 0)}
-    used = used if temperature else {"TopK": (1, 0)}
+    """The filters that the options ask for, in the library's order; temperature 0 is greedy.
+
+    Raises SystemExit where an option is out of its range.
+    """
+    if temperature == 0:
+        return Filters([transformers.TopKLogitsWarper(1)])
+    processors = []
     try:
-        chain = [getattr(transformers, f"{k}LogitsWarper")(x) for k, (x, off) in used.items() if x != off]
+        if temperature != 1:
+            processors.append(transformers.TemperatureLogitsWarper(temperature))
+        if top_k != 0:
+            processors.append(transformers.TopKLogitsWarper(top_k))
+        if top_p != 1:
+            processors.append(transformers.TopPLogitsWarper(top_p))
+        if min_p != 0:
+            processors.append(transformers.MinPLogitsWarper(min_p))
     except ValueError as error:
         raise SystemExit(f"--temperature, --top-k, --top-p or --min-p: {error}") from None
-    return lambda logits: transformers.LogitsProcessorList(chain)(None, logits)
+    return Filters(processors)
 
 
 def respond(model, prompts, uniforms, adapt, eos_id, vocabulary):
-    """N id lists, uniforms (N, T) -> N lists of up to T ids, the last one eos_id if it was drawn.
+    """One response to each prompt, drawn from softmax(adapt(logits)).
 
-    Drawn from softmax(adapt(logits)); a response depends on its own prompt and uniforms only."""
+    N lists of ids and (N, T) uniforms in [0, 1) -> N lists of up to T ids; the last one is eos_id
+    if that was drawn.  A response depends on its own prompt and uniforms only.  Logits beyond the
+    first `vocabulary` ones belong to no token.
+    """
+    # One pass over the prompts fills the cache; from then on each token costs one step.
     responses = [[] for _ in prompts]
+    last = uniforms.shape[1] - 1
     rows = torch.arange(len(prompts), device=model.device)  # the response that each slot works on
     cache, _, logits = prefill(model, prompts, uniforms.shape[1])
     for t in range(uniforms.shape[1]):
         tokens, _ = sample_tokens(adapt(logits[:, :vocabulary].float()), uniforms[rows, t])
         for row, token in zip(rows.tolist(), tokens.tolist()):
             responses[row].append(token)
-        slots = stay_in_place((tokens != eos_id).nonzero()[:, 0])  # finished responses leave the batch
-        if t + 1 == uniforms.shape[1] or len(slots) == 0:
-            return responses
+
+        # Finished responses leave the batch; most others keep their slots of the cache.
+        slots = stay_in_place((tokens != eos_id).nonzero()[:, 0])
+        if t == last or len(slots) == 0:
+            break
         reorder(cache, slots)
         rows = rows[slots]
         _, logits = decode_step(model, cache, tokens[slots])
+    return responses
+
+
+# Data and files.
+
+
+@dataclass
+class Item:
+    """One response that is to be drawn."""
+
+    row: int  # the prompt's index in the data
+    sample: int  # which of the prompt's responses it is
+    prompt_ids: list  # token ids
 
 
 def write_rows(path, rows):
-    write(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def generate(args, adapt, out):
-    """Write out/responses.jsonl; until it is complete, every finished batch is a file in out/parts."""
-    model, tokenizer = load_model(args.model, args.dtype), load_tokenizer(args.model)
-    known = model.get_input_embeddings().num_embeddings
-    require(len(tokenizer) <= known, f"{args.model}: a tokenizer of {len(tokenizer)} tokens with a model of "
-            f"{known}, so they do not belong together; put the tokenizer of the model's training there")
-    rows = load_pairs(args.data, "test", pairs=False)[:args.prompts or None]
-    texts = [{"prompt": row["prompt"], "cue": row.get("cue"), "responses": ["."]} for row in rows]
-    limits = args.max_prompt_length + 2, args.max_prompt_length  # two for the stand-in of a response
-    encoded = tokenize_pairs(texts, tokenizer, *limits, what="prompts")
-    encoded.sort(key=lambda e: -len(e["prompt_ids"]))  # alike lengths side by side, the most memory first
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    longest = len(encoded[0]["prompt_ids"]) + args.max_new_tokens
-    require(longest <= context, f"{args.model} reads {context} tokens, not {longest}: "
-            "lower --max-prompt-length")
-    items = [(e["row"], k, e["prompt_ids"]) for e in encoded for k in range(args.samples)]
-    batches = [items[i:i + args.batch_size] for i in range(0, len(items), args.batch_size)]
-    rank, world, parts = dist.get_rank(), dist.get_world_size(), out / "parts"
-    on_rank0(lambda: parts.mkdir(exist_ok=True), parts)
-    for first in progress(range(0, len(batches), world)):
-        if stop_requested():
-            raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
-        path = parts / f"{first + rank:06d}.jsonl"
-        for batch in [] if path.exists() else batches[first + rank:][:1]:
-            u = [np.random.default_rng([args.seed, i, k]).random(args.max_new_tokens) for i, k, _ in batch]
-            u = torch.tensor(np.stack(u) * (args.temperature > 0), device=model.device)  # greedy: the first
-            ids, end = [prompt for _, _, prompt in batch], tokenizer.eos_token_id
-            found = respond(model, ids, u, adapt, end, len(tokenizer))
-            texts = tokenizer.batch_decode(found, skip_special_tokens=True)
-            write_rows(path, [{"prompt": rows[i]["prompt"], "response": text, "chosen": rows[i].get("chosen"),
-                               "row": i, "sample": k, "tokens": len(y), "ended": y[-1] == end}
-                              for (i, k, _), text, y in zip(batch, texts, found)])
-    dist.barrier()
-
-    def join():
-        found = [row for path in parts.glob("*.jsonl") for row in read_rows(path)]
-        write_rows(out / "responses.jsonl", sorted(found, key=lambda row: (row["row"], row["sample"])))
-        shutil.rmtree(parts)
-
-    on_rank0(join, f"{out}/responses.jsonl is not written")
-
-
-def scores(args, questions):
-    """(prompt, response, other) each -> the response's reward: the known one, a classifier's output, dpl.py's
-    mean utility; or the answer of --judge-command: 1 better than the other, 0 tie, -1 worse."""
-    if args.judge_command:
-        return on_rank0(lambda: ask(args.judge_command, questions), "--judge-command")
-    if args.judge == "tiny":
-        return [tiny_reward(words(prompt), response) for prompt, response, _ in questions]
-    folder, rows = model_folder(args.judge), [{"prompt": p, "responses": [r or " "]} for p, r, _ in questions]
-    config = json.loads((folder / "config.json").read_text())
-    if "dpl" in config:
-        from dpl import encode, load_reward_model, raw_outputs, utility  # dpl.py, beside this file
-        model, tokenizer, meta = load_reward_model(args.judge, args.dtype)
-        encoded = encode(rows, tokenizer, 2**30)
-        require(len(encoded) == len(rows), f"{folder}: cannot read {len(rows) - len(encoded)} of the texts")
-        return [utility(outputs, meta["type"]).item() for outputs in raw_outputs(model, encoded, 8192)]
-    classifier = any("SequenceClassification" in name for name in config.get("architectures", []))
-    require(classifier and len(config.get("id2label", "01")) == 1,
-            f"{folder}: not a reward model: it needs a sequence classification head with one output")
-    tokenizer = load_tokenizer(folder)
-    tokenizer.model_input_names, tokenizer.padding_side = ["input_ids", "attention_mask"], "right"
-    texts = [row_texts(tokenizer, row) for row in rows]
-    require(all(isinstance(text, list) for text in texts), f"{folder}: a text contains its end-of-text token")
-    pipe = transformers.pipeline("text-classification", str(folder), tokenizer=tokenizer, dtype=args.dtype,
-                                 device="cuda" if torch.cuda.is_available() else "cpu")
-    pipe.model.config.pad_token_id = tokenizer.pad_token_id
-    found = pipe(["".join(text) for text in texts], batch_size=args.batch_size, function_to_apply="none")
-    return [one["score"] for one in found]
-
-
-def ask(command, questions):
-    """The answers of a shell command to (prompt, a, b) questions: 1 for A, 0 for tie, -1 for B."""
-    lines = [json.dumps(dict(zip(("prompt", "a", "b"), question))) + "\n" for question in questions]
-    done = subprocess.run(command, shell=True, input="".join(lines), capture_output=True, text=True)
-    said = done.stderr.strip()[-90:]
-    require(done.returncode == 0, f"--judge-command: exit code {done.returncode} {said!r}; try it by hand")
-    answers = [line.strip().lower() for line in done.stdout.splitlines()]
-    wrong = [f"line {i} is {x!r}; " for i, x in enumerate(answers, 1) if x not in ("a", "b", "tie")]
-    require(len(answers) == len(lines) and not wrong, f"--judge-command: {len(answers)} lines for "
-            f"{len(lines)} questions; {''.join(wrong[:1])}it must print A, B or tie for each, no more")
-    return [("b", "tie", "a").index(answer) - 1 for answer in answers]
+    """Write dictionaries as lines of JSON, whole or not at all."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    write(path, "".join(lines).encode())
 
 
 def read_responses(path):
+    """The rows of a responses.jsonl.  SystemExit: none, or one without prompt or response."""
     rows = read_rows(Path(path))
-    bad = [i for i, row in enumerate(rows, 1) if not row.get("prompt") or row.get("response") is None]
-    why = f"row {bad[0]} has no prompt or no response" if bad else "has no rows"
-    require(rows and not bad, f"{path}: {why}; generate it again")
+    require(rows, f"{path}: has no rows; generate it again")
+    for number, row in enumerate(rows, 1):
+        complete = row.get("prompt") and row.get("response") is not None
+        require(complete, f"{path}: row {number} has no prompt or no response; generate it again")
     return rows
 
 
+def load_items(args, rows, tokenizer, model):
+    """An Item for every response to the rows' prompts, the longest prompts first.
+
+    SystemExit: the model's context holds less than the longest prompt and its response.
+    """
+    prompts = []
+    for row in rows:  # tokenised by the rules of training; "." stands in for the response
+        prompts.append({"prompt": row["prompt"], "cue": row.get("cue"), "responses": ["."]})
+    encoded = tokenize_pairs(
+        prompts,
+        tokenizer,
+        max_length=args.max_prompt_length + 2,  # two tokens for the stand-in
+        max_prompt_length=args.max_prompt_length,
+        what="prompts",
+    )
+
+    # Alike lengths side by side waste no padding; the batch that needs the most memory comes first.
+    encoded.sort(key=prompt_length, reverse=True)
+    context = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = len(encoded[0]["prompt_ids"]) + args.max_new_tokens
+    problem = f"{args.model} reads {context} tokens, not {longest}: lower --max-prompt-length"
+    require(longest <= context, problem)
+
+    items = []
+    for row in encoded:
+        for sample in range(args.samples):
+            items.append(Item(row["row"], sample, row["prompt_ids"]))
+    return items
+
+
+def prompt_length(row):
+    """The number of a tokenised row's prompt tokens."""
+    return len(row["prompt_ids"])
+
+
+# Generation.
+
+
+def draw_batch(args, batch, rows, adapt, model, tokenizer):
+    """The responses to a list of Items, as dictionaries that go to a file."""
+    # The uniforms of a response depend on the seed, its prompt and its number, not on the batch.
+    uniforms = []
+    for item in batch:
+        stream = np.random.default_rng([args.seed, item.row, item.sample])
+        uniforms.append(stream.random(args.max_new_tokens))
+    u = torch.tensor(np.stack(uniforms), device=model.device)
+    if args.temperature == 0:
+        u = torch.zeros_like(u)  # greedy: of the tokens that tie, the first
+
+    # The responses, with what a judge and a reader need to know of them.
+    prompts = [item.prompt_ids for item in batch]
+    end = tokenizer.eos_token_id
+    found = respond(model, prompts, u, adapt, end, len(tokenizer))
+    texts = tokenizer.batch_decode(found, skip_special_tokens=True)
+    responses = []
+    for item, text, ids in zip(batch, texts, found):
+        response = {
+            "prompt": rows[item.row]["prompt"],
+            "response": text,
+            "chosen": rows[item.row].get("chosen"),
+            "row": item.row,
+            "sample": item.sample,
+            "tokens": len(ids),
+            "ended": ids[-1] == end,
+        }
+        responses.append(response)
+    return responses
+
+
+def generate(args, adapt, out):
+    """Write out/responses.jsonl.  Until it is complete, a finished batch is a file in out/parts."""
+    # The model, whose vocabulary must hold every token of the tokenizer.
+    model = load_model(args.model, args.dtype)
+    tokenizer = load_tokenizer(args.model)
+    known = model.get_input_embeddings().num_embeddings
+    problem = (
+        f"{args.model}: a tokenizer of {len(tokenizer)} tokens with a model of {known}, so they "
+    )
+    problem += "do not belong together; put the tokenizer of the model's training there"
+    require(len(tokenizer) <= known, problem)
+
+    # The prompts, and the responses to be drawn in batches.
+    rows = load_pairs(args.data, "test", pairs=False)
+    if args.prompts:
+        rows = rows[: args.prompts]
+    items = load_items(args, rows, tokenizer, model)
+    batches = []
+    for start in range(0, len(items), args.batch_size):
+        batches.append(items[start : start + args.batch_size])
+
+    # Each process draws every world-th batch, unless its file is there from a run that was killed.
+    parts = out / "parts"
+    on_rank0(partial(parts.mkdir, exist_ok=True), parts)
+    world = dist.get_world_size()
+    for first in progress(range(0, len(batches), world)):
+        if stop_requested():
+            raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
+        number = first + dist.get_rank()
+        path = parts / f"{number:06d}.jsonl"
+        if number < len(batches) and not path.exists():
+            write_rows(path, draw_batch(args, batches[number], rows, adapt, model, tokenizer))
+    dist.barrier()
+
+    on_rank0(partial(join, out), f"{out}/responses.jsonl is not written")
+
+
+def row_and_sample(row):
+    """Where a response belongs in the file."""
+    return row["row"], row["sample"]
+
+
+def join(out):
+    """Make out/responses.jsonl of the files in out/parts, in the order of the data."""
+    found = []
+    for path in (out / "parts").glob("*.jsonl"):
+        found += read_rows(path)
+    write_rows(out / "responses.jsonl", sorted(found, key=row_and_sample))
+    shutil.rmtree(out / "parts")
+
+
+def clear(out):
+    """Delete the responses of an earlier run."""
+    (out / "responses.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(out / "parts", ignore_errors=True)
+
+
+# Judging.
+
+
+def scores(args, questions):
+    """The judge's score of each response.  A list of (prompt, response, other) -> list of numbers.
+
+    The known reward, a classifier's output, dpl.py's mean utility; or the answer of
+    --judge-command: 1 if the response is better than the other, 0 for a tie, -1 if it is worse.
+    """
+    if args.judge_command:
+        return on_rank0(partial(ask, args.judge_command, questions), "--judge-command")
+    if args.judge == "tiny":
+        return [tiny_reward(words(prompt), response) for prompt, response, _ in questions]
+
+    # A reward model: of dpl.py, which says so in its config, or a classifier of the library.
+    rows = []
+    for prompt, response, _ in questions:
+        rows.append({"prompt": prompt, "responses": [response or " "]})
+    folder = model_folder(args.judge)
+    config = json.loads((folder / "config.json").read_text())
+    if "dpl" in config:
+        return utility_scores(args, folder, rows)
+    architectures = config.get("architectures", [])
+    classifier = any("SequenceClassification" in name for name in architectures)
+    one_output = len(config.get("id2label", "01")) == 1
+    problem = "not a reward model: it needs a sequence classification head with one output"
+    require(classifier and one_output, f"{folder}: {problem}")
+    return classifier_scores(args, folder, rows)
+
+
+def ask(command, questions):
+    """The answers of a shell command to (prompt, a, b) questions: 1 for A, 0 for tie, -1 for B.
+
+    SystemExit: it fails, or prints anything but one answer a question.
+    """
+    # The command is run once: all questions go in, all answers come out.
+    lines = []
+    for prompt, a, b in questions:
+        lines.append(json.dumps({"prompt": prompt, "a": a, "b": b}) + "\n")
+    done = subprocess.run(command, shell=True, input="".join(lines), capture_output=True, text=True)
+    said = done.stderr.strip()[-90:]
+    problem = f"--judge-command: exit code {done.returncode} {said!r}; try it by hand"
+    require(done.returncode == 0, problem)
+
+    # Every answer must be one of three words, and there must be as many as questions.
+    answers = [line.strip().lower() for line in done.stdout.splitlines()]
+    wrong = ""
+    for number, answer in enumerate(answers, 1):
+        if answer not in ("a", "b", "tie"):
+            wrong = f"line {number} is {answer!r}; "
+            break
+    problem = f"--judge-command: {len(answers)} lines for {len(lines)} questions; {wrong}"
+    problem += "it must print A, B or tie for each, no more"
+    require(len(answers) == len(lines) and not wrong, problem)
+    return [("b", "tie", "a").index(answer) - 1 for answer in answers]
+
+
+def utility_scores(args, folder, rows):
+    """The mean utility of each row's response under a distributional reward model of dpl.py."""
+    from dpl import encode, load_reward_model, raw_outputs, utility  # dpl.py, beside this file
+
+    model, tokenizer, meta = load_reward_model(args.judge, args.dtype)
+    encoded = encode(rows, tokenizer, 2**30)
+    unread = len(rows) - len(encoded)
+    require(unread == 0, f"{folder}: cannot read {unread} of the texts")
+    outputs = raw_outputs(model, encoded, 8192)
+    return [utility(output, meta["type"]).item() for output in outputs]
+
+
+def classifier_scores(args, folder, rows):
+    """The one output of a sequence classification model for each row's prompt and response."""
+    # The text is what training saw; padding goes where a classifier expects it.
+    tokenizer = load_tokenizer(folder)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.padding_side = "right"
+    texts = []
+    for row in rows:
+        text = row_texts(tokenizer, row)
+        require(isinstance(text, list), f"{folder}: a text contains its end-of-text token")
+        texts.append("".join(text))
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    pipe = transformers.pipeline(
+        "text-classification", str(folder), tokenizer=tokenizer, dtype=args.dtype, device=device
+    )
+    pipe.model.config.pad_token_id = tokenizer.pad_token_id
+    found = pipe(texts, batch_size=args.batch_size, function_to_apply="none")
+    return [one["score"] for one in found]
+
+
+def other_responses(args, rows):
+    """What the responses are compared with: the chosen ones, or those of the file --against."""
+    if args.against == "chosen":
+        others = [words(row.get("chosen")) for row in rows]
+        problem = "a row has no chosen response: --against another responses.jsonl"
+        require(all(others), problem)
+        return others
+    other_rows = read_responses(args.against)
+    same = [row["prompt"] for row in rows] == [row["prompt"] for row in other_rows]
+    problem = f"{args.against}: other prompts or another order; "
+    problem += "generate both files with the same --data, --prompts and --samples"
+    require(same, problem)
+    return [row["response"] for row in other_rows]
+
+
 def compare(args, rows):
-    """Add to each row the other response, the judge's scores, and the outcome: 1 win, 0 tie, -1 loss."""
-    chosen = args.against == "chosen"
-    others = rows if chosen else read_responses(args.against)
-    prompts, own = [row["prompt"] for row in rows], [row["response"] for row in rows]
-    require(prompts == [row["prompt"] for row in others], f"{args.against}: other prompts or another order; "
-            "generate both files with the same --data, --prompts and --samples")
-    others = [words(row.get("chosen")) if chosen else row["response"] for row in others]
-    require(all(others) or not chosen, "a row has no chosen response: --against another responses.jsonl")
-    found = scores(args, [*zip(prompts, own, others), *zip(prompts, others, own)])
-    found = [*zip(others, found[:len(rows)], found[len(rows):])]
-    won = [0 if text == other else (a > b) - (a < b) for text, (other, a, b) in zip(own, found)]
-    return [row | {"other": other, "score": a, "other_score": b, "outcome": outcome}
-            for row, (other, a, b), outcome in zip(rows, found, won)]
+    """The rows with the other response, both scores, and the outcome: 1 win, 0 tie, -1 loss."""
+    others = other_responses(args, rows)
+
+    # Both orders: first the response before the other, then the other before the response.
+    questions = []
+    for row, other in zip(rows, others):
+        questions.append((row["prompt"], row["response"], other))
+    for row, other in zip(rows, others):
+        questions.append((row["prompt"], other, row["response"]))
+    found = scores(args, questions)
+    own_scores = found[: len(rows)]
+    other_scores = found[len(rows) :]
+
+    # The sign of the difference decides; the same text twice is a tie, whatever the judge says.
+    compared = []
+    for row, other, score, other_score in zip(rows, others, own_scores, other_scores):
+        if row["response"] == other or score == other_score:
+            outcome = 0
+        elif score > other_score:
+            outcome = 1
+        else:
+            outcome = -1
+        verdict = {"other": other, "score": score, "other_score": other_score, "outcome": outcome}
+        compared.append(row | verdict)
+    return compared
 
 
-def wilson(k, n, z=1.959964):
-    """95 % interval of a rate, k of n having been seen; ties make k a fraction."""
-    centre, half = k + z * z / 2, z * math.sqrt(k * (n - k) / n + z * z / 4)
-    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
+# Table and figure.
 
 
-def summarise(rows):
-    """Compared rows -> wins, ties, losses; the win rate and its interval low .. high; mean scores."""
-    outcome, n = [row["outcome"] for row in rows], len({row.get("row", i) for i, row in enumerate(rows)})
-    summary = {"wins": outcome.count(1), "ties": outcome.count(0), "losses": outcome.count(-1), "prompts": n}
-    rate = summary["win_rate"] = (summary["wins"] + summary["ties"] / 2) / len(rows)
-    summary["low"], summary["high"] = wilson(rate * n, n)
-    for name in ("score", "other_score"):
-        summary[name] = sum(row[name] for row in rows) / len(rows)
-    return summary
+def print_table(summary, title, comparisons):
+    """The win rate, its interval and the counts, one a line."""
+    print(f"\n{title}, {comparisons} comparisons")
+    for name, value in asdict(summary).items():
+        print(f"{name:12}{value:10.4g}")
+
+
+def draw_scores(rows, summary, caption, path):
+    """A histogram of the judge's scores, of the responses and of those they are compared with."""
+    figure = Figure((6, 3.8), layout="constrained")
+    axis = figure.subplots()
+    own = [row["score"] for row in rows]
+    other = [row["other_score"] for row in rows]
+    axis.hist([own, other], bins=20, label=["own", "other"])
+    axis.set_title(f"win rate {summary.win_rate:.3f} [{summary.low:.3f}, {summary.high:.3f}]")
+    axis.set_xlabel("the judge's score")
+    axis.set_ylabel("responses")
+    axis.legend()
+    figure.suptitle(caption, fontsize=8)
+    path.parent.mkdir(exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def check(args):
+    """Refuse numbers out of their range before anything is loaded."""
+    require(args.max_new_tokens >= 1, "--max-new-tokens: at least 1")
+    require(args.samples >= 1, "--samples: at least 1")
+    require(args.max_prompt_length >= 1, "--max-prompt-length: at least 1")
+    require(args.prompts >= 0, "--prompts: at least 0")
+    sampler(args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
 
 
 def main(args):
-    require(min(args.max_new_tokens, args.samples, args.max_prompt_length) > 0 and args.prompts >= 0,
-            "--max-new-tokens, --samples and --max-prompt-length: at least 1; --prompts: at least 0")
-    adapt = sampler(args.temperature, args.top_k, args.top_p, args.min_p)
+    check(args)
     setup(args.seed)
-    rows, out = read_responses(args.responses) if args.responses else [], start_run(args, "generate")
-    path = out / "responses.jsonl"
-    if args.overwrite and not rows:
-        on_rank0(lambda: (path.unlink(missing_ok=True), shutil.rmtree(out / "parts", True)), out)
-    if not rows and not path.exists():
-        generate(args, adapt, out)
-    rows = rows or read_responses(path)
+
+    # Responses: read, or generated unless an earlier run has finished them.
+    if args.responses:
+        path = Path(args.responses)
+        rows = read_responses(path)
+        out = start_run(args, "generate")
+    else:
+        out = start_run(args, "generate")
+        path = out / "responses.jsonl"
+        if args.overwrite:
+            on_rank0(partial(clear, out), out)
+        if not path.exists():
+            adapt = sampler(args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+            generate(args, adapt, out)
+        rows = read_responses(path)
     if args.judge == "none" and not args.judge_command:
-        return {}
+        return None
+
+    # Judged in both orders, then counted.
     rows = compare(args, rows)
-    summary, title = summarise(rows), f"{args.responses or args.model} against {args.against}"
+    summary = summarise(rows)
+    title = f"{args.responses or args.model} against {args.against}"
     title += f", judge {args.judge_command or args.judge}"
     if dist.get_rank() == 0:
         write_rows(out / "judged.jsonl", rows)
-        print(f"\n{title}, {len(rows)} comparisons")
-        print(*(f"{name:12}{value:10.4g}" for name, value in summary.items()), sep="\n")
-        from matplotlib.figure import Figure
-        axis = (figure := Figure((6, 3.8), layout="constrained")).subplots()
-        values = [[row[key] for row in rows] for key in ("score", "other_score")]
-        axis.hist(values, bins=20, label=["own", "other"])
-        axis.set(xlabel="the judge's score", ylabel="responses",
-                 title="win rate {win_rate:.3f} [{low:.3f}, {high:.3f}]".format(**summary))
-        axis.legend()
-        figure.suptitle(f"{title}\n{setting(args)}", fontsize=8)
-        (out / "figures").mkdir(exist_ok=True)
-        figure.savefig(out / "figures" / "scores.png", dpi=120)
+        print_table(summary, title, comparisons=len(rows))
+        draw_scores(rows, summary, f"{title}\n{setting(args)}", out / "figures" / "scores.png")
     return summary
 
 

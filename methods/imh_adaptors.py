@@ -1,23 +1,33 @@
 """Sampling adaptors, the probability-quality trade-off and independent Metropolis-Hastings (IMH).
 
-Tan, Valvoda, Liu, Svete, Qin, Kan, Cotterell 2024, https://arxiv.org/abs/2406.10203 (equation numbers: ours)
+Tan, Valvoda, Liu, Svete, Qin, Kan, Cotterell 2024, https://arxiv.org/abs/2406.10203 (the
+numbers of the equations are ours)
 
-Eq. 1  aligned model     p_+(y) = p(y) exp(r(y) / beta) / Z,  so  log p + r / beta = log p_+ + log Z
-Eq. 2  sampling adaptor  a_t(v) = p_+(v | y_<t)^(1/T) 1[v in S_t],  Z_t = sum_v a_t(v),  S_t: kept tokens
-Eq. 3  local             q(y) = prod_t a_t(y_t) / Z_t, what a sampler draws
-Eq. 4  global            g(y) = prod_t a_t(y_t) / Z_g,  so  g(y) / q(y) = prod_t Z_t / Z_g
-Eq. 5  IMH               from y propose y' ~ q, move with probability min(1, w(y') / w(y)), else repeat y;
-                         w = target / q;  --target global: Eq. 4, aligned: p_+, posterior: Eq. 1
+    Eq. 1  aligned model     p_+(y) = p(y) exp(r(y) / beta) / Z
+                             so log p + r / beta = log p_+ + log Z
+    Eq. 2  sampling adaptor  a_t(v) = p_+(v | y_<t)^(1/T) 1[v in S_t], Z_t = sum_v a_t(v);
+                             S_t: the kept tokens
+    Eq. 3  local             q(y) = prod_t a_t(y_t) / Z_t, what a sampler draws
+    Eq. 4  global            g(y) = prod_t a_t(y_t) / Z_g, so g(y) / q(y) = prod_t Z_t / Z_g
+    Eq. 5  IMH               from y propose y' ~ q, move with probability min(1, w(y') / w(y)),
+                             else repeat y; w = target / q.  Targets: global (Eq. 4),
+                             aligned (p_+ on the support of q), posterior (Eq. 1)
 
-    python methods/imh_adaptors.py             the tiny world: toy, enumerate, generate, score, imh, figures
-    python methods/imh_adaptors.py enumerate --adaptor top_k=2,temperature=1.5   13 strings, IMH written out
-    python methods/imh_adaptors.py generate --model results/dpo --out results/mine  then score, imh, figures
-    python methods/imh_adaptors.py all rlhf    presets: tiny (default), rlhf, dpo (the paper's 7B models)
-    python methods/imh_adaptors.py imh --csv data_dpo         the authors' scored corpora, by their columns
+    python methods/imh_adaptors.py                 all on the tiny world: toy, exact, generate, ...
+    python methods/imh_adaptors.py exact           p_+ known exactly, under every adaptor
+    python methods/imh_adaptors.py generate --model results/dpo --out results/mine
+                                                   then score, imh, figures with the same flags
+    python methods/imh_adaptors.py all rlhf        presets: tiny (default), rlhf, dpo (7B models)
+    python methods/imh_adaptors.py imh --csv data_dpo --pooled --target aligned
+                                                   the authors' scored corpora, by their columns
 
-In the released code (--legacy flags here) the accept test is a one-element tuple, so all are accepted; the
-implicit reward is log p - log p_+, the negative of Eq. 1's; the prior does not see the prompt; log-probs of
-tokens are clamped at -25. Its target is aligned, pooled; top-k 50 joins every adaptor (top_p090,top_k=50).
+The trade-off: by Eq. 1, corpora of typical mean log p_+ share the sum of mean log p and mean
+r / beta.  The default run shows it where p_+ is exact, then after IMH from the prior to Eq. 1.
+
+In the released code the accept test is a one-element tuple, so that every proposal is accepted; the
+implicit reward is log p - log p_+, the negative of Eq. 1's; the prior does not see the prompt; and
+log-probs of tokens are clamped at -25.  Its chain is pooled over prompts, with the target aligned,
+and top-k 50 joins every adaptor (write top_p090,top_k=50).
 """
 
 import json
@@ -26,475 +36,1377 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import tyro
 
 
 @dataclass
 class Args:
-    sampling_types: tuple[str, ...] = ("ancestral_strict", "top_k50", "top_k30", "top_p095", "top_p090",
-                                       "typical_p090", "eta_n00009", "greedy")  # or top_p=0.8,min_p=0.1
-    temperatures: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)  # each with every sampling type but greedy
+    sampling_types: tuple[str, ...] = (  # names of the released code, or top_p=0.8,min_p=0.1
+        "ancestral_strict",
+        "top_k50",
+        "top_k30",
+        "top_p095",
+        "top_p090",
+        "typical_p090",
+        "eta_n00009",
+        "greedy",
+    )
+    temperatures: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)  # each with each type but greedy
     prompts: int = 1000  # distinct prompts of the test split, drawn at random
     samples: int = 2  # responses per prompt and setting
-    template: str = "{}"  # around the prompt; other than {}: around the first turn, to its first blank line
+    template: str = "{}"  # around the prompt; if not {}: around its first turn, to a blank line
     reward: str = "tiny"  # tiny (the known one), implicit, or a sequence classification model
-    beta: float = 0.5  # KL weight of Eq. 1: of the implicit reward, of --target posterior and of enumerate
-    also: tuple[str, ...] = ()  # further adaptors under which every response is scored, in the same pass
-    adaptor: str = "top_k=2"  # of enumerate: a name, or key=value,key=value
-    target: Literal["global", "aligned", "posterior"] = "global"  # of IMH; aligned: on q's support, any T
-    pooled: bool = False  # one chain over all prompts, which weighs a prompt by its normaliser
+    beta: float = 0.5  # KL weight of Eq. 1: of the implicit reward and of --target posterior
+
+    target: Literal["global", "aligned", "posterior"] = "global"  # of IMH, see Eq. 5
+    pooled: bool = False  # one chain over all prompts, as released: for two draws a prompt
     chain_length: int = 1000  # proposals per chain, drawn with replacement from the stored draws
     burn_in: int = 100  # steps left out
-    thin: int = 1  # every thin-th step is kept
     corpus_size: int = 200  # strings of a corpus, for the figures and the typicality filter
-    eps: float = 0.25  # typical corpus: mean log p_+ within eps standard errors of its expectation
-    csv: str = ""  # folder of the authors' scored CSVs, read by imh and figures instead of the scores
-    legacy_accept_all: bool = False  # imh: every proposal of a finite weight is accepted
-    legacy_flip_reward: bool = False  # score, or imh of CSVs: the implicit reward's sign
-    legacy_unconditional_prior: bool = False  # score: log p(y) after the start token, not log p(y | x)
-    legacy_clamp: float = 0.0  # score: 25 takes log p_+ and log q from a second pass, each token's >= -25
-    model: str = "results/dpo"  # aligned model p_+: a run folder, a local folder or a hub id
+    eps: float = 0.25  # typical: mean log p_+ within eps standard errors of its expectation
+    csv: str = ""  # folder of the authors' scored CSVs, read by imh and figures instead of scores
+
+    model: str = "tiny"  # aligned model p_+: a run folder, a local folder or a hub id
     ref_model: str = "tiny"  # prior p: the model p_+ was trained from
     data: str = "tiny"  # prompts: tiny, hh, a file, a folder or a hub id
     max_length: int = 256  # of the longest prompt in a batch and a response, in tokens
-    max_prompt_length: int = 255  # longer prompts are left out
+    max_prompt_length: int = 255  # tokens; longer prompts are left out
     batch_size: int = 64  # responses sampled side by side
-    tokens_per_microbatch: int = 8192  # memory knob of scoring: packed tokens per forward pass and process
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 may move tokens across a kept set's edge
-    seed: int = 0
-    out: str = "results/imh_adaptors"  # run folder of generate, score, imh, figures; of toy, with -toy
-    resume: bool = False  # continue a killed generate or score: chunks already written are kept
+    tokens_per_microbatch: int = 8192  # memory knob of scoring: packed tokens per forward pass
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 may move a kept set's edge
+    seed: int = 0  # of every random draw
+    out: str = "results/imh_adaptors"  # run folder; of toy and exact, with -toy and -exact
+    resume: bool = False  # continue a killed generate or score: finished chunks are kept
     overwrite: bool = False  # replace what is in the run folder
 
 
 PRESETS = {
-    "tiny": Args(sampling_types=("ancestral_strict", "top_k=5", "top_p090", "typical_p090", "greedy"),
-                 temperatures=(0.5, 1.0, 1.5), prompts=32, samples=8, max_length=128),
-    "rlhf": Args(model="ethz-spylab/rlhf-7b-harmless", ref_model="meta-llama/Llama-2-7b-hf", data="hh",
-                 reward="ethz-spylab/reward_model", template="Human: {} Assistant:", dtype="bfloat16"),
-    "dpo": Args(model="kaist-ai/janus-dpo-7b", ref_model="kaist-ai/janus-7b", reward="implicit", beta=1.0,
-                template="[INST] Human: {} Assistant:[/INST]", data="hh", dtype="bfloat16")}  # its prior
-COMMANDS = ("all", "toy", "enumerate", "generate", "score", "imh", "figures")
+    "tiny": Args(
+        sampling_types=("ancestral_strict", "top_k=5", "top_p090", "typical_p090", "greedy"),
+        temperatures=(0.5, 1.0, 1.5),
+        prompts=16,
+        samples=8,
+        max_length=128,
+    ),
+    "rlhf": Args(  # the paper's first experiment: a learned reward
+        model="ethz-spylab/rlhf-7b-harmless",
+        ref_model="meta-llama/Llama-2-7b-hf",
+        data="hh",
+        reward="ethz-spylab/reward_model",
+        template="Human: {} Assistant:",
+        dtype="bfloat16",
+    ),
+    "dpo": Args(  # the paper's second experiment: the implicit reward
+        model="kaist-ai/janus-dpo-7b",
+        ref_model="kaist-ai/janus-7b",
+        data="hh",
+        reward="implicit",
+        beta=1.0,
+        template="[INST] Human: {} Assistant:[/INST]",
+        dtype="bfloat16",
+    ),
+}
+COMMANDS = ("all", "toy", "exact", "generate", "score", "imh", "figures")
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    if sys.argv[1:2] not in [["--help"], ["-h"], *([name] for name in COMMANDS)]:
-        sys.argv.insert(1, "all")
-    preset = PRESETS[sys.argv.pop(2) if sys.argv[2:] and sys.argv[2] in PRESETS else "tiny"]
-    kinds = {name: type(name, (Args,), {"__doc__": ""})(**asdict(preset)) for name in COMMANDS}
-    args = tyro.cli(tyro.extras.subcommand_type_from_defaults(kinds), description=__doc__)
+    command = "all"
+    preset = "tiny"
+    if sys.argv[1:] and sys.argv[1] in COMMANDS:
+        command = sys.argv.pop(1)
+    if sys.argv[1:] and not sys.argv[1].startswith("-"):
+        preset = sys.argv.pop(1)
+    if preset not in PRESETS:
+        known = f"a command ({', '.join(COMMANDS)}), then a preset ({', '.join(PRESETS)})"
+        raise SystemExit(f"neither command nor preset: {preset!r}; choose {known}")
+    args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from matplotlib.cm import tab20
 from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
-from common import (decode_step, load_model, load_pairs, load_tokenizer, model_folder, on_rank0, pack_pairs,
-                    prefill, read_rows, reorder, require, response_logps, sample_tokens, setting, setup,
-                    start_run, stay_in_place, stop_requested, tiny_reward, write)
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
+# isort: off
+from common import response_logps  # log-probabilities
+from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
+from common import pack_pairs  # tokenization
+from common import load_pairs, read_rows  # data
+from common import load_model, load_tokenizer, model_folder  # models
+from common import tiny_reward  # the tiny world
+from common import on_rank0, progress, require, say, setting, setup  # processes
+from common import start_run, stop_requested, write  # processes
+# isort: on
+
+
+# Sampling adaptors: Eq. 2 and 3.
 
 SAMPLING_TYPES = {  # the released code's names; what is absent is off
-    "ancestral_strict": "top_k=0", "ancestral": "top_k=50", "top_k50": "top_k=50", "top_k30": "top_k=30",
-    "top_p095": "top_p=0.95", "top_p090": "top_p=0.9", "typical_p090": "typical_p=0.9",
-    "eta_n00009": "eta_cutoff=0.0009", "greedy": "top_k=1"}
-ORDER = ("top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff")  # the library's
+    "ancestral_strict": "top_k=0",
+    "ancestral": "top_k=50",
+    "top_k50": "top_k=50",
+    "top_k30": "top_k=30",
+    "top_p095": "top_p=0.95",
+    "top_p090": "top_p=0.9",
+    "typical_p090": "typical_p=0.9",
+    "eta_n00009": "eta_cutoff=0.0009",
+    "greedy": "top_k=1",
+}
+ORDER = ("top_k", "top_p", "min_p", "typical_p", "eta_cutoff")  # in which the library applies them
+OFF = {"top_k": 0, "top_p": 1, "temperature": 1}  # values that change nothing
+NUMBER = re.compile(r"\d*\.?\d+(e-?\d+)?")
 
 
 def parse_adaptor(spec, vocabulary=math.inf):
-    """An adaptor by the library's generate() keywords, from such a dict, "name", "key=value,..." or both;
-    top_k=0, top_p=1, temperature=1: off.  SystemExit: unknown, or out of range, as top_k above vocabulary."""
-    if not isinstance(spec, dict):
-        pairs = [SAMPLING_TYPES.get(part, part).split("=") for part in spec.split(",")]
-        require(all(len(pair) == 2 and re.fullmatch(r"\d*\.?\d+(e-?\d+)?", pair[1]) for pair in pairs),
-                f"adaptor {spec!r}: write one of {', '.join(SAMPLING_TYPES)}, or key=number,...")
-        spec = {key: float(value) for key, value in pairs}
-    for key, value in spec.items():
-        require(key in ("temperature", *ORDER), f"adaptor: no {key!r}: use temperature, {', '.join(ORDER)}")
-        high = {"temperature": math.inf, "top_k": vocabulary}.get(key, 1)
-        require(0 < value <= high and (key != "top_k" or value % 1 == 0) or (key, value) == ("top_k", 0),
-                f"adaptor: {key}={value:g} keeps nothing, or is not a number of tokens: 0 < {key} <= {high}")
-    return {k: v for k, v in spec.items() if v != dict(top_k=0, top_p=1, temperature=1).get(k)}
+    """An adaptor by the library's generate() keywords, {name: value}, without what is off.
+
+    spec: such a dictionary, or text of names of SAMPLING_TYPES and of name=value, with commas.
+    Raises SystemExit: an unknown name, or a value out of its range, as top_k above vocabulary.
+    """
+    # Text becomes a dictionary, name by name.
+    values = {}
+    if isinstance(spec, dict):
+        values = spec
+    else:
+        remedy = f"write one of {', '.join(SAMPLING_TYPES)}, or key=number,..."
+        for part in spec.split(","):
+            name, _, number = SAMPLING_TYPES.get(part, part).partition("=")
+            require(NUMBER.fullmatch(number), f"adaptor {spec!r}: {remedy}")
+            values[name] = float(number)
+
+    # What changes nothing is left out, so that {} is the model itself.
+    adaptor = {}
+    for name, value in values.items():
+        check_adaptor(name, value, vocabulary)
+        if value != OFF.get(name):
+            adaptor[name] = value
+    return adaptor
+
+
+def check_adaptor(name, value, vocabulary):
+    """Refuse a name that is no adaptor's, and a value that keeps nothing or means nothing."""
+    known = name == "temperature" or name in ORDER
+    require(known, f"adaptor: no {name!r}: use temperature, {', '.join(ORDER)}")
+
+    # Up to where the value means something: a temperature, a number of tokens, or a probability.
+    if name == "temperature":
+        highest = math.inf
+    elif name == "top_k":
+        highest = vocabulary
+    else:
+        highest = 1
+    if name == "top_k":  # 0: off
+        good = value % 1 == 0 and 0 <= value <= highest
+    else:
+        good = 0 < value <= highest
+    problem = f"adaptor: {name}={value:g} keeps nothing, or is not a number of tokens: "
+    require(good, problem + f"0 < {name} <= {highest}")
+
+
+def entropy(log_pi):
+    """Of log-probs (..., V) -> (..., 1), in nats."""
+    return torch.special.entr(log_pi.exp()).sum(-1, keepdim=True)
+
+
+def sort_keys(cost):
+    """Costs >= 0 (..., V) -> int64 that sort by cost, then by index, so that no two are equal."""
+    keys = cost.float().view(torch.int32).long()  # bits of floats >= 0 sort as the floats do
+    keys.bitwise_left_shift_(32)
+    return keys.bitwise_or_(torch.arange(cost.shape[-1], device=cost.device))
+
+
+def smallest(keys, n):
+    """The n smallest keys of each row, ascending.  A partition is the fast way on a CPU."""
+    if keys.is_cpu:
+        return torch.from_numpy(np.sort(np.partition(keys, n - 1)[..., :n]))
+    return keys.topk(n, largest=False).values
+
+
+def least_with_mass(log_pi, keys, x):
+    """The first tokens by key whose probabilities add up to x; the one that reaches x is kept."""
+    # Tokens are sorted by key until their mass reaches x.
+    reached = max(x - 1e-6, 1e-9)  # a mass that is met up to rounding is met
+    V = keys.shape[-1]
+    for n in (min(1024, V), V):  # all are sorted only where the first 1024 hold too little
+        first = smallest(keys, n)
+        tokens = first & 0xFFFFFFFF
+        mass = log_pi.gather(-1, tokens).exp().cumsum(-1, dtype=torch.float64)
+        if (mass[..., -1] >= reached).all():
+            break
+    # Up to the token that reaches x, and with it.
+    last = torch.searchsorted(mass, torch.full_like(mass[..., :1], reached)).clamp(max=n - 1)
+    return keys <= first.gather(-1, last)
+
+
+def above_cutoff(log_pi, log_cutoff):
+    """Tokens at least as likely as the cutoff, and always the likeliest one."""
+    kept = log_pi >= log_cutoff - 1e-6
+    return kept.scatter(-1, log_pi.argmax(-1, keepdim=True), True)
 
 
 def kept_set(log_pi, name, x):
-    """The tokens S(pi) an adaptor keeps.  Log-probs (..., V), -inf: dropped before -> booleans (..., V)"""
-    H, V = lambda: torch.special.entr(log_pi.exp()).sum(-1, keepdim=True), log_pi.shape[-1]  # the entropy
-    if name in ("top_k", "top_p", "typical_p"):  # x tokens, or least mass x, of the likeliest or most typical
-        key = (-log_pi - H()).abs() if name == "typical_p" else -log_pi
-        order = key.float().view(torch.int32).long().bitwise_left_shift_(32)  # of (key, index), as one number
-        order.bitwise_or_(torch.arange(V, device=key.device))
-        reached = math.inf if name == "top_k" else max(x - 1e-6, 1e-9)
-        for n in [int(x)] if name == "top_k" else [min(1024, V), V]:  # all are sorted if 1024 hold less
-            first = (torch.from_numpy(np.sort(np.partition(order, n - 1)[..., :n])) if order.is_cpu
-                     else order.topk(n, largest=False).values)
-            mass = log_pi.gather(-1, first & 0xFFFFFFFF).exp().cumsum(-1, dtype=torch.float64)
-            if (mass[..., -1] >= reached).all():
-                break
-        last = torch.searchsorted(mass, torch.full_like(mass[..., :1], reached)).clamp(max=n - 1)
-        return order <= first.gather(-1, last)  # the token that reaches x is kept
-    log_cutoff = {"min_p": math.log(x) + log_pi.amax(-1, keepdim=True), "epsilon_cutoff": math.log(x),
-                  "eta_cutoff": (math.log(x) / 2 - H()).clamp(max=math.log(x))}[name]  # min(x, sqrt(x) e^-H)
-    return (log_pi >= log_cutoff - 1e-6).scatter(-1, log_pi.argmax(-1, keepdim=True), True)
+    """The tokens S(pi) that an adaptor keeps.
+
+    Log-probs (..., V), -inf for tokens dropped before -> booleans (..., V).  The sets are exact:
+    of tokens that tie, those with the lowest index; a mass or cutoff met to 1e-6 is met.
+    """
+    if name == "top_k":
+        keys = sort_keys(-log_pi)
+        return keys <= smallest(keys, int(x))[..., -1:]
+    if name == "top_p":
+        return least_with_mass(log_pi, sort_keys(-log_pi), x)
+    if name == "typical_p":  # tokens whose surprise is close to the expected surprise come first
+        return least_with_mass(log_pi, sort_keys((-log_pi - entropy(log_pi)).abs()), x)
+    if name == "min_p":
+        return above_cutoff(log_pi, math.log(x) + log_pi.amax(-1, keepdim=True))
+    if name == "eta_cutoff":  # pi >= min(x, sqrt(x) e^-H)
+        log_cutoff = (math.log(x) / 2 - entropy(log_pi)).clamp(max=math.log(x))
+        return above_cutoff(log_pi, log_cutoff)
+    raise ValueError(f"unknown adaptor {name!r}")
 
 
 def adapt(logits, adaptor):
-    """One step of the sampler, Eq. 2 and 3.  (..., V) logits -> log_q (..., V), log_kept_mass (...)
-    log q = log a - log Z, a = p_+^(1/T) 1[S]; log_kept_mass = log Z = log sum a (T = 1: of the kept p_+).
-    S is taken from softmax(logits / T), adaptor after adaptor in the library's order.  Ties: exact sets, the
-    lowest index first; a mass or cutoff met to 1e-6 is met (library: equals stay; top-p: last one first)."""
+    """One step of the sampler, Eq. 2 and 3.  Logits (..., V) -> log_q (..., V), log_kept_mass (...)
+
+    log q = log a - log Z, and log_kept_mass = log Z = log sum a, at T = 1 of the kept part of p_+.
+    S is taken from softmax(logits / T), adaptor after adaptor in the library's order.
+    Raises SystemExit where nothing is kept, as of logits that are all -inf, or nan.
+    """
     adaptor = parse_adaptor(adaptor, logits.shape[-1])
-    log_p_plus = logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p_plus = logits.log_softmax(-1, dtype=dtype)
+
+    # Eq. 2: temper, then drop what is not in S.
     log_a = log_p_plus / adaptor.get("temperature", 1.0)
-    log_q = log_a.log_softmax(-1) if "temperature" in adaptor else log_a
-    for name in [name for name in ORDER if name in adaptor]:
-        log_a = log_a.masked_fill(~kept_set(log_q, name, adaptor[name]), -math.inf)
+    log_q = log_a
+    if "temperature" in adaptor:
         log_q = log_a.log_softmax(-1)
-    log_Z = log_a.amax(-1) - log_q.amax(-1)  # read off the likeliest token; logsumexp is slow on -inf
-    require(log_Z.isfinite().all(), f"adaptor {adaptor} keeps nothing at {(~log_Z.isfinite()).sum()} of "
-            f"{log_Z.numel()} positions: the logits there are -inf or nan; check the model and --dtype")
+    for name in ORDER:
+        if name in adaptor:
+            kept = kept_set(log_q, name, adaptor[name])
+            log_a = log_a.masked_fill(~kept, -math.inf)
+            log_q = log_a.log_softmax(-1)  # Eq. 3
+
+    # log Z = log a - log q of any kept token: the likeliest; logsumexp is slow where there is -inf.
+    log_Z = log_a.amax(-1) - log_q.amax(-1)
+    lost = int((~log_Z.isfinite()).sum())
+    problem = f"adaptor {adaptor} keeps nothing at {lost} of {log_Z.numel()} positions: "
+    problem += "the logits there are -inf or nan; check the model and --dtype"
+    require(lost == 0, problem)
     return log_q, log_Z
 
 
+def listed_law(ids, weights, adaptor, vocabulary):
+    """Eq. 2 to 4 for a p_+ that is a list of N different strings with their probabilities.
+
+    p_+(v | y_<t) is the share of v among the strings that begin with y_<t.
+    (N, T) padded ids, (N,) weights -> log q (N,), sum_t log Z_t (N,)
+    """
+    log_q = torch.zeros_like(weights)
+    log_kept = torch.zeros_like(weights)
+    node = torch.zeros(len(ids), dtype=torch.long)  # the number of each string's prefix y_<t
+    for token in ids.T:
+        # p_+(. | y_<t) of every prefix, up to a factor: the weights of the strings that go on so.
+        mass = weights.new_zeros(node.max() + 1, vocabulary)
+        mass.index_put_((node, token), weights, accumulate=True)
+        step_q = torch.zeros_like(mass)
+        step_Z = torch.zeros_like(mass[:, 0])
+        fork = (mass > 0).sum(1) > 1  # elsewhere the next token is certain
+        step_q[fork], step_Z[fork] = adapt(mass[fork].log(), adaptor)
+
+        log_q = log_q + step_q[node, token]
+        log_kept = log_kept + step_Z[node]
+        node = (node * vocabulary + token).unique(return_inverse=True)[1]
+    return log_q, log_kept
+
+
+# Independent Metropolis-Hastings: Eq. 5.
+
+
 def imh_chain(log_w, log_u):
-    """The draw held at each step of Eq. 5, for chains side by side.  (..., N), (..., N) -> indices (..., N)
-    log_w = log target - log q of the draws, + constant; log_u: of uniforms, -inf accepts finite weights."""
-    log_w, log_u = (torch.as_tensor(x).movedim(-1, 0).contiguous() for x in (log_w, log_u))
-    held, state = torch.zeros(log_w.shape, dtype=torch.long, device=log_w.device), torch.zeros_like(log_w[0])
-    low, steps = torch.finfo(log_w.dtype).min / 4, torch.arange(len(log_w)).to(log_w)
-    log_w_held, accept = log_w[0].clamp(min=low), torch.empty_like(log_w[0])
+    """The draw held at each step of Eq. 5, for chains side by side.
+
+    (..., N), (..., N) -> indices (..., N).  log_w = log target - log q of the draws, up to a
+    constant; log_u are logs of uniforms, and -inf accepts every finite weight.
+    """
+    log_w = torch.as_tensor(log_w).movedim(-1, 0).contiguous()  # one step of all chains: one row
+    log_u = torch.as_tensor(log_u).movedim(-1, 0).contiguous()
+    lowest = torch.finfo(log_w.dtype).min / 4  # stands for -inf: lerp needs finite numbers
+
+    held = torch.zeros(log_w.shape, dtype=torch.long, device=log_w.device)
+    state = torch.zeros_like(log_w[0])  # the index held, as a float
+    log_w_held = log_w[0].clamp(min=lowest)
+    accept = torch.empty_like(log_w[0])
+    steps = torch.arange(len(log_w)).to(log_w)
     for i in range(1, len(log_w)):
-        proposed = log_w[i].clamp(min=low)  # finite, as lerp needs
-        torch.lt(log_u[i].clamp(min=low / 2), proposed - log_w_held, out=accept)  # 1. or 0.
-        log_w_held.lerp_(proposed, accept)  # a choice without branches: a random mask costs a CPU dearly
-        held[i] = state.lerp_(steps[i], accept)
+        # Eq. 5: u < w(y') / w(y).  A choice without branches: a random mask costs a CPU dearly.
+        proposed = log_w[i].clamp(min=lowest)
+        torch.lt(log_u[i].clamp(min=lowest / 2), proposed - log_w_held, out=accept)  # 1.0 or 0.0
+        log_w_held.lerp_(proposed, accept)
+        state.lerp_(steps[i], accept)
+        held[i] = state
     return held.movedim(0, -1)
 
 
-def pool_diagnostics(log_w):
-    """What IMH over N stored draws tends to: self-normalised importance sampling.  (N,) log-weights -> SNIS
-    weights (N,); log Z = log mean w, w* = max w / mean w, gap = 1 / w*, ESS per draw, acceptance."""
-    w_bar, N = torch.as_tensor(log_w).softmax(0).numpy(), len(log_w)
-    pairs = np.sort(w_bar)[::-1] @ (2 * np.arange(N) + 1)  # sum_ij min(w_i, w_j)
-    return w_bar, dict(log_Z=np.logaddexp.reduce(log_w) - math.log(N), w_star=N * w_bar.max(),
-                       gap=1 / (N * w_bar.max()), ess=1 / (w_bar @ w_bar) / N, accept_limit=pairs / N)
+@dataclass
+class PoolLimit:
+    """What IMH over N stored draws tends to: self-normalised importance sampling."""
+
+    weights: np.ndarray  # (N,), w / sum w: the stationary law over the draws
+    log_Z: float  # log mean w: log Z_g of Eq. 4, or log Z of Eq. 1
+    ess: float  # effective sample size as a share of N, in (0, 1]
+    accept: float  # acceptance of the stationary chain
 
 
-def autocorrelation_time(x):
-    """1 + 2 sum_k rho_k, up to the first negative rho_k.  (P, N) chains -> (P,); nan for a constant chain."""
-    x, N = x - x[..., :1], x.shape[-1]  # exactly 0 in a constant chain
-    rho = torch.fft.irfft(torch.fft.rfft(x - x.mean(-1, keepdim=True), 2 * N).abs().square())[..., :N]
-    return 2 * (rho / rho[..., :1] * (rho < 0).cumsum(-1).eq(0)).sum(-1) - 1
+def pool_limit(log_w):
+    """The limit in closed form.  (N,) log-weights -> PoolLimit"""
+    N = len(log_w)
+    # Of all pairs, state i and proposal j: w_i q_j min(1, w_j / w_i) is the smaller of the two.
+    weights = torch.as_tensor(log_w).softmax(0).numpy()
+    sorted_weights = np.sort(weights)[::-1]
+    pairs = sorted_weights @ (2 * np.arange(N) + 1)  # sum_ij min(w_i, w_j)
+    return PoolLimit(
+        weights=weights,
+        log_Z=np.logaddexp.reduce(log_w) - math.log(N),
+        ess=1 / (weights @ weights) / N,
+        accept=pairs / N,
+    )
+
+
+@dataclass
+class Chains:
+    """The chains of one setting, side by side."""
+
+    states: np.ndarray  # (P, N - burn_in) indices of the setting's draws
+    accept: float  # share of the proposals that were accepted
+
+
+def run_chains(log_w, pools, length, burn_in, rng):
+    """One chain over each pool of draws, P lists of indices into log_w -> Chains
+
+    A chain proposes its pool's draws at random, with replacement.
+    """
+    # Two uniforms a step: which draw is proposed, and whether it is accepted.
+    u = rng.random((2, len(pools), length))
+    proposals = []
+    for pool, uniforms in zip(pools, u[0]):
+        proposals.append(pool[(uniforms * len(pool)).astype(int)])
+    proposals = np.stack(proposals)
+    held = imh_chain(log_w[proposals], torch.tensor(u[1]).log()).numpy()
+    states = np.take_along_axis(proposals, held, 1)
+    moved = held[:, 1:] == np.arange(1, length)
+    return Chains(states=states[:, burn_in:], accept=moved.mean().item())
+
+
+def mean_ranks(x):
+    """Ranks from 1; equal values share the mean of theirs.  (n,) -> (n,)"""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[inverse]
 
 
 def correlations(x, y):
-    """Pearson's and Spearman's (equals share their mean rank) of n pairs; nan below three, or if constant."""
-    counted = [np.unique(z, return_inverse=True, return_counts=True)[1:] for z in (x, y)]
-    ranks = [(counts.cumsum() - (counts - 1) / 2)[inverse] for inverse, counts in counted]
-    usable = len(x) > 2 and np.ptp(x) > 0 and np.ptp(y) > 0
-    return [float(np.corrcoef(*pair)[0, 1]) if usable else math.nan for pair in ((x, y), ranks)]
+    """Pearson's and Spearman's of n pairs, (n,), (n,); nan below three, or if one is constant."""
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return [math.nan, math.nan]
+    pearson = np.corrcoef(x, y)[0, 1]
+    spearman = np.corrcoef(mean_ranks(x), mean_ranks(y))[0, 1]
+    return [float(pearson), float(spearman)]
 
 
-def scatter(out, name, note, panels, xlabel, ylabel):
-    """panels: {title: {label: (n, 2) points}}, all with the same labels -> out/figures/name.png"""
-    figure = Figure((4.5 * len(panels) + 2, 4.5), layout="constrained")
-    for axis, (title, series) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
-        for i, (label, xy) in enumerate(series.items()):
-            axis.plot(*np.transpose(xy), "o^s"[i // 20 % 3], ms=2, color=tab20(i % 20), label=label)
-        axis.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside right center", fontsize=8, markerscale=3)
-    figure.suptitle(f"as {name}.png of the released code; {note}", fontsize=8)
-    Path(out, "figures").mkdir(parents=True, exist_ok=True)
-    figure.savefig(Path(out, "figures", f"{name}.png"), dpi=130)
+# The toy experiment: a thousand strings with probabilities, no model.
 
 
-def toy(args):
-    """p_+ ~ Dirichlet(0.1) over 1000 strings, prior = softmax(p_+^(1/42) + noise), r = log p_+ / p, so Z = 1
-    and beta = 1 in Eq. 1.  Prints, draws, returns {strings or corpora: (n, Pearson, Spearman)}."""
-    stream, out = np.random.RandomState(42), f"{args.out}-toy"  # numpy's old generator, as released
+def toy_world():
+    """p_+ ~ Dirichlet(0.1) over 1000 strings and a prior like it -> p_+, log p, r, (1000,) each
+
+    The prior is softmax(p_+^(1/42) + noise) and r = log p_+ / p: beta = 1 and Z = 1 in Eq. 1.
+    """
+    stream = np.random.RandomState(42)  # numpy's old generator, as released
     p_plus = stream.dirichlet([0.1] * 1000)
     scores = p_plus ** (1 / 42) + stream.uniform(-0.42, 0.42, 1000)
     log_p = scores - np.log(np.exp(scores).sum())
-    r, H, means = np.log(p_plus) - log_p, -p_plus @ np.log(p_plus), []
-    for c in range(1000):  # the draws of np.random.choice(1000, 100000, p=p_plus) after seed(c), counted
+    return p_plus, log_p, np.log(p_plus) - log_p
+
+
+def toy_corpora(p_plus, log_p, r):
+    """1000 corpora of 100,000 draws of p_+ -> their mean log p and mean r, (1000, 2)
+
+    The draws are those of np.random.choice(1000, 100000, p=p_plus) after np.random.seed(c).
+    """
+    means = []
+    cdf = p_plus.cumsum() / p_plus.sum()
+    for c in range(1000):
         u = np.sort(np.random.RandomState(c).random_sample(100_000))
-        counts = np.diff(u.searchsorted(p_plus.cumsum() / p_plus.sum()), prepend=0)
+        counts = np.diff(u.searchsorted(cdf), prepend=0)
         means.append([counts @ log_p / len(u), counts @ r / len(u)])
-    means, stream = np.array(means), np.random.RandomState(42)
-    typical = means[abs(means.sum(1) + H) < 0.001]  # Eq. 1: the sum is the corpus's mean log p_+
-    bins = np.histogram_bin_edges(typical[:, 0], 10)[1:-1].searchsorted(typical[:, 0], "right")
-    even = [typical[bins == k][stream.randint(0, (bins == k).sum(), 100)] for k in range(10)]
-    shown = {"strings": np.stack([log_p, r], 1), "corpora": means, "typical corpora": typical,
-             "typical, stratified": np.concatenate(even)}  # 100 per tenth of the range, as released
-    found = {name: (len(points), *correlations(*points.T)) for name, points in shown.items()}
+    return np.array(means)
+
+
+def stratify(points):
+    """100 of the points from each tenth of their range of log p, with replacement, as released."""
+    stream = np.random.RandomState(42)
+    edges = np.histogram_bin_edges(points[:, 0], 10)
+    tenth = edges[1:-1].searchsorted(points[:, 0], "right")
+    drawn = []
+    for k in range(10):
+        members = points[tenth == k]
+        drawn.append(members[stream.randint(0, len(members), 100)])
+    return np.concatenate(drawn)
+
+
+def toy(args):
+    """Print and draw the toy experiment -> {strings or corpora: (n, Pearson, Spearman)}"""
+    p_plus, log_p, r = toy_world()
+    H = -p_plus @ np.log(p_plus)
     print(f"toy: E r {p_plus @ r:.4f} = -H(p_+) {-H:.4f} - E log p {p_plus @ log_p:.4f}")
-    for name, (n, pearson, spearman) in found.items():
-        print(f"  {name:20s} n {n:5d}  Pearson {pearson:+.4f}  Spearman {spearman:+.4f}")
-    bars = {k: {"strings": [*enumerate(x)]} for k, x in (("p_+", p_plus), ("p", np.exp(log_p)), ("r", r))}
-    dots = [(f"{k}: Pearson {found[k][1]:+.2f}", {"one each": points}) for k, points in shown.items()]
-    scatter(out, "toy-distributions", "1000 strings", bars, "string", "value")
-    scatter(out, "toy-string-correlation", "1000 strings", dict(dots[:1]), "log p (nats)", "r")
-    scatter(out, "toy-correlations", "means of 100,000", dict(dots[1:]), "mean log p (nats)", "mean r")
+
+    # By Eq. 1 the sum of the two means is the corpus's mean log p_+, and its expectation is -H.
+    corpora = toy_corpora(p_plus, log_p, r)
+    typical = corpora[abs(corpora.sum(1) + H) < 0.001]
+    shown = {
+        "strings": np.stack([log_p, r], 1),
+        "corpora": corpora,
+        "typical corpora": typical,
+        "typical, stratified": stratify(typical),
+    }
+    found = {}
+    panels = {}
+    for name, points in shown.items():
+        pearson, spearman = correlations(points[:, 0], points[:, 1])
+        found[name] = (len(points), pearson, spearman)
+        title = f"{name}: Pearson {pearson:+.2f}"
+        panels[name] = Panel(title, "mean log p (nats)", "mean r (nats)")
+        panels[name].series["one each"] = points
+        print(f"  {name:20s} n {len(points):5d}  Pearson {pearson:+.4f}  Spearman {spearman:+.4f}")
+
+    # Three figures under the names of the notebook's.
+    folder = Path(f"{args.out}-toy", "figures")
+    strings = np.arange(1000)
+    bars = []
+    for title, values, ylabel in (
+        ("p_+", p_plus, "probability"),
+        ("p", np.exp(log_p), "probability"),
+        ("r", r, "r (nats)"),
+    ):
+        bars.append(Panel(title, "string", ylabel))
+        bars[-1].series["one each"] = np.stack([strings, values], 1)
+    one = panels.pop("strings")
+    one.xlabel = "log p (nats)"
+    one.ylabel = "r (nats)"
+    caption = "{} of the authors' repository; a toy of 1000 strings, no language model"
+    for name, drawn in (
+        ("toy-distributions", bars),
+        ("toy-string-correlation", [one]),
+        ("toy-correlations", list(panels.values())),
+    ):
+        scatter(folder / f"{name}.png", drawn, caption.format(f"As {name}.png"))
     return found
 
 
-def enumerate_world(args):
-    """IMH over the strings of at most two of A, B, C and an end E, written out, nothing sampled."""
-    after = [[0.2, 0.8, -0.4, 0.6], [-0.3, 0.4, 0.9, 0.1], [0.7, -0.6, 0, 1.1], [-math.inf] * 3 + [0]]
-    root, after, worth, repeated = (torch.tensor(x, dtype=torch.float64) for x in (
-        [1, 0.5, 0, -0.5], after, [0.25 + 0.3, 0.85 + 0.3, -0.6 + 0.3, 0], [-0.8, -0.8, -0.8, 0]))
-    log_p = root.log_softmax(0)[:, None] + after.log_softmax(1)  # (4, 4), -inf: no such string
-    r = worth[:, None] + worth + torch.diag(repeated)  # a token's worth and 0.3 each, -0.8 for a repetition
-    log_Z = (log_p + r / args.beta).flatten().logsumexp(0)
-    log_p_plus = log_p + r / args.beta - log_Z  # Eq. 1
-    (q_1, Z_1), (q_2, Z_2) = (adapt(x, args.adaptor) for x in (log_p_plus.logsumexp(1), log_p_plus))  # logs
-    log_q, log_kept = q_1[:, None] + q_2, (Z_1 + Z_2)[:, None].expand(4, 4)
-    s = log_q.isfinite()
-    log_p, r, log_p_plus, log_q, log_kept = (x[s] for x in (log_p, r, log_p_plus, log_q, log_kept))
-    q, log_w = log_q.exp(), log_kept if args.target == "global" else log_p_plus - log_q
-    target = (log_q + log_w).softmax(0)
-    move = q * (log_w - log_w[:, None]).clamp(max=0).exp()  # Eq. 5: propose and accept
-    P, w_star, accept = move + torch.diag(1 - move.sum(1)), (target / q).max(), target @ move.sum(1)
-    spectrum = torch.linalg.eigvals(P).real.sort(descending=True).values
-    print(f"{args.adaptor}, {args.target}: log Z {log_Z:.8f}  Z_g {(log_q + log_kept).exp().sum():.8f}  w* "
-          f"{w_star:.8f}  acceptance {accept:.8f}\nspectrum", *(f"{x:.8f}" for x in spectrum))
-    for (i, j), *row in zip(s.nonzero(), q, target, *P.T):
-        print("ABCE"[i] + "ABCE"[j], "q {:.8f} target {:.8f} P".format(*row), *(f"{x:.6f}" for x in row[2:]))
-    law, powers, steps = q, torch.eye(len(P), dtype=P.dtype), []
-    for n in range(11):  # law: of the state n steps after a draw of q
-        steps.append([x.item() for x in ((powers - target).abs().sum(1).max() / 2, law @ r, law @ log_p)])
-        print("{:3d} steps: worst total variation {:.8f}   E r {:.8f}   E log p {:.8f}".format(n, *steps[-1]))
-        law, powers = law @ P, powers @ P
-    return dict(log_p=log_p, r=r, log_p_plus=log_p_plus, log_Z=log_Z, log_q=log_q, log_kept=log_kept, P=P,
-                target=target, spectrum=spectrum, w_star=w_star, accept=accept, steps=steps)
+# The exact posterior: p_+ of Eq. 1 over listed strings of a real language model.
+
+EXACT_TYPES = ("ancestral_strict", "top_k=5", "top_p090", "typical_p=0.5")
 
 
-def write_chunks(out, jobs, fresh):
-    """Each rank writes the rows of its share of jobs, {path: function} alike on all ranks, unless they are
-    there; a chunk is whole or absent and depends on its own job only.  fresh: delete old chunks first."""
-    on_rank0(lambda: [shutil.rmtree(path) for path in out.glob("*/") if fresh].clear(), f"{out}: not emptied")
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for first in range(0, len(jobs), world):
-        for path, function in list(jobs.items())[first + rank:first + rank + 1]:
-            if not path.exists():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write(path, json.dumps(function()).encode())
-                print("wrote", path, flush=True)
-        require(not stop_requested(), 143)  # --resume goes on
-    dist.barrier()
+@dataclass
+class ListedWorld:
+    """The strings that may follow one prompt, with their exact prior and reward."""
+
+    prompt: str
+    ids: torch.Tensor  # (n, T) token ids, padded with the end-of-text token
+    log_p: torch.Tensor  # (n,) prior, normalised over the list; float64, as all below
+    reward: torch.Tensor  # (n,)
+    log_Z: torch.Tensor  # () of Eq. 1
+    p_plus: torch.Tensor  # (n,) Eq. 1
+    covered: float  # what the language model gives to the listed strings together
+    rng: np.random.Generator  # goes on to draw responses
 
 
+@dataclass
+class ExactValues:
+    """One setting in one ListedWorld, nothing sampled."""
+
+    log_q: torch.Tensor  # (n,) Eq. 3
+    log_kept: torch.Tensor  # (n,) sum_t log Z_t
+    log_p_plus: torch.Tensor  # (n,) Eq. 1, token by token, as from a model
+    error: float  # the largest deviation from log p + r / beta = log p_+ + log Z
+    local: list = field(default_factory=list)  # E_q log p and E_q r
+    globally: list = field(default_factory=list)  # E_g log p and E_g r
+    log_Z_g: float = 0.0  # Eq. 4
+    accept: float = 0.0  # of IMH from q to g, stationary
+
+
+def listed_worlds(args, tokenizer, prompts, support):
+    """Draw `support` responses to each prompt from the prior and list the different ones.
+
+    The prior is the language model --ref-model given that its response is one of these.  So p is
+    known by scoring, log Z is a sum, and p_+ has an exact probability for every next token.
+    """
+    # The first prompts of the test split, each once.
+    prior = load_model(args.ref_model)
+    rows = load_pairs(args.data, "test")
+    texts = list(dict.fromkeys(row["prompt"] for row in rows))
+    worlds = []
+    for number, text in enumerate(texts[:prompts]):
+        # Strings of the prior; a string that is drawn twice is listed once.
+        prompt = tokenizer(text).input_ids
+        rng = np.random.default_rng([args.seed, number])
+        uniforms = torch.tensor(rng.random((support, args.max_length - len(prompt))))
+        drawn = sample(prior, [prompt], support, {}, uniforms, tokenizer)
+
+        # log p of every different string, and what its text earns.
+        found = {}
+        for response in drawn:
+            found[tuple(response.ids)] = math.fsum(response.log_q)
+        rewards = []
+        for ids in found:
+            rewards.append(tiny_reward(text, tokenizer.decode(ids, skip_special_tokens=True)))
+        raw_log_p = torch.tensor(list(found.values()), dtype=torch.float64)
+        log_p = raw_log_p.log_softmax(0)
+        reward = torch.tensor(rewards, dtype=torch.float64)
+
+        # Eq. 1 over the list: log Z is a sum.
+        log_Z = (log_p + reward / args.beta).logsumexp(0)
+        p_plus = (log_p + reward / args.beta - log_Z).exp()
+        ids = [torch.tensor(y) for y in found]
+        ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.eos_token_id)
+        covered = raw_log_p.logsumexp(0).exp().item()
+        worlds.append(ListedWorld(text, ids, log_p, reward, log_Z, p_plus, covered, rng))
+    return worlds
+
+
+def exact_values(world, adaptor, beta, vocabulary):
+    """The expectations of a ListedWorld under local and global normalisation -> ExactValues"""
+    # p_+ by its own next-token probabilities must be what Eq. 1 says of whole strings.
+    log_p_plus, _ = listed_law(world.ids, world.p_plus, {}, vocabulary)
+    error = world.log_p + world.reward / beta - log_p_plus - world.log_Z
+    log_q, log_kept = listed_law(world.ids, world.p_plus, adaptor, vocabulary)
+    values = ExactValues(log_q, log_kept, log_p_plus, error=error.abs().max().item())
+
+    # Eq. 3 and 4: the strings' probabilities under local and under global normalisation.
+    q = log_q.exp()
+    g = (log_q + log_kept).softmax(0)
+    values.local = [(q @ world.log_p).item(), (q @ world.reward).item()]
+    values.globally = [(g @ world.log_p).item(), (g @ world.reward).item()]
+    values.log_Z_g = (log_q + log_kept).logsumexp(0).item()
+
+    # Eq. 5 with w = g / q: from string i, propose and accept string j, itself included.
+    log_w = log_kept.masked_fill(log_q == -math.inf, 0)
+    move = q * (log_w - log_w[:, None]).clamp(max=0).exp()
+    values.accept = (g @ move.sum(1)).item()
+    return values
+
+
+def draw_rows(world, values, n, beta):
+    """n responses drawn from q, as rows of a score file."""
+    q = values.log_q.exp().numpy()
+    rows = []
+    for k in world.rng.choice(len(q), n, p=q / q.sum()):
+        row = {"prompt": world.prompt, "log_Z": world.log_Z.item()}
+        row["log_prior"] = world.log_p[k].item()
+        row["reward"] = world.reward[k].item()
+        row["log_aligned"] = values.log_p_plus[k].item()
+        row["log_q"] = values.log_q[k].item()
+        row["log_kept"] = values.log_kept[k].item()
+        row["implicit"] = beta * (row["log_aligned"] - row["log_prior"])
+        rows.append(row)
+    return rows
+
+
+def exact(args, prompts=8, support=512, draws=64, settings=None):
+    """Print E log p and E r under q and g where p_+ is exactly Eq. 1, setting by setting.
+
+    Writes draws of q as the scores of args.out, for imh and figures.
+    -> {setting: its ExactValues, one per prompt}
+    """
+    tokenizer = load_tokenizer(args.ref_model)
+    worlds = listed_worlds(args, tokenizer, prompts, support)
+    listed = np.mean([len(world.ids) for world in worlds])
+    covered = np.mean([world.covered for world in worlds])
+    head = f"exact posterior: {len(worlds)} prompts, {listed:.0f} strings each"
+    print(f"{head}, of mass {covered:.3f}")
+    print(f"{'':32} local: log p, r | global: log p, r |  log_Z_g   accept  error of Eq. 1")
+
+    # Setting by setting: exact numbers to the table, draws to a score file.
+    remove_chunks(Path(args.out, "scores"))
+    found = {}
+    means = []
+    for spec in settings or all_settings(EXACT_TYPES, args.temperatures):
+        adaptor = parse_adaptor(spec, len(tokenizer))
+        found[spec] = []
+        rows = []
+        for world in worlds:
+            values = exact_values(world, adaptor, args.beta, len(tokenizer))
+            found[spec].append(values)
+            rows += draw_rows(world, values, draws, args.beta)
+        write_chunk(Path(args.out, "scores", spec, "00000.json"), rows)
+        means.append(mean_values(found[spec]))
+        worst = max(values.error for values in found[spec])
+        print(f"{spec:32}", *(f"{x:8.3f}" for x in means[-1]), f"{worst:8.1e}", flush=True)
+
+    # What the exact numbers say, with no draw in them.
+    means = np.array(means)
+    local, _ = correlations(means[:, 0], means[:, 1])
+    globally, _ = correlations(means[:, 2], means[:, 3])
+    print(f"Seen here: between settings, E log p and E r correlate {local:+.2f} under local")
+    print(f"normalisation (Eq. 3), {globally:+.2f} under global normalisation (Eq. 4).")
+    return found
+
+
+def mean_values(values):
+    """Over the prompts: E log p and E r, local and global, log Z_g, and the acceptance."""
+    columns = []
+    for one in values:
+        columns.append([*one.local, *one.globally, one.log_Z_g, one.accept])
+    return np.mean(columns, 0)
+
+
+# Generation and scoring, in chunks that a killed run keeps.
+
+
+class Response(NamedTuple):
+    """One response, as drawn."""
+
+    ids: list  # token ids, end-of-text included
+    log_q: list  # of every token, from the scores it was drawn from
+    log_kept: list  # log Z_t of every step
+
+
+def all_settings(sampling_types, temperatures):
+    """Names of the settings, each type at each temperature; greedy knows no temperature."""
+    names = []
+    for kind in sampling_types:
+        for T in temperatures:
+            name = f"{kind},temperature={T:g}"
+            if kind == "greedy":
+                name = kind
+            if name not in names:
+                names.append(name)
+    return names
+
+
+def rows_in_cache(vocabulary):
+    """How many rows of logits stay in a CPU core's cache while an adaptor passes over them."""
+    return 1 + 2**19 // vocabulary
+
+
+@torch.no_grad()
 def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
-    """`copies` responses to each of N id lists, from (N copies, max_new_tokens) uniforms -> of each its token
-    ids, end-of-text included, and every token's log q and log Z_t, from the scores it was drawn from."""
-    found, rows = [[] for _ in uniforms], torch.arange(len(uniforms), device=uniforms.device)
+    """`copies` responses to each of P id lists, drawn by Eq. 3 -> P copies Responses
+
+    uniforms: (P copies, max_new_tokens).  A response depends on its own prompt and uniforms only.
+    """
+    # The prompts are run once; then one step of the cache for each token.
+    found = [Response([], [], []) for _ in uniforms]
+    rows = torch.arange(len(uniforms), device=uniforms.device)  # of each slot, its response
+    last = uniforms.shape[1] - 1
+    n = rows_in_cache(len(tokenizer))
     cache, _, logits = prefill(model, prompts, uniforms.shape[1], copies)
     for t in range(uniforms.shape[1]):
-        drawn, n = [], 1 + 2**19 // len(tokenizer)  # rows of logits that stay in a CPU core's cache
-        for block, u in zip(logits[:, :len(tokenizer)].float().split(n), uniforms[rows, t].split(n)):
-            log_q, log_Z = adapt(block, adaptor)
-            drawn.append((*sample_tokens(log_q, u), log_Z))
-        tokens, log_q, log_Z = map(torch.cat, zip(*drawn))
-        for row, *values in zip(*(x.tolist() for x in (rows, tokens, log_q, log_Z))):
-            found[row].append(values)
+        # One token for each response that goes on, block of rows after block of rows.
+        step = []
+        logits = logits[:, : len(tokenizer)].float()
+        for block, u in zip(logits.split(n), uniforms[rows, t].split(n)):
+            log_q, log_kept = adapt(block, adaptor)
+            tokens, log_q_drawn = sample_tokens(log_q, u)
+            step.append((tokens, log_q_drawn, log_kept))
+        tokens = torch.cat([tokens for tokens, _, _ in step])
+        log_q = torch.cat([log_q for _, log_q, _ in step]).tolist()
+        log_kept = torch.cat([log_kept for _, _, log_kept in step]).tolist()
+        for slot, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist())):
+            found[row].ids.append(token)
+            found[row].log_q.append(log_q[slot])
+            found[row].log_kept.append(log_kept[slot])
+
+        # Finished responses leave the batch.
         slots = stay_in_place((tokens != tokenizer.eos_token_id).nonzero()[:, 0])
-        if t + 1 == uniforms.shape[1] or len(slots) == 0:
-            return [tuple(map(list, zip(*values))) for values in found]
-        reorder(cache, slots)  # finished responses leave the batch
-        rows, (_, logits) = rows[slots], decode_step(model, cache, tokens[slots])
+        if t == last or len(slots) == 0:
+            break
+        reorder(cache, slots)
+        rows = rows[slots]
+        _, logits = decode_step(model, cache, tokens[slots])
+    return found
+
+
+def chunks_to_write(paths):
+    """The paths of this process's share that are not there yet, one after another.
+
+    A chunk is whole or absent and depends on its own job only.  Exits between two when told to.
+    """
+    world = dist.get_world_size()
+    for first in progress(range(0, len(paths), world)):
+        number = first + dist.get_rank()
+        if number < len(paths) and not paths[number].exists():
+            yield paths[number]
+        if stop_requested():
+            raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
+    dist.barrier()
+    say(f"{len(paths)} chunks in {paths[0].parents[1]}")
+
+
+def write_chunk(path, rows):
+    """Write rows as JSON, whole or not at all, into a folder that may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(rows).encode())
+
+
+def remove_chunks(out):
+    """Delete the chunks of an earlier run."""
+    for folder in out.glob("*/"):
+        shutil.rmtree(folder)
+
+
+def first_turn(text):
+    """The first human turn of a transcript, to its first blank line."""
+    return text.split("Human:", 1)[-1].strip().split("\n\n")[0]
+
+
+def load_prompts(args, tokenizer):
+    """The prompts to answer: [(ids, text), ...], drawn by the seed, the shortest first."""
+    # The template goes around the first turn of a transcript; without one the prompt is as it is.
+    texts = {}
+    for row in load_pairs(args.data, "test"):
+        text = row["prompt"]
+        require(isinstance(text, str), f"{args.data}: chat messages; give prompts that are text")
+        if args.template != "{}":
+            text = args.template.replace("{}", first_turn(text))
+        texts[text] = None  # each once, in the order of the data
+
+    # A prompt must leave room for one token at least.
+    longest = min(args.max_prompt_length, args.max_length - 1)
+    prompts = []
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        if 0 < len(ids) <= longest:
+            prompts.append((ids, text))
+    problem = f"{args.data}: no prompt of up to {longest} tokens; --max-prompt-length, --max-length"
+    require(prompts, problem)
+
+    order = np.random.default_rng(args.seed).permutation(len(prompts))
+    chosen = [prompts[i] for i in order[: args.prompts]]
+    return sorted(chosen, key=prompt_length)  # about equal lengths share a chunk
+
+
+def prompt_length(prompt):
+    """The number of tokens of (ids, text)."""
+    return len(prompt[0])
 
 
 def generate(args):
-    """Writes out/samples/<setting>/<chunk>.json: prompts, responses, token ids, tokens' log q as sampled."""
-    device, tokenizer = setup(args.seed), load_tokenizer(args.model)
-    specs = dict.fromkeys("greedy" if kind == "greedy" else f"{kind},temperature={T:g}"  # greedy: once
-                          for kind in args.sampling_types for T in args.temperatures)
-    adaptors = [parse_adaptor(spec, len(tokenizer)) for spec in specs]
-    turn = lambda x: x if args.template == "{}" else x.split("Human:", 1)[-1].strip().split("\n\n")[0]
-    texts = [args.template.replace("{}", turn(row["prompt"])) for row in load_pairs(args.data, "test")]
-    longest = min(args.max_prompt_length, args.max_length - 1)
-    rows = [(ids, x) for x in dict.fromkeys(texts) if 0 < len(ids := tokenizer(x).input_ids) <= longest]
-    require(rows, f"{args.data}: no prompt of up to {longest} tokens; --max-prompt-length, --max-length")
+    """Write out/samples/<setting>/<chunk>.json: prompts, responses, ids, each token's log q."""
+    # Settings, prompts and model; whatever is wrong with them ends the run before it writes.
+    device = setup(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    settings = all_settings(args.sampling_types, args.temperatures)
+    adaptors = [parse_adaptor(spec, len(tokenizer)) for spec in settings]
+    prompts = load_prompts(args, tokenizer)
     out = start_run(args, "imh_adaptors") / "samples"
-    rows = [rows[i] for i in np.random.default_rng(args.seed).permutation(len(rows))[:args.prompts]]
-    rows.sort(key=lambda row: len(row[0]))  # about equal lengths share a chunk
-    model, n, m = load_model(args.model, args.dtype), max(1, args.batch_size // args.samples), args.samples
-    def draw(i, k):
-        prompts, texts = zip(*rows[k:k + n])
-        shape = len(prompts) * m, args.max_length - len(prompts[-1])
-        u = torch.tensor(np.random.default_rng([args.seed, i, k]).random(shape), device=device)
-        drawn = sample(model, prompts, m, adaptors[i], u, tokenizer)
-        return [dict(prompt=texts[j // m], prompt_ids=prompts[j // m], ids=ids, log_q=log_q, log_kept=log_Z,
-                     text=tokenizer.decode(ids, skip_special_tokens=True))
-                for j, (ids, log_q, log_Z) in enumerate(drawn)]
-    write_chunks(out, {out / spec / f"{k:05d}.json": partial(draw, i, k)
-                       for i, spec in enumerate(specs) for k in range(0, len(rows), n)}, args.overwrite)
+    model = load_model(args.model, args.dtype)
+    if args.overwrite:
+        on_rank0(partial(remove_chunks, out), f"{out}: not emptied")
+
+    # A chunk is a few prompts under one setting.
+    size = max(1, args.batch_size // args.samples)
+    jobs = {}
+    for i, spec in enumerate(settings):
+        for start in range(0, len(prompts), size):
+            jobs[out / spec / f"{start:05d}.json"] = (i, start)
+
+    # Its uniforms depend on the seed and its place, so that any process may write it.
+    for path in chunks_to_write(list(jobs)):
+        i, start = jobs[path]
+        chunk = prompts[start : start + size]
+        shape = (len(chunk) * args.samples, args.max_length - len(chunk[-1][0]))
+        stream = np.random.default_rng([args.seed, i, start])
+        uniforms = torch.tensor(stream.random(shape), device=device)
+        rows = draw_chunk(model, chunk, args.samples, adaptors[i], uniforms, tokenizer)
+        write_chunk(path, rows)
+
+
+def draw_chunk(model, prompts, samples, adaptor, uniforms, tokenizer):
+    """The rows of one chunk: `samples` responses to each of [(ids, text), ...]"""
+    drawn = sample(model, [ids for ids, _ in prompts], samples, adaptor, uniforms, tokenizer)
+    rows = []
+    for number, response in enumerate(drawn):
+        prompt_ids, text = prompts[number // samples]
+        row = {
+            "prompt": text,
+            "prompt_ids": prompt_ids,
+            "ids": response.ids,
+            "log_q": response.log_q,
+            "log_kept": response.log_kept,
+            "text": tokenizer.decode(response.ids, skip_special_tokens=True),
+        }
+        rows.append(row)
+    return rows
 
 
 @torch.no_grad()
 def adaptor_logps(model, batch, adaptors, vocabulary):
-    """One forward pass over a packed batch -> (1 + A, M): its tokens' log p_+, and log q under A adaptors."""
-    ready = hasattr(model, "packs") or response_logps(model, batch)  # readies packed attention, once
-    require(ready and model.packs, f"{type(model).__name__}: its rows cannot be packed, nor adaptors scored")
-    inputs = {name: batch[name].to(model.device) for name in ("input_ids", "position_ids")}
-    inputs |= dict(attention_mask=torch.zeros(1, 1, 1, 1, device=model.device), segments=batch["segments"])
-    logits = model(**inputs, logits_to_keep=batch["score_at"].to(model.device), use_cache=False).logits[0]
-    n = 1 + 2**19 // vocabulary  # rows of logits that stay in a CPU core's cache
-    blocks = zip(logits[:, :vocabulary].split(n), batch["targets"].to(model.device)[:, None].split(n))
-    return torch.cat([torch.cat([adapt(z.float(), adaptor)[0].gather(1, y).T for adaptor in ({}, *adaptors)])
-                      for z, y in blocks], 1).double().cpu()
+    """log p_+ of a packed batch's M response tokens, and log q under A adaptors -> (1 + A, M)
+
+    One forward pass; logits beyond the first `vocabulary` ones belong to no token.
+    """
+    # All rows of the batch in one, the head on response positions only.
+    if not hasattr(model, "packs"):
+        response_logps(model, batch)  # readies packed attention, once
+    name = type(model).__name__
+    require(model.packs, f"{name}: its rows cannot be packed, nor adaptors scored")
+    ids = batch["input_ids"].to(model.device)
+    positions = batch["position_ids"].to(model.device)
+    score_at = batch["score_at"].to(model.device)
+    targets = batch["targets"].to(model.device)[:, None]
+    output = model(
+        input_ids=ids,
+        position_ids=positions,
+        attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),  # taken as ready
+        segments=batch["segments"],
+        logits_to_keep=score_at,
+        use_cache=False,
+    )
+    logits = output.logits[0, :, :vocabulary]
+
+    # The adaptors pass over each block of rows while it is in a CPU core's cache.
+    n = rows_in_cache(vocabulary)
+    blocks = []
+    for z, y in zip(logits.split(n), targets.split(n)):
+        found = []
+        for adaptor in ({}, *adaptors):
+            log_q, _ = adapt(z.float(), adaptor)
+            found.append(log_q.gather(1, y)[:, 0])
+        blocks.append(torch.stack(found))
+    return torch.cat(blocks, 1).double().cpu()
+
+
+@dataclass
+class Judge:
+    """What gives the reward."""
+
+    name: str  # tiny, implicit, or the folder or hub id of a reward model
+    model: object = None  # of the reward model
+    tokenizer: object = None  # likewise
+
+    def reward(self, row, implicit):
+        """Of one response, a row of a sample file; implicit: beta log p_+ / p."""
+        if self.name == "tiny":
+            return tiny_reward(row["prompt"], row["text"])
+        if self.name == "implicit":
+            return implicit
+        ids = self.tokenizer(row["prompt"] + row["text"], return_tensors="pt").input_ids
+        return self.model(ids.to(self.model.device)).logits.item()
+
+
+def load_judge(name, device):
+    """The Judge of --reward.  SystemExit: not a sequence classification model of one output."""
+    if name in ("tiny", "implicit"):
+        return Judge(name)
+    tokenizer = load_tokenizer(name)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        model_folder(name), dtype=torch.float32, output_loading_info=True
+    )
+    problem = f"{name}: not a reward model, with a sequence classification head of one output; "
+    problem += "give such a --reward, or implicit, or tiny"
+    require(not info["missing_keys"] and model.num_labels == 1, problem)
+    return Judge(name, model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+def read_samples(path, vocabulary):
+    """The rows of one sample file, by prompt: {prompt ids: rows}.  SystemExit: unusable rows."""
+    groups = {}
+    for number, row in enumerate(read_rows(path)):
+        usable = row["ids"] and max(row["ids"]) < vocabulary
+        problem = f"{path}: row {number}: no response, or tokens that --model does not have; "
+        require(usable, problem + "delete the file, generate --resume")
+        groups.setdefault(tuple(row["prompt_ids"]), []).append(row)
+    return groups
+
+
+def summed_logps(model, batch, vocabulary):
+    """log p(y | x) of each response in a packed batch, in float64 -> (R,)"""
+    logps = adaptor_logps(model, batch, [], vocabulary)[0]
+    return logps.new_zeros(batch["responses"]).index_add(0, batch["owner"], logps)
+
+
+@torch.no_grad()
+def score_chunk(args, path, model, prior, judge, vocabulary):
+    """The scores of one sample file: each response's summed log-probs, and its rewards."""
+    # A prompt is run once for all its responses.
+    groups = list(read_samples(path, vocabulary).items())
+    packed = []
+    for prompt_ids, rows in groups:
+        packed.append(dict(prompt_ids=list(prompt_ids), responses=[row["ids"] for row in rows]))
+
+    # Eq. 1's ingredients: log p, log p_+ and the reward; log q is as it was when drawn.
+    found = []
+    for batch in pack_pairs(packed, args.tokens_per_microbatch, rank=0, world=1):
+        rows = []
+        for i in batch["index"]:
+            rows += groups[i][1]
+        log_prior = summed_logps(prior, batch, vocabulary).tolist()
+        log_aligned = summed_logps(model, batch, vocabulary).tolist()
+        for row, log_p, log_p_plus in zip(rows, log_prior, log_aligned):
+            scores = {"prompt": row["prompt"], "log_prior": log_p, "log_aligned": log_p_plus}
+            scores["log_q"] = math.fsum(row["log_q"])
+            scores["log_kept"] = math.fsum(row["log_kept"])
+            scores["implicit"] = args.beta * (log_p_plus - log_p)  # Eq. 1, up to beta log Z
+            scores["reward"] = judge.reward(row, scores["implicit"])
+            found.append(scores)
+    return found
 
 
 def score(args):
-    """Writes out/scores/<setting>/<chunk>.json: of each response the summed log-probs, and its rewards."""
-    device, folder, tokenizer = setup(args.seed), Path(args.out, "samples"), load_tokenizer(args.model)
-    same = tokenizer.get_vocab() == load_tokenizer(args.ref_model).get_vocab()
-    require(same, f"{args.model} and {args.ref_model} have different vocabularies; give another --ref-model")
-    specs = {path: [parse_adaptor(spec, len(tokenizer)) for spec in (path.parent.name, *args.also)]
-             for path in sorted(folder.glob("*/*.json"))}
-    require(specs, f"{folder}: no <setting>/<chunk>.json; first run generate with this --out")
-    judge = lambda row: tiny_reward(row["prompt"], row["text"])
-    if args.reward not in ("tiny", "implicit"):
-        reader, options = load_tokenizer(args.reward), dict(dtype=torch.float32, output_loading_info=True)
-        rm, info = AutoModelForSequenceClassification.from_pretrained(model_folder(args.reward), **options)
-        require(not info["missing_keys"] and rm.num_labels == 1, f"{args.reward}: not a reward model, with a "
-                "sequence classification head of one output; give such a --reward, or implicit, or tiny")
-        rm, encode = rm.to(device).eval().requires_grad_(False), partial(reader, return_tensors="pt")
-        judge = lambda row: rm(encode(row["prompt"] + row["text"]).input_ids.to(device)).logits.item()
-    out = folder.with_name("scores")  # --resume also begins a score that had not begun
-    start_run(replace(args, out=str(out), resume=args.resume and out.exists()), "imh_adaptors")
-    model, prior = load_model(args.model, args.dtype), load_model(args.ref_model, args.dtype)
-    def score_chunk(path):
-        found, groups = [], {}
-        for number, row in enumerate(read_rows(path)):
-            require(row["ids"] and max(row["ids"]) < len(tokenizer), f"{path}: row {number}: no response, or "
-                    "tokens that --model does not have; delete the file, generate --resume")
-            groups.setdefault(tuple(row["prompt_ids"]), []).append(row)
-        rows = [dict(prompt_ids=list(x), responses=[y["ids"] for y in rows]) for x, rows in groups.items()]
-        for batch in pack_pairs(rows, args.tokens_per_microbatch, 0, 1):
-            members = [row for i in batch["index"] for row in list(groups.values())[i]]
-            given = batch if not args.legacy_unconditional_prior else pack_pairs([dict(prompt_ids=[
-                tokenizer.bos_token_id], responses=[row["ids"] for row in members])], 10**9, 0, 1)[0]
-            log_p = adaptor_logps(prior, given, [], len(tokenizer))
-            tokens = adaptor_logps(model, batch, specs[path], len(tokenizer))
-            tokens = torch.cat([log_p, tokens[1:2].isinf(), tokens.clamp(-args.legacy_clamp or -math.inf)])
-            sums = tokens.new_zeros(len(tokens), len(members)).index_add(1, batch["owner"], tokens).T.tolist()
-            for row, (before, outside, after, rescored, *also) in zip(members, sums):
-                implicit = args.beta * (after - before) * (-1 if args.legacy_flip_reward else 1)
-                found.append(dict(prompt=row["prompt"], log_prior=before, log_aligned=after, also=also,
-                    rescored=rescored, log_q=rescored if args.legacy_clamp else math.fsum(row["log_q"]),
-                    log_kept=math.fsum(row["log_kept"]), outside=outside, implicit=implicit,
-                    reward=implicit if args.reward == "implicit" else judge(row)))
-        return found
-    write_chunks(out, {out / p.relative_to(folder): partial(score_chunk, p) for p in specs}, args.overwrite)
+    """Write out/scores/<setting>/<chunk>.json: each response's summed log-probs, and rewards."""
+    # Samples, models and reward are checked before the scores of an earlier run are touched.
+    device = setup(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    prior_vocabulary = load_tokenizer(args.ref_model).get_vocab()
+    problem = f"{args.model} and {args.ref_model} have different vocabularies"
+    require(tokenizer.get_vocab() == prior_vocabulary, f"{problem}; give another --ref-model")
+    samples = Path(args.out, "samples")
+    sources = sorted(samples.glob("*/*.json"))
+    problem = f"{samples}: no <setting>/<chunk>.json; first run generate with this --out"
+    require(sources, problem)
+    judge = load_judge(args.reward, device)
+
+    # --resume also begins a score that had not begun.
+    out = Path(args.out, "scores")
+    resume = args.resume and out.exists()
+    start_run(replace(args, out=str(out), resume=resume), "imh_adaptors")
+    model = load_model(args.model, args.dtype)
+    prior = load_model(args.ref_model, args.dtype)
+    if args.overwrite:
+        on_rank0(partial(remove_chunks, out), f"{out}: not emptied")
+
+    jobs = {out / source.relative_to(samples): source for source in sources}
+    for path in chunks_to_write(list(jobs)):
+        rows = score_chunk(args, jobs[path], model, prior, judge, len(tokenizer))
+        write_chunk(path, rows)
+
+
+# Corpora: what imh and figures read.
+
+
+@dataclass
+class Corpus:
+    """The scored responses of one setting, arrays (N,) in the order of the draws."""
+
+    prompts: list  # of text
+    log_prior: np.ndarray  # log p(y | x)
+    reward: np.ndarray  # r(x, y)
+    implicit: np.ndarray  # beta log p_+ / p
+    log_aligned: np.ndarray  # log p_+(y | x)
+    log_q: np.ndarray  # Eq. 3
+    log_kept: np.ndarray  # sum_t log Z_t; nan in the authors' files
+
+
+NUMBERS = ("log_prior", "reward", "implicit", "log_aligned", "log_q", "log_kept")
+
+
+def make_corpus(rows):
+    """Rows of score files -> Corpus"""
+    columns = {}
+    for name in NUMBERS:
+        columns[name] = np.array([row[name] for row in rows])
+    return Corpus(prompts=[row["prompt"] for row in rows], **columns)
 
 
 def read_corpora(args):
-    """{setting: rows} of the run folder's scores, or of --csv, joined by setting, prompt and text."""
-    names = {"scoredreward": {"reward": "score"}, "scorednll": {"log_prior": "negative_log_probability"},
-             "scoredcorrectionnll": {"log_aligned": "original_negative_log_probability",
-                                     "log_q": "samplingbiased_negative_log_probability"}}
-    corpora, joined, beta = {}, {}, args.beta * (-1 if args.legacy_flip_reward else 1)
-    for path in sorted(Path(args.out, "scores").glob("*/*.json")) if not args.csv else []:
-        corpora.setdefault(path.parent.name, []).extend(read_rows(path))
-    for path in sorted(Path(args.csv).glob("*numgenerations*_t*_scored*.csv")) if args.csv else []:
-        kind, T, file = re.search(r"numgenerations\d+_(.+?)_t([\d.]+)_.*?(scored[a-z]+)", path.name).groups()
-        sign, setting = 1 if file == "scoredreward" else -1, joined.setdefault(f"{kind},temperature={T}", {})
-        for number, row in enumerate(read_rows(path), 2):
-            for name in ("prompt", "generated_text", *names[file].values()):
-                require(row.get(name) is not None, f"{path}:{number}: no column {name!r} in {', '.join(row)}")
-            values = {ours: sign * float(row[name] or "nan") for ours, name in names[file].items()}
-            setting.setdefault((row["prompt"], row["generated_text"]), {}).update(values)
-    for spec, rows in joined.items():
-        corpora[spec] = [dict(x, prompt=prompt, outside=0, log_kept=math.nan,
-                              implicit=beta * (x["log_aligned"] - x["log_prior"])) for (prompt, text), x in
-                         rows.items() if len(x) == 4 and text.strip() and math.isfinite(sum(x.values()))]
-    require(corpora and all(corpora.values()), f"{args.csv}: each setting needs CSVs *_{', *_'.join(names)}*"
-            if args.csv else f"{args.out}: no scores; first run generate, then score, with this --out")
+    """{setting: Corpus} of the run folder's scores, or of --csv."""
+    corpora = {}
+    if args.csv:
+        rows = read_released(args.csv, args.beta)
+        problem = f"{args.csv}: each setting needs CSVs *_{', *_'.join(RELEASED)}*"
+    else:
+        rows = read_scores(Path(args.out, "scores"))
+        problem = f"{args.out}: no scores; first run generate, then score, with this --out"
+    require(rows and all(rows.values()), problem)
+    for spec, members in rows.items():
+        corpora[spec] = make_corpus(members)
     return corpora
 
 
+def read_scores(folder):
+    """{setting: rows} of <setting>/<chunk>.json."""
+    found = {}
+    for path in sorted(folder.glob("*/*.json")):
+        rows = read_rows(path)
+        for number, row in enumerate(rows):
+            for name in ("prompt", *NUMBERS):
+                require(name in row, f"{path}: row {number}: no {name}; score it again")
+        found.setdefault(path.parent.name, []).extend(rows)
+    return found
+
+
+RELEASED = {  # of the authors' files: end of the name -> our column: theirs
+    "scoredreward": {"reward": "score"},
+    "scorednll": {"log_prior": "negative_log_probability"},
+    "scoredcorrectionnll": {
+        "log_aligned": "original_negative_log_probability",
+        "log_q": "samplingbiased_negative_log_probability",
+    },
+}
+RELEASED_NAME = re.compile(r"numgenerations\d+_(.+?)_t([\d.]+)_.*?(scored[a-z]+)")
+
+
+def read_released(folder, beta):
+    """{setting: rows} of the authors' CSVs, joined by setting, prompt and text.
+
+    Responses without text, or with a score that is missing or infinite, are left out.
+    """
+    # Three files a setting, each with a part of the columns, are joined by prompt and text.
+    joined = {}
+    for path in sorted(Path(folder).glob("*numgenerations*_t*_scored*.csv")):
+        name = RELEASED_NAME.search(path.name)
+        if name is None or name[3] not in RELEASED:
+            continue  # another file of theirs
+        kind, T, end = name.groups()
+        setting_rows = joined.setdefault(f"{kind},temperature={T}", {})
+        sign = 1 if end == "scoredreward" else -1  # their log-probs are negative
+        for number, row in enumerate(read_rows(path), 2):
+            for name in ("prompt", "generated_text", *RELEASED[end].values()):
+                problem = f"{path}:{number}: no column {name!r} in {', '.join(row)}"
+                require(row.get(name) is not None, problem)
+            scores = setting_rows.setdefault((row["prompt"], row["generated_text"]), {})
+            for ours, theirs in RELEASED[end].items():
+                scores[ours] = sign * float(row[theirs] or "nan")
+
+    # What is complete is kept.
+    found = {}
+    for spec, setting_rows in joined.items():
+        found[spec] = []
+        for (prompt, text), scores in setting_rows.items():
+            complete = len(scores) == 4 and math.isfinite(sum(scores.values()))
+            if complete and text.strip():
+                implicit = beta * (scores["log_aligned"] - scores["log_prior"])
+                more = {"prompt": prompt, "implicit": implicit, "log_kept": math.nan}
+                found[spec].append(scores | more)
+    return found
+
+
+# IMH over the corpora, its table and its figures.
+
+
+@dataclass
+class Record:
+    """What imh found of one setting; out/imh.json is a list of these."""
+
+    setting: str
+    target: str
+    prompts: int  # chains; 1 if pooled
+    n: int  # strings of a corpus
+    # Means of log p, reward, implicit reward and log p_+:
+    local: list = field(default_factory=list)  # over the draws
+    chain: list = field(default_factory=list)  # over the chains' states
+    snis: list = field(default_factory=list)  # of an infinite chain: importance sampling
+    # Of the chains, and of the limit (means over the chains):
+    accept: float = math.nan  # share of the proposals that the chains accepted
+    accept_limit: float = math.nan  # the same of an infinite chain
+    ess: float = math.nan  # effective sample size, as a share of the draws
+    log_Z: float = math.nan  # log mean w
+    # Correlations of log p and a reward:
+    strings: list = field(default_factory=list)  # Pearson's and Spearman's, of strings
+    implicit: list = field(default_factory=list)  # the same with the implicit reward
+    r_all: float = math.nan  # Pearson's of the means of 1000 corpora
+    r_typ: float = math.nan  # of the typical ones of these
+    # Up to 100 corpora of each kind, as means like `local`: local, chain, typical
+    corpora: dict = field(default_factory=dict)
+
+
+def log_weights(corpus, T, target, beta):
+    """log w of Eq. 5 = log target - log q of each draw, up to a constant -> (N,)"""
+    if target == "global":
+        log_target = corpus.log_aligned / T  # Eq. 4; S_t holds every token that was drawn
+    elif target == "aligned":
+        log_target = corpus.log_aligned
+    elif target == "posterior":
+        log_target = corpus.log_prior + corpus.reward / beta  # Eq. 1
+    else:
+        raise ValueError(f"unknown target {target!r}")
+    outside = ~np.isfinite(corpus.log_q)  # q cannot propose these: no weight
+    return np.where(outside, -math.inf, log_target - corpus.log_q)
+
+
+def pools_of(prompts, pooled):
+    """The draws that share a chain: arrays of indices, one per prompt, or all together."""
+    if pooled:
+        return [np.arange(len(prompts))]
+    numbers = np.unique(prompts, return_inverse=True)[1]
+    ends = np.bincount(numbers).cumsum()[:-1]
+    return np.split(numbers.argsort(kind="stable"), ends)
+
+
+def corpus_means(values, n, rng):
+    """Means of 1000 corpora of n strings, drawn with replacement.  (N, 4) -> (1000, 4)"""
+    return values[rng.integers(len(values), size=(1000, n))].mean(1)
+
+
+def typical_corpora(means, log_p_plus, n, eps):
+    """The corpora whose mean log p_+ is within eps standard errors of its expectation.
+
+    (B, 4) means of corpora of n strings, (N,) log p_+ of the strings -> (at most B, 4)
+    """
+    distance = abs(means[:, 3] - log_p_plus.mean())
+    return means[distance * math.sqrt(n) < eps * log_p_plus.std()]
+
+
+def imh_setting(args, spec, corpus, rng):
+    """The chains of one setting, their limit, and corpora before and after -> Record"""
+    # Four values of each string; their means are what corpora are compared by.
+    T = parse_adaptor(spec).get("temperature", 1)
+    log_p_plus = corpus.log_aligned
+    if args.target == "posterior":  # p_+ is not the model but Eq. 1, up to log Z(x)
+        log_p_plus = corpus.log_prior + corpus.reward / args.beta
+    values = np.stack([corpus.log_prior, corpus.reward, corpus.implicit, log_p_plus], 1)
+    log_w = log_weights(corpus, T, args.target, args.beta)
+    pools = pools_of(corpus.prompts, args.pooled)
+    record = Record(spec, args.target, prompts=len(pools), n=args.corpus_size)
+
+    # The limit of every chain in closed form, and the chains themselves.
+    limits = [pool_limit(log_w[pool]) for pool in pools]
+    snis = []
+    for limit, pool in zip(limits, pools):
+        snis.append(limit.weights @ values[pool])
+    chains = run_chains(log_w, pools, args.chain_length, args.burn_in, rng)
+    after = values[chains.states.ravel()]
+    record.local = values.mean(0).tolist()
+    record.chain = after.mean(0).tolist()
+    record.snis = np.mean(snis, 0).tolist()
+    record.accept = chains.accept
+    record.accept_limit = float(np.mean([limit.accept for limit in limits]))
+    record.ess = float(np.mean([limit.ess for limit in limits]))
+    record.log_Z = float(np.mean([limit.log_Z for limit in limits]))
+
+    # Corpora as drawn and after IMH; the typical ones among those that come from p_+.
+    local = corpus_means(values, record.n, rng)
+    chain = corpus_means(after, record.n, rng)
+    if args.target == "posterior":
+        aligned = chain
+        typical = typical_corpora(chain, after[:, 3], record.n, args.eps)
+    else:
+        aligned = local
+        typical = typical_corpora(local, log_p_plus, record.n, args.eps)
+    for kind, means in (("local", local), ("chain", chain), ("typical", typical)):
+        record.corpora[kind] = means[:100].tolist()
+
+    # The trade-off: of strings, of all corpora, of typical corpora.
+    record.strings = correlations(corpus.log_prior, corpus.reward)
+    record.implicit = correlations(corpus.log_prior, corpus.implicit)
+    record.r_all = correlations(aligned[:, 0], aligned[:, 1])[0]
+    record.r_typ = correlations(typical[:, 0], typical[:, 1])[0]
+    return record
+
+
 def imh(args):
-    """Chains of Eq. 5 over each setting's draws, and their limit in closed form: out/imh.json and a table.
-    check: Eq. 2 and 3, log a - log q = sum log Z_t.  id_sd: the sd of log p + r / beta - log p_+, by Eq. 1 of
-    log Z(x); slope: of r on log p_+ - log p, by Eq. 1 beta.  r, rho: Pearson, Spearman of log p and r, r_i,
-    rho_i of log p and the implicit reward, of strings; r_all: of 1000 corpora; r_typ: of the typical ones."""
-    require(0 <= args.burn_in < args.chain_length and args.thin > 0, "--burn-in < --chain-length, --thin > 0")
-    records, n = [], args.corpus_size
-    shown = "accept w_star ess tau log_Z check outside id_sd slope r rho r_i rho_i r_all r_typ".split()
-    print(" " * 35 + "as drawn: log p, r | chain: log p, r | SNIS: log p, r, s.e. |", *shown)
-    for spec, rows in read_corpora(args).items():
-        rng, T = np.random.default_rng([args.seed, len(records)]), parse_adaptor(spec).get("temperature", 1)
-        log_p, r, implicit, log_p_plus, log_q, log_kept = (np.array([row[name] for row in rows]) for name in (
-            "log_prior", "reward", "implicit", "log_aligned", "log_q", "log_kept"))
-        values, cov = np.stack([log_p, r, implicit, log_p_plus], 1), np.cov(log_p_plus - log_p, r)
-        target = {"global": log_p_plus / T, "aligned": log_p_plus, "posterior": log_p + r / args.beta}
-        log_w = np.where(np.isfinite(log_q), target[args.target] - log_q, -math.inf)  # outside q: no weight
-        prompt = np.unique([row["prompt"] if not args.pooled else "" for row in rows], return_inverse=True)[1]
-        pools = np.split(prompt.argsort(kind="stable"), np.bincount(prompt).cumsum()[:-1])
-        w_bar, found = zip(*(pool_diagnostics(log_w[pool]) for pool in pools))
-        snis = np.stack([w @ values[pool] for w, pool in zip(w_bar, pools)])
-        u = rng.random((2, len(pools), args.chain_length))
-        proposals = np.stack([pool[(v * len(pool)).astype(int)] for pool, v in zip(pools, u[0])])
-        held = imh_chain(log_w[proposals], torch.tensor(u[1] * (not args.legacy_accept_all)).log()).numpy()
-        states = np.take_along_axis(proposals, held, 1)[:, args.burn_in::args.thin]
-        corpora = {kind: drawn[rng.integers(len(drawn), size=(1000, n))].mean(1) for kind, drawn in (
-            ("local", values), ("chain", values[states.ravel()]))}
-        near = abs(corpora["local"][:, 3] - log_p_plus.mean()) * math.sqrt(n) < args.eps * log_p_plus.std()
-        corpora["typical"] = corpora["local"][near]
-        x = {name: np.mean([one[name] for one in found]).item() for name in found[0]} | dict(
-            setting=spec, prompts=len(pools), local=values.mean(0).tolist(), snis=snis.mean(0).tolist(),
-            chain=values[states.ravel()].mean(0).tolist(), outside=sum(row["outside"] for row in rows),
-            snis_error=(snis.std(0) / (len(pools) - 1 or math.nan)**0.5).tolist(), n=n,
-            accept=(held[:, 1:] == np.arange(1, args.chain_length)).mean().item(), target=args.target,
-            tau=autocorrelation_time(torch.tensor(r[states])).nanmean().item(),
-            check=abs(log_p_plus / T - log_q - log_kept).max().item(), slope=cov[0, 1] / max(cov[0, 0], 1e-3),
-            id_sd=np.std(log_p + r / args.beta - log_p_plus).item(),
-            corpora={kind: means[:100].tolist() for kind, means in corpora.items()})
-        x |= zip(("r", "rho", "r_i", "rho_i"), correlations(log_p, r) + correlations(log_p, implicit))
-        x["r_all"], x["r_typ"] = (correlations(*corpora[kind][:, :2].T)[0] for kind in ("local", "typical"))
-        records.append(x)
-        means = *x["local"][:2], *x["chain"][:2], *x["snis"][:2], x["snis_error"][1]
-        print(f"{spec:34s}", *(f"{v:8.3f}" for v in means), *(f"{x[k]:7.3g}" for k in shown), flush=True)
+    """Run IMH over each setting's draws, write out/imh.json and print a table -> Records"""
+    # A line a setting; chance depends on the seed and the setting's number.
+    print(f"IMH to {args.target}: mean log p and mean reward; correlations of the two")
+    head = f"{'':32}   as drawn        | chain            | limit            |"
+    print(f"{head} accept  limit   ess  log_Z | strings corpora typical")
+    records = []
+    for spec, corpus in read_corpora(args).items():
+        rng = np.random.default_rng([args.seed, len(records)])
+        record = imh_setting(args, spec, corpus, rng)
+        records.append(record)
+        print_record(record)
+    print(what_is_seen(records))
     Path(args.out).mkdir(parents=True, exist_ok=True)
-    write(Path(args.out, "imh.json"), records)
+    write(Path(args.out, "imh.json"), [asdict(record) for record in records])
     return records
 
 
+def print_record(record):
+    """One line of imh's table."""
+    line = f"{record.setting:32}"
+    for means in (record.local, record.chain, record.snis):
+        line += f" {means[0]:8.3f} {means[1]:7.3f} |"
+    line += f" {record.accept:6.3f} {record.accept_limit:6.3f} {record.ess:5.3f}"
+    line += f" {record.log_Z:6.2f} |"
+    line += f" {record.strings[0]:+7.2f} {record.r_all:+7.2f} {record.r_typ:+7.2f}"
+    print(line, flush=True)
+
+
+def what_is_seen(records):
+    """One sentence on the trade-off between mean log p and mean reward in these records."""
+    # Within a setting: the mean over the settings that have typical corpora which differ.
+    within = [record.r_typ for record in records if math.isfinite(record.r_typ)]
+    typical = np.mean(within) if within else math.nan
+    # Between settings: one point each.
+    before = np.array([record.local for record in records])
+    after = np.array([record.chain for record in records])
+    local, _ = correlations(before[:, 0], before[:, 1])
+    chain, _ = correlations(after[:, 0], after[:, 1])
+    seen = f"Seen here: typical corpora of one setting correlate {typical:+.2f} on average,\n"
+    seen += (
+        f"the means of the {len(records)} settings {local:+.2f} as drawn and {chain:+.2f} after IMH"
+    )
+    if typical < -0.5:
+        return f"{seen}:\nreward is paid for in likelihood, as the paper finds."
+    return f"{seen}:\nnot the paper's trade-off, which needs p_+ to be Eq. 1 for this very reward."
+
+
+@dataclass
+class Panel:
+    """One panel of a scatter plot."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    series: dict = field(default_factory=dict)  # {label: (n, 2) points}
+
+
+MARKERS = "osv^D"  # of the temperatures, the lowest first
+
+
+def scatter(path, panels, caption):
+    """Draw panels with the same labels side by side into a PNG file.
+
+    A label of the form kind,temperature=T gets its colour by kind and its marker by T.
+    """
+    # Four panels make a square, fewer a row.
+    columns = len(panels)
+    if columns == 4:
+        columns = 2
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure((4.5 * columns + 2.2, 3.9 * lines + 0.7), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+
+    # Colours go by adaptor and markers by temperature.
+    labels = list(panels[0].series)
+    kinds = list(dict.fromkeys(label.partition(",temperature=")[0] for label in labels))
+    heats = sorted({label.partition(",temperature=")[2] for label in labels})
+    for axis, panel in zip(axes, panels):
+        for label, points in panel.series.items():
+            kind, _, heat = label.partition(",temperature=")
+            marker = MARKERS[heats.index(heat) % len(MARKERS)]
+            color = f"C{kinds.index(kind)}"
+            x, y = np.reshape(points, (-1, 2)).T
+            axis.plot(x, y, marker, color=color, ms=2.5, alpha=0.7, mew=0)
+        axis.set_title(panel.title, fontsize=10)
+        axis.set_xlabel(panel.xlabel)
+        axis.set_ylabel(panel.ylabel)
+
+    # One legend for all panels: first the colours, then the markers.
+    if len(labels) > 1:
+        for i, kind in enumerate(kinds):
+            axes[-1].plot([], [], "o", color=f"C{i}", label=kind)
+        for heat, marker in zip(heats, MARKERS):
+            if heat:
+                axes[-1].plot([], [], marker, color="grey", label=f"T = {heat}")
+        handles, names = axes[-1].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center", fontsize=8)
+    figure.suptitle(caption, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
+def reward_panels(records, corpora, column, ylabel):
+    """Strings, and corpora of each setting: as drawn, after IMH, and typical -> four Panels
+
+    column: 1 for the reward, 2 for the implicit reward.
+    """
+    strings = Panel("strings as drawn", "log p(y | x) of the prior (nats)", ylabel)
+    for spec, corpus in corpora.items():
+        reward = corpus.reward
+        if column == 2:
+            reward = corpus.implicit
+        strings.series[spec] = np.stack([corpus.log_prior, reward], 1)
+    panels = [strings]
+
+    # The typical ones are chosen among the corpora that come from p_+.
+    typical = "as drawn, typical"
+    if records[0].target == "posterior":
+        typical = "after IMH, typical"
+    n = records[0].n
+    titles = {"local": "as drawn", "typical": typical, "chain": "after IMH"}
+    for kind, title in titles.items():
+        panel = Panel(f"corpora of {n} strings {title}", "mean log p (nats)", f"mean {ylabel}")
+        for record in records:
+            means = np.reshape(record.corpora[kind], (-1, 4))
+            panel.series[record.setting] = means[:, [0, column]]
+        panels.append(panel)
+
+    # The correlation over all points of a panel goes into its title.
+    for panel in panels:
+        points = np.concatenate(list(panel.series.values()))
+        pearson, spearman = correlations(points[:, 0], points[:, 1])
+        panel.title += f"\nPearson {pearson:+.2f}, Spearman {spearman:+.2f}"
+    return panels
+
+
 def figures(args):
-    """Strings, and 100 corpora of each setting: as drawn (local), the typical of these, after IMH."""
-    require(Path(args.out, "imh.json").exists(), f"{args.out}: no imh.json; first run imh with this --out")
-    runs, data = read_rows(Path(args.out, "imh.json")), read_corpora(args)
-    for k, name, file in ((1, "reward", "correlations"), (2, "implicit", "correlations_dpo_secret")):
-        shown = {"strings": {s: np.array([(x["log_prior"], x[name]) for x in v]) for s, v in data.items()}}
-        for kind, title in (("local", "as drawn"), ("typical", "as drawn, typical"), ("chain", "after IMH")):
-            corpora = {x["setting"]: np.reshape(x["corpora"][kind], (-1, 4)) for x in runs}
-            shown[f"{runs[0]['n']}-string means {title}"] = {s: x[:, [0, k]] for s, x in corpora.items()}
-        panels = {"{}\nPearson {:+.2f}, Spearman {:+.2f}".format(title, *correlations(
-            *np.concatenate([*series.values()]).T)): series for title, series in shown.items()}
-        print(f"{name}:", "; ".join(panels).replace("\n", " "))
-        scatter(args.out, file, f"{setting(args)}; IMH: {runs[0]['target']}", panels, "log p (nats)", name)
+    """Draw both rewards against log p: of strings, and of corpora before and after IMH."""
+    path = Path(args.out, "imh.json")
+    require(path.exists(), f"{args.out}: no imh.json; first run imh with this --out")
+    records = [Record(**row) for row in read_rows(path)]
+    corpora = read_corpora(args)
+    ylabel = "reward (the judge's unit)"
+    draw_reward(args, records, corpora, 1, ylabel, "correlations.png")
+    if all(np.ptp(corpus.implicit) == 0 for corpus in corpora.values()):
+        print("implicit reward: the same for every response, since p_+ is the prior; no figure")
+    else:
+        ylabel = "implicit reward (nats)"
+        draw_reward(args, records, corpora, 2, ylabel, "correlations_dpo_secret.png")
+    print(f"figures in {Path(args.out, 'figures')}")
+
+
+def draw_reward(args, records, corpora, column, ylabel, name):
+    """One figure of four panels, under the name of the authors' figure."""
+    panels = reward_panels(records, corpora, column, ylabel)
+    caption = f"As {name} of the authors' repository; IMH to the target {records[0].target}\n"
+    caption += f"{setting(args)}\n{what_is_seen(records)}"
+    scatter(Path(args.out, "figures", name), panels, caption)
+    titles = [panel.title.replace("\n", " ") for panel in panels]
+    print(f"{name}: {'; '.join(titles)}")
+
+
+def check(args):
+    """Refuse numbers out of their range before anything is loaded."""
+    require(0 < args.beta < math.inf, "--beta: above 0, and finite")
+    require(args.prompts > 0, "--prompts: at least 1")
+    require(args.max_length > 1, "--max-length: at least 2")
+    require(args.max_prompt_length > 0, "--max-prompt-length: at least 1")
+    require(args.corpus_size > 0, "--corpus-size: at least 1")
+    require(0 <= args.burn_in < args.chain_length, "--burn-in: 0 <= --burn-in < --chain-length")
+    require(0 < args.eps < math.inf, "--eps: above 0, and finite")
+    for spec in all_settings(args.sampling_types, args.temperatures):
+        parse_adaptor(spec)
 
 
 def main(args, command="all"):
-    steps = dict(toy=toy, enumerate=enumerate_world, generate=generate, score=score, imh=imh, figures=figures)
-    if command == "all" and args.model == Args.model and not Path(args.model, "model").exists():
-        if Path(__file__).with_name("dpo.py").exists():
-            import dpo
-            dpo.main(dpo.Args(beta=args.beta, lr=1e-4, max_steps=40, eval_pairs=32, out=args.model))
-        else:  # carried away alone: the chains go from the prior to Eq. 1
-            print(f"no {args.model}, nor dpo.py to train it: --model {args.ref_model} --target posterior")
-            args = replace(args, model=args.ref_model, target="posterior")
-    for name in steps if command == "all" else [command]:
-        if name in ("generate", "score") or os.environ.get("RANK", "0") == "0":
-            steps[name](args)
+    check(args)
+    # Generate and score use every process; the rest is light and needs one.
+    first = os.environ.get("RANK", "0") == "0"
+    if command in ("all", "toy") and first:
+        toy(args)
+
+    # A p_+ that is Eq. 1 to the last digit; all runs it where the reward is known.
+    tiny = args.data == "tiny" and args.reward == "tiny"
+    wanted = command == "exact" or (command == "all" and tiny)
+    if wanted and first:
+        known = replace(args, model="exact posterior", target="global", out=f"{args.out}-exact")
+        exact(known)
+        imh(known)
+        figures(known)
+
+    # Without an aligned model the prior proposes, and IMH alone goes to Eq. 1.
+    if command == "all" and args.model == args.ref_model:
+        say(f"IMH from the prior {args.ref_model} to the posterior of Eq. 1: --target posterior")
+        args = replace(args, target="posterior")
+    if command in ("all", "generate"):
+        generate(args)
+    if command in ("all", "score"):
+        score(args)
+    if command in ("all", "imh") and first:
+        imh(args)
+    if command in ("all", "figures") and first:
+        figures(args)
 
 
 if __name__ == "__main__":
-    main(args, type(args).__name__)
+    main(args, command)

@@ -1,31 +1,31 @@
-"""Ranking accuracy, idealised ranking accuracy, and what a DPO loss can and cannot say about a ranking.
+"""Ranking accuracy: how often does a language model give the response that people prefer more mass?
 
 Chen, Malladi, Zhang, Chen, Zhang, Ranganath, Cho 2024, https://arxiv.org/abs/2405.19534
 
-    R  = 1[ pi(y_w|x) >= pi(y_l|x) ], and R~ with pi~(y|x) = pi(y|x)^(1/|y|) for pi              Eq. 1, 15
-    n > 2 responses: 1[ the ranking by likelihood is the human ranking ]                         Eq. 11, 12
-    log pi*(y_w|x)/pi*(y_l|x) = log pi_ref(y_w|x)/pi_ref(y_l|x) + logit(alpha) / beta            Eq. 2
-    R* = 1[ pi*(y_w|x) > pi*(y_l|x) ], alpha being the share of raters who prefer y_w            Eq. 3
-    R = 1  <=>  L_DPO <= log(1 + exp(-beta c)), with c = log pi_ref(y_l|x)/pi_ref(y_w|x)         Theorem 4.1
+    R  = 1[ pi(y_w|x) >= pi(y_l|x) ]                                                  Eq. 1
+    R~ : the same of pi(y|x)^(1/|y|), the likelihood per token                        Eq. 15
+    n > 2 responses: 1[ the ranking by likelihood is the human ranking ]              Eq. 11, 12
+    log pi*(y_w|x)/pi*(y_l|x) = log pi_ref(y_w|x)/pi_ref(y_l|x) + logit(alpha)/beta   Eq. 2
+    R* = 1[ pi*(y_w|x) > pi*(y_l|x) ], alpha: the share of raters who prefer y_w      Eq. 3
+    R = 1  <=>  L_DPO <= log(1 + exp(-beta c)), c = log pi_ref(y_l|x)/pi_ref(y_w|x)   Theorem 4.1
 
-    python methods/ranking_accuracy.py          tiny world: its model, and the runs on it that are in results/
-    torchrun --standalone --nproc-per-node 4 methods/ranking_accuracy.py fig1 --model MODEL results/dpo-hh
+    python methods/ranking_accuracy.py     tiny world: its model, and the runs on it in results/
+    torchrun --standalone --nproc-per-node 4 methods/ranking_accuracy.py fig1 --model MODEL
 
-Presets, with the paper's 1000 items: fig1, fig1-train (data that has no test split), table1 (votes).
-Data: pairs, with "votes" (two counts) or "p_chosen" if alpha is known; "responses" with "scores" or "ranks";
-rows of UltraFeedback, StackExchange, SHP, Alpaca Farm cross-annotations.
-One pass writes a line per response to records-*.jsonl; all numbers are arithmetic on these lines: the tables,
-figures/ranking.png (Fig. 1 and Table 1) and flips.png (Fig. 2 from the run's metrics.jsonl, Fig. 3).
-The released code (angie-chen55/pref-learning-ranking-acc) differs as the --legacy flags say; they restore it.
+Presets, with the paper's 1000 items: fig1, fig1-train (data without a test split), table1 (votes).
+Data: pairs, with "votes" (two counts) or "p_chosen" if alpha is known; "responses" with "scores" or
+"ranks"; rows of UltraFeedback, StackExchange, SHP, Alpaca Farm cross-annotations.
+
+One pass writes a line for each response to records-*.jsonl; all numbers are arithmetic on these
+lines: the tables, figures/ranking.png (Fig. 1 and Table 1), figures/flips.png (Fig. 2 and Fig. 3).
+
+Differs from the released code (angie-chen55/pref-learning-ranking-acc), whose forms are in
+tests/released.py: R* is the ratio of likelihoods, not of log-likelihoods; alpha is kept away from 0
+as well as from 1; ratios near 1 are no ties; the prompt's tokens are never scored.
 """
 
-import hashlib
-import json
-import math
 import sys
-from collections import Counter, defaultdict
-from dataclasses import dataclass, replace
-from itertools import combinations
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -34,45 +34,44 @@ import tyro
 
 @dataclass
 class Args:
-    beta: float = 0.1  # KL constraint of the policies (IPO's tau), unless their run folder says; App. D.1
-    gamma: float = 1.0  # weight of the reference in their loss, Eq. 4, unless their run folder says; 1 is DPO
+    beta: float = 0.1  # KL constraint of the policies, unless their run folder says; App. D.1
+    gamma: float = 1.0  # weight of the reference in their loss, Eq. 4, unless their run folder says
     betas: tuple[float, ...] = (0.01, 0.1, 1.0, 5.0, 10.0)  # of the idealised accuracy; App. C.4
-    gammas: tuple[float, ...] = (0.0, 0.5, 1.5, 2.0)  # of R*(beta, gamma), beside 1; from the paper's sweep
+    gammas: tuple[float, ...] = (0.0, 0.5, 1.5, 2.0)  # of R*(beta, gamma), beside 1; from the sweep
     proportion: float = 0.75  # alpha of pairs with neither p_chosen nor votes; released code
-    smoothing: float = 0.0  # added to both counts of votes; 0.5: alpha = (k + 1/2) / (n + 1)
     epsilon: float = 0.001  # alpha is kept in [epsilon, 1 - epsilon]; App. C.4
 
-    model: tuple[str, ...] = ()  # run or model folders, hub ids; empty: tiny and the runs on it in results/
+    model: tuple[str, ...] = ()  # run or model folders, hub ids; empty: tiny, its runs in results/
     ref_model: str = ""  # the reference of all of them; empty: the first
     data: tuple[str, ...] = ("tiny",)  # tiny, hh, tldr, se, ..., files, folders or hub ids
     split: Literal["train", "test"] = "test"  # of pairs in a file: all if test*, else the last 5 %
     sample: int = 0  # items, drawn as in the released code; 0: all
     lists: bool = False  # where a row has a pair and a list of responses, take the list
     max_length: int = 0  # tokens of prompt and response, cut at the end; 0: the model's context
-    separator: str = "auto"  # between prompt and response; auto: a space unless there is white space already
-    no_bos: bool = False  # leave out the beginning-of-sequence token
+    separator: str = (
+        "auto"  # between prompt and response; auto: a space unless there is one already
+    )
     append_eos: bool = False  # score the end of the response too, as DPO training does
-    chat_template: bool = False  # wrap text prompts in the tokenizer's chat template
-    legacy_window: bool = False  # score the first |y| tokens of x + y: left padding shifted the prompt's mask
-    legacy_quotient: bool = False  # R*: the ratio of log-likelihoods in place of that of likelihoods, Eq. 2
-    legacy_epsilon: bool = False  # epsilon for a zero denominator only: alpha = 0 is then right at every beta
-    legacy_dead_zone: bool = False  # R*: ratios within 5 % of 1 are ties
-    legacy_votes: bool = False  # draw --sample before rows are grouped to items: single votes of Alpaca Farm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: near ties are scored again in float32
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: near ties again in float32
     seed: int = 0  # of the bootstrap
     out: str = ""  # run folder; empty: results/ranking_accuracy
-    resume: bool = False  # continue the run in the run folder; what has its records is not scored again
+    resume: bool = False  # continue the run in the run folder; what is scored stays scored
     overwrite: bool = False  # replace it; records that still apply are kept
 
 
-PAPER = dict(model=("EleutherAI/pythia-2.8b",), sample=1000, separator=" ")  # App. C.2; released code
+PAPER = dict(
+    model=("EleutherAI/pythia-2.8b",), sample=1000, separator=" "
+)  # App. C.2; released code
+TRAIN_ONLY = ("openbmb/UltraFeedback", "Dahoas/synthetic-instruct-gptj-pairwise")
 PRESETS = {
     "tiny": Args(append_eos=True),
-    "fig1": Args(data=("hh", "stanfordnlp/SHP", "se"), **PAPER),  # all of HH, as in the released code
-    "fig1-train": Args(data=("openbmb/UltraFeedback", "Dahoas/synthetic-instruct-gptj-pairwise"),
-                       split="train", **PAPER),
-    "table1": Args(data=("alpaca_farm_human_crossannotations.json",), **PAPER)}  # of tatsu-lab/alpaca_eval
+    "fig1": Args(
+        data=("hh", "stanfordnlp/SHP", "se"), **PAPER
+    ),  # all of HH, as in the released code
+    "fig1-train": Args(data=TRAIN_ONLY, split="train", **PAPER),
+    "table1": Args(data=("alpaca_farm_human_crossannotations.json",), **PAPER),  # of alpaca_eval
+}
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
     preset = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else "tiny"
@@ -80,383 +79,954 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
         raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
     args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
 
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+from collections import Counter
+from itertools import combinations
+
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from transformers import AutoConfig
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
-from common import (hub_rows, load_model, load_pairs, load_tokenizer, model_folder, on_rank0, pack_pairs,
-                    progress, read_rows, report, require, row_texts, setup, start_run, token_logps, words)
+sys.path.insert(
+    1, str(Path(__file__).resolve().parents[1])
+)  # common.py: beside this file or one up
+# isort: off
+from common import token_logps  # log-probabilities
+from common import pack_pairs, row_texts  # tokenization
+from common import hub_rows, load_pairs, read_rows, report, words  # data
+from common import load_model, load_tokenizer, model_folder  # models
+from common import on_rank0, progress, require, setup, start_run  # processes
+# isort: on
+
+# ---- the paper: accuracies, ideals, thresholds
 
 
 def ranking_accuracy(chosen_logps, rejected_logps):
-    """R of Eq. 1, 1 or 0 for each pair, or R~ of Eq. 15 of log-probs per token.  (B,), (B,) -> (B,)"""
+    """R of Eq. 1 for each pair; of log-probs per token, R~ of Eq. 15.  (B,), (B,) -> (B,)"""
     return 1.0 * (chosen_logps >= rejected_logps)
 
 
-def idealized_log_ratio(ref_log_ratio, alpha, beta, gamma=1.0, epsilon=1e-3, legacy_epsilon=False):
-    """Eq. 2: log pi*(y_w|x)/pi*(y_l|x) at the optimum of RLHF or, with soft labels alpha, DPO^gamma.  -> (B,)
+def idealized_log_ratio(ref_log_ratio, alpha, beta, gamma=1.0, epsilon=1e-3):
+    """Eq. 2: log pi*(y_w|x)/pi*(y_l|x) at the optimum of RLHF.  -> (B,)
 
     ref_log_ratio (B,): log pi_ref(y_w|x)/pi_ref(y_l|x); alpha (B,): share of raters who prefer y_w.
+    gamma other than 1: at the optimum of DPO^gamma with soft labels alpha.
     """
-    ref_log_ratio, alpha = (torch.as_tensor(x, dtype=torch.float64) for x in (ref_log_ratio, alpha))
+    ref_log_ratio = torch.as_tensor(ref_log_ratio, dtype=torch.float64)
+    alpha = torch.as_tensor(alpha, dtype=torch.float64)
     log_odds = torch.logit(alpha.clamp(epsilon, 1 - epsilon))
-    if legacy_epsilon:
-        log_odds = torch.log(alpha / torch.where(alpha < 1, 1 - alpha, epsilon))
     return gamma * ref_log_ratio + log_odds / beta
 
 
-def idealized_ranking_accuracy(ref_log_ratio, alpha, beta, gamma=1.0, epsilon=1e-3, legacy_epsilon=False,
-                               legacy_dead_zone=False):
-    """R* of Eq. 3: 1 where the optimum is strictly on the majority's side (alpha < 1/2: y_l).  (B,)"""
-    human, log_ratio = (idealized_log_ratio(*x, epsilon, legacy_epsilon) for x in (
-        (0.0, alpha, 1.0, 1.0), (ref_log_ratio, alpha, beta, gamma)))
-    if legacy_dead_zone:
-        side, human_side = (1.0 * (x.exp() >= 1.05) - 1.0 * (x.exp() <= 0.95) for x in (log_ratio, human))
-        return (side == human_side).double()
-    return (torch.where(human >= 0, log_ratio, -log_ratio) > 0).double()
+def idealized_ranking_accuracy(ref_log_ratio, alpha, beta, gamma=1.0, epsilon=1e-3):
+    """R* of Eq. 3: 1 where the optimum is strictly on the majority's side.  -> (B,)
+
+    Where alpha < 1/2 the majority's side is y_l.
+    """
+    log_ratio = idealized_log_ratio(ref_log_ratio, alpha, beta, gamma, epsilon)
+    alpha = torch.as_tensor(alpha, dtype=torch.float64)
+    towards_majority = torch.where(alpha >= 0.5, log_ratio, -log_ratio)
+    return (towards_majority > 0).double()
 
 
 def loss_threshold(c, beta, gamma=1.0):
-    """Theorem 4.1: the DPO^gamma loss up to which R = 1; c = log pi_ref(y_l|x)/pi_ref(y_w|x).  -> (B,)"""
-    return -torch.nn.functional.logsigmoid(beta * gamma * torch.as_tensor(c, dtype=torch.float64))
+    """Theorem 4.1: the loss of DPO^gamma up to which R = 1.  -> (B,)
+
+    c (B,): log pi_ref(y_l|x)/pi_ref(y_w|x), how wrong the reference is.
+    """
+    return -F.logsigmoid(beta * gamma * torch.as_tensor(c, dtype=torch.float64))
 
 
 def ipo_threshold(ref_log_ratio, tau):
-    """Prop. A.7: an IPO loss of at most this guarantees R = 1; -inf where loss 0 means R = 0.  -> (B,)"""
-    optimum = torch.as_tensor(ref_log_ratio, dtype=torch.float64) + 1 / (2 * tau)  # the log-ratio at loss 0
+    """Prop. A.7: an IPO loss of at most this guarantees R = 1.  -> (B,)
+
+    -inf where even loss 0 means R = 0.
+    """
+    ref_log_ratio = torch.as_tensor(ref_log_ratio, dtype=torch.float64)
+    optimum = ref_log_ratio + 1 / (2 * tau)  # the policy's log-ratio at loss 0
     return torch.where(optimum >= 0, optimum**2, -math.inf)
 
 
-FLIPS = "kept", "lost", "fixed", "missed"  # right or wrong under the reference, then under the policy
-
-
 def competition_ranks(scores):
-    """1 = best; equals share the smallest rank: 3, 3, 1 -> 1, 1, 3.  n numbers or tuples -> list of n"""
-    return [1 + sum(other > score for other in scores) for score in scores]
+    """1 = best; equals share the smallest rank: 3, 3, 1 -> 1, 1, 3.  n numbers or tuples -> list"""
+    ranks = []
+    for score in scores:
+        better = sum(other > score for other in scores)
+        ranks.append(1 + better)
+    return ranks
+
+
+def correlation(a, b):
+    """Sum of a b over the root of the sums of a^2 and b^2, of arrays that are centred."""
+    return float((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum()))
 
 
 def rank_correlations(x, y):
-    """Pearson's r, Spearman's rho, Kendall's tau-b of two lists of numbers; None if one is constant."""
-    signs = [np.sign(np.subtract.outer(v, v)) for v in (x, y)]  # row sums: centred ranks, ties averaged
-    if not all(sign.any() for sign in signs):
+    """Pearson's r, Spearman's rho, Kendall's tau-b of two lists; None if one is constant."""
+    # Signs of all differences: their row sums are centred ranks with ties averaged.
+    signs_x = np.sign(np.subtract.outer(x, x))
+    signs_y = np.sign(np.subtract.outer(y, y))
+    if not signs_x.any() or not signs_y.any():
         return None
-    vectors = (x - np.mean(x), y - np.mean(y)), [sign.sum(1) for sign in signs], signs
-    return [float((a * b).sum() / math.sqrt((a * a).sum() * (b * b).sum())) for a, b in vectors]
+    pearson = correlation(x - np.mean(x), y - np.mean(y))
+    spearman = correlation(signs_x.sum(1), signs_y.sum(1))
+    kendall = correlation(signs_x, signs_y)
+    return [pearson, spearman, kendall]
 
 
 def bootstrap_interval(values, items, seed, resamples=1000):
-    """95 % percentile interval of the mean of values (B,), drawing whole items (B,) again.  -> [low, high]"""
-    item, rng = np.unique(items, return_inverse=True)[1], np.random.default_rng(seed)
-    sums = np.stack([np.bincount(item, values), np.bincount(item)])
-    draws = (sums[:, rng.integers(0, sums.shape[1], sums.shape[1])].sum(1) for _ in range(resamples))
-    return np.quantile([total / count for total, count in draws], [0.025, 0.975]).tolist()
+    """95 % percentile interval of the mean of values (B,) -> [low, high]
 
-
-def calibration(alpha, p, bins=10, quantiles=False):
-    """Distances of probabilities p from shares alpha, (B,) each; the first three of any positive numbers.
-
-    -> mean (p - alpha)^2, mean |log p - log alpha|, |difference of means|, expected calibration error
+    Whole items (B,) are drawn again, since the pairs of an item are not independent.
     """
-    alpha, p = (np.maximum(np.asarray(x, float), 1e-300) for x in (alpha, p))
-    edges = np.linspace(0, 1, bins + 1) if not quantiles else np.quantile(p, np.linspace(0, 1, bins + 1))
-    gaps = np.bincount(np.searchsorted(edges[1:-1], p), p - alpha)  # sum in each bin
-    return [float(x) for x in (np.mean((p - alpha) ** 2), np.mean(abs(np.log(p / alpha))),
-                               abs(np.mean(p) - np.mean(alpha)), abs(gaps).sum() / len(p))]
+    rng = np.random.default_rng(seed)
+    _, item = np.unique(items, return_inverse=True)
+    sums = np.bincount(item, values)
+    counts = np.bincount(item)
+    n = len(sums)
+    means = []
+    for _ in range(resamples):
+        drawn = rng.integers(0, n, n)
+        means.append(sums[drawn].sum() / counts[drawn].sum())
+    return np.quantile(means, [0.025, 0.975]).tolist()
+
+
+# ---- items: responses to a prompt, and what people said of them
+
+
+@dataclass
+class Item:
+    """What is scored together."""
+
+    prompt: str | list  # text or chat messages
+    responses: list  # n of them
+    ranks: list  # n numbers, 1 = best; equals share the smallest
+    share: float | None  # of raters, for the first of two; None: not known
+
+
+@dataclass
+class Judged:
+    """An item as it stands in the data, before it is checked."""
+
+    prompt: str | list
+    responses: list
+    scores: list  # n numbers, more is better
+    kind: str = "scores"  # "votes": of raters for each of two; "shares": of raters, adding up to 1
 
 
 def load_items(name, args):
-    """Data -> [{"prompt", "responses": n, "ranks": n, 1 = best, "share": of votes for the first or None}]."""
-    def draw(rows):  # the same ones as in the released code
-        index = np.random.default_rng(0).choice(len(rows), min(args.sample, len(rows)), replace=False)
-        return [rows[i] for i in index] if 0 < args.sample < len(rows) else rows
-    hub = name == "se" or "/" in name and not Path(name).exists()
-    rows = hub_rows(name, args.split) if hub else read_rows(Path(name)) if Path(name).is_file() else []
-    if not rows or {"completions", "answers", "preference", "human_ref_A"}.isdisjoint(rows[0]):
+    """Data -> list of Item; --sample of them are drawn, the same as in the released code."""
+    # Lists and votes are read here, pairs of any layout by load_pairs.
+    rows = []
+    if name == "se" or ("/" in name and not Path(name).exists()):
+        rows = hub_rows(name, args.split)
+    elif Path(name).is_file():
+        rows = read_rows(Path(name))
+    if not rows or not is_list_layout(rows[0]):
         rows = load_pairs(name, args.split, pairs=False)
+
+    # What is usable becomes an Item; what is not is counted.
     kept, dropped = [], Counter()
     try:
-        for prompt, responses, scores, votes in judged(draw(rows) if args.legacy_votes else rows, args.lists):
-            k, scores = args.smoothing * (votes == "counts"), np.array(scores, float)  # shares: alpha itself
-            reason = ("fewer than two" if len(responses) < 2 else "a score is missing"
-                      if len(scores) != len(responses) or not np.isfinite(scores).all() else
-                      "no votes, or below 0" if votes and (scores.min() < 0 or not scores.any()) else
-                      "empty response" if not all(words(response).strip() for response in responses) else "")
-            dropped.update([reason] if reason else [])
-            kept += [] if reason else [dict(
-                prompt=prompt, responses=responses, ranks=competition_ranks(scores.tolist()),
-                share=(scores[0] + k) / (sum(scores) + 2 * k) if votes else None)]
+        for one in judged(rows, args.lists):
+            scores = np.array(one.scores, float)  # "10" is the number 10
+            reason = why_dropped(one, scores)
+            if reason:
+                dropped[reason] += 1
+                continue
+            ranks = competition_ranks(scores.tolist())
+            share = None
+            if one.kind != "scores":
+                share = float(scores[0] / scores.sum())
+            kept.append(Item(one.prompt, one.responses, ranks, share))
     except (KeyError, TypeError, ValueError) as error:
-        raise SystemExit(f"{name}: a row is not what its columns promise ({error!r}); see --help") from None
+        why = f"a row is not what its columns promise ({error!r}); see --help"
+        raise SystemExit(f"{name}: {why}") from None
     report(f"{name}: items", len(kept), dropped)
-    return kept if args.legacy_votes else draw(kept)
+
+    # Whole items are drawn, so that an item keeps all its votes.
+    if not 0 < args.sample < len(kept):
+        return kept
+    drawn = np.random.default_rng(0).choice(len(kept), args.sample, replace=False)
+    return [kept[i] for i in drawn]
+
+
+def is_list_layout(row):
+    """Rows that hold more than a pair, or a vote on one: read here, all others by load_pairs."""
+    return not {"completions", "answers", "preference", "human_ref_A"}.isdisjoint(row)
+
+
+def why_dropped(one, scores):
+    """The reason to drop an item, or "" if it is usable."""
+    if len(one.responses) < 2:
+        return "fewer than two"
+    if len(scores) != len(one.responses) or not np.isfinite(scores).all():
+        return "a score is missing"
+    if one.kind != "scores" and (scores.min() < 0 or not scores.any()):
+        return "no votes, or below 0"
+    if not all(words(response).strip() for response in one.responses):
+        return "empty response"
+    return ""
 
 
 def judged(rows, lists):
-    """(prompt, responses, scores (more is better), "counts" or "shares" if of votes) of rows of any kind."""
-    polls, posts = defaultdict(lambda: [0, 0]), defaultdict(dict)
+    """Rows of any layout -> list of Judged."""
+    if rows and "preference" in rows[0]:
+        return alpaca_farm_items(rows)
+    if rows and "human_ref_A" in rows[0]:
+        return shp_items(rows)
+    return [judged_row(row, lists) for row in rows]
+
+
+def judged_row(row, lists):
+    """UltraFeedback, StackExchange, lists with scores or ranks, pairs with votes or p_chosen."""
+    if "completions" in row:
+        responses = [one["response"] for one in row["completions"]]
+        scores = [one.get("overall_score") for one in row["completions"]]
+        return Judged(row["instruction"], responses, scores)
+    if "answers" in row:
+        responses = [one["text"] for one in row["answers"]]
+        scores = [one.get("pm_score") for one in row["answers"]]
+        return Judged(row["question"], responses, scores)
+    if "rejected" not in row or (lists and "responses" in row):
+        scores = row.get("scores") or row.get("rewards")
+        if not scores:
+            scores = [-rank for rank in row.get("ranks") or ()]
+        return Judged(row["prompt"], row["responses"], scores)
+
+    # A pair: what is known of alpha?
+    pair = [row["chosen"], row["rejected"]]
+    p = row.get("p_chosen")
+    if p is not None:
+        return Judged(row["prompt"], pair, [p, 1 - p], "shares")
+    if row.get("votes"):
+        return Judged(row["prompt"], pair, list(row["votes"]), "votes")
+    return Judged(row["prompt"], pair, [1, 0])
+
+
+def alpaca_farm_items(rows):
+    """Alpaca Farm cross-annotations: a row is one rater's vote, 1 or 2, on a pair."""
+    # Count the votes of each pair.
+    votes_of = {}
     for row in rows:
-        if "preference" in row:  # Alpaca Farm: a row is a vote, 1 or 2
-            polls[row["instruction"], row["output_1"], row["output_2"]][[1, 2].index(row["preference"])] += 1
-        elif "human_ref_A" in row:  # SHP: a row is two answers to a post; of equal scores the later is better
-            posts[row["post_id"], row["history"]].update({
-                row["human_ref_" + k]: (row["score_" + k], row["created_at_utc_" + k]) for k in "AB"})
-        elif "completions" in row or "answers" in row:  # UltraFeedback, StackExchange
-            found = row.get("completions", row.get("answers"))
-            scores = [one.get("overall_score", one.get("pm_score")) for one in found]
-            texts = [one.get("response", one.get("text")) for one in found]
-            yield row.get("instruction", row.get("question")), texts, scores, None
-        elif "rejected" not in row or lists and "responses" in row:
-            scores = row.get("scores") or row.get("rewards") or [-rank for rank in row.get("ranks") or ()]
-            yield row["prompt"], row["responses"], scores, None
-        else:
-            p, votes = row.get("p_chosen"), row.get("votes")
-            scores, kind = (votes or (1, 0), votes and "counts") if p is None else ((p, 1 - p), "shares")
-            yield row["prompt"], [row["chosen"], row["rejected"]], [*scores], kind
-    yield from ((prompt, pair, votes, "counts") for (prompt, *pair), votes in polls.items())
-    yield from ((prompt, [*found], [*found.values()], None) for (_, prompt), found in posts.items())
-
-
-def encode(tokenizer, item, args, limit):
-    """An item -> a packed row for each distinct token prompt (rarely a second), or the reason to drop it."""
-    chat = args.chat_template and isinstance(item["prompt"], str)
-    prompt, rows = [dict(role="user", content=item["prompt"])] if chat else item["prompt"], {}
-    texts = row_texts(tokenizer, {"prompt": prompt, "responses": item["responses"]})
-    if isinstance(texts, str):
-        return texts
-    bos = [] if args.no_bos or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    for j, response in enumerate(texts[1:]):
-        spaced = isinstance(prompt, list) or texts[0][-1:].isspace() or response[0].isspace()
-        whole = texts[0] + (args.separator if args.separator != "auto" else "" if spaced else " ") + response
-        tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        ids, n = bos + tokens["input_ids"], len(bos)  # a token that straddles the boundary is the response's
-        n += sum(end <= len(texts[0]) for _, end in tokens["offset_mapping"])
-        if not 0 < n < min(limit, len(ids)):
-            return "empty prompt" if n == 0 else "empty response" if n < limit else "prompt fills the context"
-        cut, ids = len(ids) > limit, (ids + [tokenizer.eos_token_id] * args.append_eos)[:limit]
-        if args.legacy_window:
-            n, ids = 1, ids[:len(bos) + len(ids) - n]
-        row = rows.setdefault(tuple(ids[:n]), dict(prompt_ids=ids[:n], responses=[], at=[]))
-        row["responses"].append(ids[n:])
-        row["at"].append((j, cut))
-    return list(rows.values())
-
-
-def score(name, items, out, args):
-    """All responses under model `name` -> {item: [record of each response]}; none depends on its batch.
-
-    The file of records is named after all they depend on: a killed run goes on, a new analysis has no pass.
-    """
-    world, source, model, dropped = dist.get_world_size(), model_folder(name), None, Counter()
-    require((source / "config.json").is_file(), f"{source}: no config.json, so not a model (or an adapter)")
-    files = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(source.iterdir())]
-    key = json.dumps([args.max_length, args.separator, args.no_bos, args.append_eos, args.chat_template,
-                      args.legacy_window, args.dtype, items, files])
-    path = out / f"records-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
-    done, tokenizer = on_rank0(lambda: read_records(path), f"{path} damaged, delete it"), load_tokenizer(name)
-    limit = args.max_length or getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", 1024)
-    for start in progress(range(0, len(items), 512)):
-        rows, mine, parts = [], {}, [None] * world
-        for i, item in enumerate(items[start:start + 512], start):
-            missing = any((i, j) not in done for j in range(len(item["responses"])))
-            found = encode(tokenizer, item, args, limit) if missing else []
-            rows += [dict(row, item=i) for row in found if isinstance(row, dict)]
-            dropped.update([found] if isinstance(found, str) else [])
-        model = model or rows and load_model(name, args.dtype)
-        rows += rows[:1] * (world - len(rows))  # every process needs one
-        for batch in pack_pairs(rows, args.tokens_per_microbatch, dist.get_rank(), world) if rows else ():
-            logps, owner = token_logps(model, batch).double(), batch["owner"].to(model.device)
-            sums = logps.new_zeros(batch["responses"]).index_add(0, owner, logps)
-            at = [(row, j, cut) for row in batch["rows"] for j, cut in row["at"]]
-            for (row, j, cut), logp, n in zip(at, sums.tolist(), batch["counts"].tolist()):
-                mine[row["item"], j] = dict(item=row["item"], response=j, logp=logp, tokens=n,
-                                            prompt_tokens=len(row["prompt_ids"]), cut=cut)
-        dist.all_gather_object(parts, mine)
-        done |= (new := {at: record for part in parts for at, record in part.items() if at not in done})
-        text = "".join(json.dumps(new[at]) + "\n" for at in sorted(new))
-        on_rank0(lambda text=text: open(path, "a").write(text), f"{path}: cannot be written")
-    dropped["log-prob is not finite"] = len({i for i, j in done if not math.isfinite(done[i, j]["logp"])})
-    found = {i: [done.get((i, j)) for j in range(len(item["responses"]))] for i, item in enumerate(items)}
-    found = {i: all_n for i, all_n in found.items() if all(r and math.isfinite(r["logp"]) for r in all_n)}
-    cut = sum(record["cut"] for all_n in found.values() for record in all_n)
-    report(f"{name}: items scored", len(found), +dropped, f"; responses cut {cut}")
-    if args.dtype == "bfloat16" and (near := [i for i, records in found.items() if near_tie(records)]):
-        exact = score(name, [items[i] for i in near], out, replace(args, dtype="float32"))
-        found |= {near[k]: records for k, records in exact.items()}
+        pair = (row["instruction"], row["output_1"], row["output_2"])
+        votes = votes_of.setdefault(pair, [0, 0])
+        votes[[1, 2].index(row["preference"])] += 1
+    found = []
+    for (prompt, first, second), votes in votes_of.items():
+        found.append(Judged(prompt, [first, second], votes, "votes"))
     return found
 
 
-def near_tie(records):
-    """Whether bfloat16 (whose rounding moves a text's mean by 0.005 nats) may have decided its ranking."""
-    pairs = [*combinations([(r["logp"], r["tokens"]) for r in records], 2)]
-    return any(abs(a / n - b / m) < 0.01 or abs(a - b) < 0.01 * max(n, m) for (a, n), (b, m) in pairs)
+def shp_items(rows):
+    """SHP: a row is two answers to a post; of equal scores the later answer is better."""
+    # All answers to each post with what orders them.
+    posts = {}
+    for row in rows:
+        answers = posts.setdefault((row["post_id"], row["history"]), {})
+        for side in "AB":
+            score = (row["score_" + side], row["created_at_utc_" + side])
+            answers[row["human_ref_" + side]] = score
+    found = []
+    for (_, prompt), answers in posts.items():
+        ranks = competition_ranks(list(answers.values()))
+        found.append(Judged(prompt, list(answers), [-rank for rank in ranks]))
+    return found
+
+
+# ---- scoring
+
+
+@dataclass
+class Record:
+    """The log-prob of one response, a line of records-*.jsonl."""
+
+    item: int  # its number
+    response: int  # its number in the item
+    logp: float  # log pi(y|x) in nats, summed over its tokens
+    tokens: int  # |y|, its end included if that was scored
+    prompt_tokens: int
+    cut: bool  # to the context
+
+
+def encode(tokenizer, item, args, limit):
+    """An item -> a packed row for each distinct token prompt (rarely a second); or why to drop it.
+
+    Prompt and response are one text; a token that straddles the border is the response's.
+    """
+    texts = row_texts(tokenizer, {"prompt": item.prompt, "responses": item.responses})
+    if isinstance(texts, str):
+        return texts
+    prompt = texts[0]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    rows = {}
+    for number, response in enumerate(texts[1:]):
+        # Prompt and response as one text: where does the prompt end among its tokens?
+        separator = args.separator
+        if separator == "auto":
+            spaced = prompt[-1:].isspace() or response[0].isspace()
+            separator = "" if spaced or isinstance(item.prompt, list) else " "
+        whole = prompt + separator + response
+        tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+        ids = bos + tokens["input_ids"]
+        n = len(bos) + sum(end <= len(prompt) for _, end in tokens["offset_mapping"])
+        if n == 0:
+            return "empty prompt"
+        if n >= limit:
+            return "prompt fills the context"
+        if n >= len(ids):
+            return "empty response"
+
+        # The end of what is too long goes; responses of the same prompt share a row.
+        cut = len(ids) > limit
+        if args.append_eos:
+            ids = ids + [tokenizer.eos_token_id]
+        ids = ids[:limit]
+        empty = {"prompt_ids": ids[:n], "responses": [], "at": []}
+        row = rows.setdefault(tuple(ids[:n]), empty)
+        row["responses"].append(ids[n:])
+        row["at"].append((number, cut))
+    return list(rows.values())
+
+
+def records_path(name, items, out, args):
+    """The file of records, named after all that they depend on.
+
+    So a killed run goes on where it was, and another beta or figure needs no model.
+    """
+    folder = model_folder(name)
+    require(
+        (folder / "config.json").is_file(),
+        f"{folder}: no config.json, so not a model (or an adapter)",
+    )
+    # The model by its files, the texts as they are; who prefers what does not matter.
+    files = []
+    for file in sorted(folder.iterdir()):
+        files.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
+    settings = [args.max_length, args.separator, args.append_eos, args.dtype]
+    texts = [(item.prompt, item.responses) for item in items]
+    key = hashlib.sha256(json.dumps([settings, texts, files]).encode())
+    return out / f"records-{key.hexdigest()[:16]}.jsonl"
 
 
 def read_records(path):
-    """The records of a file by (item, response), a line torn by a kill is cut off."""
-    lines = path.read_bytes().splitlines(True) if path.exists() else []
+    """The records of a file by (item, response); a line torn by a kill is cut off."""
+    if not path.exists():
+        return {}
+    lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
-        path.write_bytes(b"".join(lines := lines[:-1]))
-    done = {(record["item"], record["response"]): record for record in map(json.loads, reversed(lines))}
-    if len(done) < len(lines):
-        print(f"{path}: {len(lines) - len(done)} duplicate records are ignored")
-    return done
+        lines = lines[:-1]
+        path.write_bytes(b"".join(lines))
+    records = {}
+    for line in lines:
+        record = Record(**json.loads(line))
+        records[record.item, record.response] = record
+    return records
+
+
+def append_records(path, records):
+    with open(path, "a") as file:
+        for record in records:
+            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+
+def score(name, items, out, args):
+    """All responses under model `name` -> {item: its Records}; none depends on its batch.
+
+    Items that cannot be scored are counted and left out.
+    """
+    path = records_path(name, items, out, args)
+    done = on_rank0(functools.partial(read_records, path), f"{path} damaged, delete it")
+    tokenizer = load_tokenizer(name)
+    limit = args.max_length
+    if limit == 0:
+        config = AutoConfig.from_pretrained(model_folder(name)).get_text_config()
+        limit = getattr(config, "max_position_embeddings", 1024)
+
+    model, dropped = None, Counter()
+    # Blocks of items, so that a killed run loses one block at most.
+    for start in progress(range(0, len(items), 512)):
+        # What of this block has no record yet?
+        rows = []
+        for i in range(start, min(start + 512, len(items))):
+            if all((i, j) in done for j in range(len(items[i].responses))):
+                continue
+            found = encode(tokenizer, items[i], args, limit)
+            if isinstance(found, str):
+                dropped[found] += 1
+                continue
+            for row in found:
+                rows.append({**row, "item": i})
+        if not rows:
+            continue
+        if model is None:
+            model = load_model(name, args.dtype)
+
+        # Every process scores its share; rank 0 writes what is new.
+        new = score_rows(model, rows, args)
+        new = {at: record for at, record in new.items() if at not in done}
+        done.update(new)
+        in_order = [new[at] for at in sorted(new)]
+        write_block = functools.partial(append_records, path, in_order)
+        on_rank0(write_block, f"{path}: cannot be written")
+
+    # In bfloat16 the responses that are nearly tied are scored again, exactly.
+    scored = complete_items(name, items, done, dropped)
+    if args.dtype == "bfloat16":
+        near = [i for i, records in scored.items() if near_tie(records)]
+        if near:
+            in_float32 = dataclasses.replace(args, dtype="float32")
+            exact = score(name, [items[i] for i in near], out, in_float32)
+            for k, records in exact.items():
+                scored[near[k]] = records
+    return scored
+
+
+def score_rows(model, rows, args):
+    """Packed rows, each process its share -> {(item, response): Record} of all of them."""
+    world = dist.get_world_size()
+    rows = rows + rows[:1] * (world - len(rows))  # every process needs one
+    # Sum the log-probs of each response of this process's micro-batches.
+    mine = {}
+    for batch in pack_pairs(rows, args.tokens_per_microbatch, dist.get_rank(), world):
+        logps = token_logps(model, batch).double()
+        owner = batch["owner"].to(logps.device)
+        sums = logps.new_zeros(batch["responses"]).index_add(0, owner, logps).tolist()
+        counts = batch["counts"].tolist()
+        r = 0  # of the batch's responses
+        for row in batch["rows"]:
+            prompt_tokens = len(row["prompt_ids"])
+            for number, cut in row["at"]:
+                record = Record(row["item"], number, sums[r], counts[r], prompt_tokens, cut)
+                mine[row["item"], number] = record
+                r += 1
+    # Every process gets the records of all.
+    parts = [None] * world
+    dist.all_gather_object(parts, mine)
+    scored = {}
+    for part in parts:
+        scored.update(part)
+    return scored
+
+
+def complete_items(name, items, done, dropped):
+    """{item: its Records} of the items whose responses all have a finite log-prob; one line."""
+    # An item counts as a whole or not at all.
+    scored = {}
+    for i, item in enumerate(items):
+        records = [done.get((i, j)) for j in range(len(item.responses))]
+        if None in records:
+            continue
+        if not all(math.isfinite(record.logp) for record in records):
+            dropped["log-prob is not finite"] += 1
+            continue
+        scored[i] = records
+    cut = 0
+    for records in scored.values():
+        cut += sum(record.cut for record in records)
+    report(f"{name}: items scored", len(scored), dropped, f"; responses cut {cut}")
+    return scored
+
+
+def near_tie(records):
+    """Whether bfloat16, whose rounding moves a text's mean by .005 nats, may decide a ranking."""
+    for a, b in combinations(records, 2):
+        if abs(a.logp / a.tokens - b.logp / b.tokens) < 0.01:
+            return True
+        if abs(a.logp - b.logp) < 0.01 * max(a.tokens, b.tokens):
+            return True
+    return False
+
+
+# ---- measuring
+
+
+@dataclass
+class Pairs:
+    """All pairs of all items, B of them; a is the earlier of the two responses, b the later."""
+
+    item: np.ndarray  # (B,) its number
+    alpha: np.ndarray  # (B,) share of raters who prefer a; 1/2: a tie
+    logps: np.ndarray  # (2, B) of a and b
+    tokens: np.ndarray  # (2, B)
+
+
+@dataclass
+class Accuracy:
+    """How one form of likelihood ranks: log pi(y|x) for R, log pi(y|x) / |y| for R~."""
+
+    accuracy: float  # Eq. 1 or 15, mean over the pairs without a human tie
+    interval: list  # 95 %, bootstrap over items
+    delta: np.ndarray  # (pairs,) of y_w less that of y_l
+    ties: int  # pairs with delta 0
+    with_ties: float  # Eq. 14: over all pairs, a human tie is right where the model's are near
+    exact: float | None = None  # Eq. 11, 12: share of lists of n > 2 in the human order
+    exact_interval: list | None = None
+    correlations: list | None = None  # of ranks in those lists: Pearson, Spearman, Kendall
+
+
+@dataclass
+class Measured:
+    """All numbers of a model on its own."""
+
+    items: int
+    pairs: int  # without human ties
+    ties: int  # human ones
+    lists: int  # items of more than two responses
+    item: np.ndarray  # (pairs,) number of the item
+    alpha: np.ndarray  # (pairs,) share of the raters on the majority's side
+    shorter: float  # accuracy of "the shorter one wins"
+    R: Accuracy  # raw
+    R_tilde: Accuracy  # per token
+    chance_exact: float | None = None  # of a random order of the lists
+    shorter_exact: float | None = None
+
+
+def all_pairs(items, records, proportion):
+    """Pairs of scored items.  Where no share is known, alpha is `proportion` for the better one."""
+    item = []
+    alpha = []
+    logps = []
+    tokens = []
+    for i, found in sorted(records.items()):
+        judged_records = zip(items[i].ranks, found)
+        for (rank_a, a), (rank_b, b) in combinations(judged_records, 2):
+            share = items[i].share
+            if share is None:
+                share = 0.5 + np.sign(rank_b - rank_a) * (proportion - 0.5)
+            item.append(i)
+            alpha.append(share)
+            logps.append((a.logp, b.logp))
+            tokens.append((a.tokens, b.tokens))
+    logps = np.array(logps, float).reshape(-1, 2).T
+    tokens = np.array(tokens, float).reshape(-1, 2).T
+    return Pairs(np.array(item, int), np.array(alpha, float), logps, tokens)
 
 
 def measure(items, records, args):
-    """All numbers of a model; item, alpha, delta = log pi(y_w|x)/pi(y_l|x) are of the pairs without a tie."""
-    rows = [(i, items[i]["share"], r_b - r_a, a["logp"], b["logp"], a["tokens"], b["tokens"])
-            for i, found in sorted(records.items())
-            for (r_a, a), (r_b, b) in combinations(zip(items[i]["ranks"], found), 2)]
-    item, share, better, *rest = np.array(rows, float).reshape(-1, 7).T  # no share is nan
-    alpha = np.where(np.isnan(share), 0.5 + np.sign(better) * (args.proportion - 0.5), share)
-    logps, tokens, strict, side = np.array(rest[:2]), np.array(rest[2:]), alpha != 0.5, np.sign(alpha - 0.5)
-    require(strict.any(), f"{len(rows)} pairs, every pair is a tie: there is nothing to rank")
-    lists = [(items[i]["ranks"], *np.array([(r["logp"], r["tokens"]) for r in found]).T)
-             for i, found in records.items() if len(found) > 2]
-    out = dict(items=len(records), pairs=int(strict.sum()), ties=int((~strict).sum()), lists=len(lists),
-               item=item[strict], alpha=0.5 + abs(alpha[strict] - 0.5), chance=0.5,
-               label=np.where(np.isnan(share), 1, 0.5 + abs(alpha - 0.5))[strict],
-               shorter=(side * (tokens[0] - tokens[1]) < 0)[strict].mean())
-    for form, scores in ("R", logps), ("R~", logps / tokens):
-        delta = side * (scores[0] - scores[1])  # y_w, the majority's choice (Def. 2.1), over y_l
-        right = ranking_accuracy(delta, 0)[strict]
-        out[form], out[form + " interval"] = right.mean(), bootstrap_interval(right, item[strict], args.seed)
-        out[form + " delta"], out[form + " model ties"] = delta[strict], int((delta == 0)[strict].sum())
-        near = abs(np.subtract(*(scores if form == "R" else np.exp(scores)))) < 0.01  # all pi(y|x) are near
-        out[form + " Eq. 14"] = np.where(strict, delta > 0, near).mean()
-        ratio = np.log(logps[0] / logps[1]) if args.legacy_quotient and form == "R" else side * delta
-        legacy = args.epsilon, args.legacy_epsilon, args.legacy_dead_zone
-        out[form + "*"] = [[idealized_ranking_accuracy(ratio[strict], alpha[strict], beta, gamma, *legacy)
-                            .mean().item() for beta in args.betas] for gamma in (1.0, *args.gammas)]
-        if lists:  # of n > 2; for pairs every correlation is 2 R - 1
-            own = [competition_ranks(logp / (n if form == "R~" else 1)) for _, logp, n in lists]
-            exact = np.array([1.0 * (ranks == model) for (ranks, *_), model in zip(lists, own)])  # Eq. 11, 12
-            out[form + " exact"] = exact.mean()
-            out[form + " exact interval"] = bootstrap_interval(exact, range(len(exact)), args.seed)
-            rho = [r for (ranks, *_), model in zip(lists, own) if (r := rank_correlations(ranks, model))]
-            out[form + " correlations"] = np.mean(rho or [[0] * 3], 0).tolist()
-            out["chance exact"] = np.mean([(len({*r}) == len(r)) / math.factorial(len(r)) for r, *_ in lists])
-            out["shorter exact"] = np.mean([competition_ranks(-n) == ranks for ranks, _, n in lists])
-    return out
+    """All numbers of a model, from {item: its Records}.  SystemExit: nothing but ties."""
+    pairs = all_pairs(items, records, args.proportion)
+    strict = pairs.alpha != 0.5
+    require(strict.any(), f"{len(pairs.item)} pairs, every pair is a tie: there is nothing to rank")
+    # y_w is the majority's choice (Def. 2.1): a where side is 1, b where it is -1.
+    side = np.sign(pairs.alpha - 0.5)
+    majority = 0.5 + abs(pairs.alpha - 0.5)
+    longer = side * (pairs.tokens[0] - pairs.tokens[1])
+
+    # R from log-likelihoods, R~ from log-likelihoods per token.
+    raw = measure_form(pairs, side, pairs.logps, pairs.logps, args.seed)
+    per_token = pairs.logps / pairs.tokens
+    normalised = measure_form(pairs, side, per_token, np.exp(per_token), args.seed)
+
+    # Lists of more than two responses have a ranking as a whole.
+    lists = [(items[i].ranks, found) for i, found in records.items() if len(found) > 2]
+    shorter_wins = (longer < 0)[strict].mean()
+    n = int(strict.sum())
+    measured = Measured(
+        items=len(records),
+        pairs=n,
+        ties=len(strict) - n,
+        lists=len(lists),
+        item=pairs.item[strict],
+        alpha=majority[strict],
+        shorter=float(shorter_wins),
+        R=raw,
+        R_tilde=normalised,
+    )
+    if lists:
+        measure_lists(measured, lists, args.seed)
+    return measured
 
 
-def named(line):
+def measure_form(pairs, side, scores, nearness, seed):
+    """Accuracy of scores (2, B).
+
+    Eq. 14 calls two responses equal if their `nearness` (2, B) differs by less than 0.01: the
+    likelihood per token, but for raw likelihoods, which are all near 0, their logarithms.
+    """
+    # Log-ratios of the majority's choice to the other.
+    strict = side != 0
+    delta = side * (scores[0] - scores[1])
+    right = ranking_accuracy(delta, 0)[strict]
+    near = abs(nearness[0] - nearness[1]) < 0.01
+    ties = (delta == 0)[strict]
+    all_right = np.where(strict, delta > 0, near)  # Eq. 14
+    return Accuracy(
+        accuracy=float(right.mean()),
+        interval=bootstrap_interval(right, pairs.item[strict], seed),
+        delta=delta[strict],
+        ties=int(ties.sum()),
+        with_ties=float(all_right.mean()),
+    )
+
+
+def measure_lists(measured, lists, seed):
+    """Fill in what is only known of lists of n > 2; for pairs every correlation is 2 R - 1."""
+    raw = []
+    normalised = []
+    chances = []
+    shorter = []
+    # The ranking of each list by raw and by normalised likelihood, by length, and by chance.
+    for ranks, found in lists:
+        raw.append(competition_ranks([r.logp for r in found]))
+        normalised.append(competition_ranks([r.logp / r.tokens for r in found]))
+        shorter.append(competition_ranks([-r.tokens for r in found]) == ranks)
+        untied = len(set(ranks)) == len(ranks)
+        chances.append(untied / math.factorial(len(ranks)))
+    # How often is it the human ranking, and how close is it?
+    for form, own in ((measured.R, raw), (measured.R_tilde, normalised)):
+        same, correlations = [], []
+        for (ranks, _), model_ranks in zip(lists, own):
+            same.append(1.0 * (ranks == model_ranks))  # Eq. 11, 12
+            found = rank_correlations(ranks, model_ranks)
+            if found is not None:
+                correlations.append(found)
+        form.exact = float(np.mean(same))
+        form.exact_interval = bootstrap_interval(np.array(same), range(len(same)), seed)
+        form.correlations = np.mean(correlations or [[0.0] * 3], axis=0).tolist()
+    measured.chance_exact = float(np.mean(chances))
+    measured.shorter_exact = float(np.mean(shorter))
+
+
+@dataclass
+class Line:
+    """A model on one data set beside the reference; a line of metrics.jsonl."""
+
+    data: str
+    model: str
+    reference: str
+    beta: float  # of the model's loss
+    gamma: float
+    measured: Measured
+    c: np.ndarray  # (pairs,) log pi_ref(y_l|x)/pi_ref(y_w|x)
+    ideal: list  # R* of the reference: rows gamma = 1 and --gammas, columns --betas
+    ideal_tilde: list  # R~*
+    ideal_own: float  # R* at the model's own beta and gamma
+    flips: list  # shares of the pairs: kept, lost, fixed, missed
+    curve: list  # of Fig. 2: [step, kept, lost, fixed, missed], ...
+
+
+FLIPS = "kept", "lost", "fixed", "missed"  # right or wrong under the reference, then the policy
+
+
+def ideal_table(ref_log_ratio, alpha, args):
+    """Mean R* of the reference: rows gamma = 1 and --gammas, columns --betas."""
+    table = []
+    for gamma in (1.0, *args.gammas):
+        row = []
+        for beta in args.betas:
+            right = idealized_ranking_accuracy(ref_log_ratio, alpha, beta, gamma, args.epsilon)
+            row.append(right.mean().item())
+        table.append(row)
+    return table
+
+
+def flips(c, delta):
+    """Shares of the pairs kept, lost, fixed and missed by a policy.  (B,), (B,) -> 4 numbers"""
+    # Right under the reference before, right under the policy after?
+    before = c <= 0
+    after = delta >= 0
+    kept = np.mean(before & after)
+    lost = np.mean(before & ~after)
+    fixed = np.mean(~before & after)
+    missed = np.mean(~before & ~after)
+    return [float(kept), float(lost), float(fixed), float(missed)]
+
+
+def training_curve(name, c, last):
+    """Fig. 2: shares over the evaluations of the run folder `name`; else before and after."""
+    path = Path(name, "metrics.jsonl")
+    # The evaluations of a training run of this repository.
+    curve = []
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            line = json.loads(text)
+            if "eval_kept" in line:
+                curve.append([line["step"], *(line["eval_" + flip] for flip in FLIPS)])
+    if curve:
+        return curve
+    right = float(np.mean(c <= 0))
+    return [[0, right, 0.0, 0.0, 1 - right], [1, *last]]
+
+
+def beside_reference(data, scored, items, args):
+    """{model: {item: Records}}, the reference first -> a Line for each, on the items of all."""
+    # Models are compared on the items that all of them could score.
+    shared = set(range(len(items)))
+    for records in scored.values():
+        shared &= set(records)
+    # The first is the reference: ideals and c are its own.
+    lines = []
+    for name, records in scored.items():
+        measured = measure(items, {i: records[i] for i in sorted(shared)}, args)
+        if not lines:
+            reference = measured
+            c = -reference.R.delta
+            ideal = ideal_table(reference.R.delta, reference.alpha, args)
+            ideal_tilde = ideal_table(reference.R_tilde.delta, reference.alpha, args)
+        # The best that this model's loss allows, and which pairs it changed.
+        flags = run_flags(name)
+        beta = flags.get("beta", args.beta)
+        gamma = flags.get("gamma", args.gamma)
+        own = idealized_ranking_accuracy(-c, reference.alpha, beta, gamma).mean().item()
+        shares = flips(c, measured.R.delta)
+        lines.append(
+            Line(
+                data=data,
+                model=name,
+                reference=next(iter(scored)),
+                beta=beta,
+                gamma=gamma,
+                measured=measured,
+                c=c,
+                ideal=ideal,
+                ideal_tilde=ideal_tilde,
+                ideal_own=own,
+                flips=shares,
+                curve=training_curve(name, c, shares),
+            )
+        )
+    return lines
+
+
+def run_flags(name):
+    """The flags of a run folder of this repository; {} for any other model."""
+    path = Path(name, "config.json")
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+# ---- tables and figures
+
+
+def short_name(line):
     """Data and model of a line, at most the last two parts of their paths."""
-    return ": ".join("/".join(Path(line[name]).parts[-2:])[-24:] for name in ("data", "model"))
+    names = []
+    for name in (line.data, line.model):
+        names.append("/".join(Path(name).parts[-2:])[-24:])
+    return ": ".join(names)
 
 
-def show(lines, args):
-    """Print the tables of one data set, in percent, and what Theorem 4.1 says before any training."""
-    (line, *_), beta, gamma, reach = lines, args.beta, args.gamma, -math.log(math.expm1(0.01)) / args.beta
-    limit, c, order = reach / gamma if gamma else math.inf, line["c"], np.argsort(line["c"])
-    print(f"\n{line['data']}: {line['items']} items, {line['pairs']} pairs and {line['ties']} ties\n"
-          f"reference right (c <= 0): {np.mean(c <= 0):.1%}, surely at a loss below log 2 (Prop. 2.6)\n"
-          f"beta = {beta}, gamma = {gamma}: {np.mean(c > limit):.1%} need a loss below 0.01 to flip (c > "
-          f"{limit:.1f}), none with gamma <= {reach / max(c.max(), 1e-9):.3g}\nIPO, tau = beta: for "
-          f"{(ipo_threshold(-c, beta) < 0).double().mean():.1%} even loss 0 is a wrong ranking (Prop. A.7)")
-    for title, k in ("hardest", order[:-4:-1]), ("easiest", order[:3]), ("to flip", order[c[order] > 0][:3]):
-        found = zip(line["item"][k], c[k], loss_threshold(c[k], beta, gamma))
-        print(f"{title:8}" + ", ".join(f"item {i:.0f} (c {x:.1f}, loss <= {y:.3g})" for i, x, y in found))
-    for form in "R*", "R~*":
-        print(f"\n{form}, gamma down, beta across:" +
-              "".join(f"{x:>8}" for x in (*args.betas, "min", "median", "max")))
-        for gamma, v in zip((1.0, *args.gammas), line[form]):
-            print(f"{gamma:28}" + "".join(f"{100 * x:8.1f}" for x in (*v, min(v), np.median(v), max(v))))
-    head = "R low high R~ low high chance short. R*own MSE ECE lost fixed /wrong Eq.14 R~".split()
-    print("\n" + " " * 50 + "".join(f"{h:>7}" for h in head) + "   (exact: then r, rho, tau of R and R~)")
+def show_theorem(line, args):
+    """What Theorem 4.1 says of the reference before any training."""
+    # How far from flipping are the pairs, and which ones?
+    measured = line.measured
+    c = line.c
+    reach = -math.log(math.expm1(0.01)) / args.beta  # gamma c of a pair that flips at loss 0.01
+    limit = reach / args.gamma if args.gamma else math.inf
+    stuck = (ipo_threshold(-c, args.beta) < 0).double().mean()
+    gamma = reach / max(c.max(), 1e-9)
+    print(f"\n{line.data}: {measured.items} items, {measured.pairs} pairs and {measured.ties} ties")
+    right = f"{np.mean(c <= 0):.1%}"
+    print(f"reference right (c <= 0): {right}, surely at a loss below log 2 (Prop. 2.6)")
+    print(
+        f"beta = {args.beta}, gamma = {args.gamma}: {np.mean(c > limit):.1%} need a loss below "
+        f"0.01 to flip (c > {limit:.1f}), none with gamma <= {gamma:.3g}"
+    )
+    print(f"IPO, tau = beta: for {stuck:.1%} even loss 0 is a wrong ranking (Prop. A.7)")
+
+    # The pairs of Tables 7 to 9: hardest, easiest, easiest to flip.
+    order = np.argsort(c)
+    wrong = order[c[order] > 0]
+    groups = (("hardest", order[:-4:-1]), ("easiest", order[:3]), ("to flip", wrong[:3]))
+    for title, chosen in groups:
+        texts = []
+        thresholds = loss_threshold(c[chosen], args.beta, args.gamma)
+        for i, x, loss in zip(measured.item[chosen], c[chosen], thresholds):
+            texts.append(f"item {i:.0f} (c {x:.1f}, loss <= {loss:.3g})")
+        print(f"{title:8}" + ", ".join(texts))
+
+
+def show_ideal(line, args):
+    """R* and R~* in percent, as Table 1."""
+    # One column for each beta, then what Table 1 prints of them.
+    head = ""
+    for x in (*args.betas, "min", "median", "max"):
+        head += f"{x:>8}"
+    for name, table in (("R*", line.ideal), ("R~*", line.ideal_tilde)):
+        print(f"\n{name}, gamma down, beta across:{head}")
+        for gamma, values in zip((1.0, *args.gammas), table):
+            print(
+                f"{gamma:28}" + percent([*values, min(values), np.median(values), max(values)], 8)
+            )
+
+
+def percent(values, width=7):
+    return "".join(f"{100 * value:{width}.1f}" for value in values)
+
+
+def show_models(lines):
+    """A row for each model, in percent; a second one for its lists of more than two responses."""
+    head = "R low high R~ low high chance short. R*own lost fixed /wrong Eq.14 R~".split()
+    titles = "".join(f"{title:>7}" for title in head)
+    print("\n" + " " * 50 + titles + "   (exact: then r, rho, tau of R and R~)")
     for line in lines:
-        for kind in [kind for kind in ("", " exact") if "R" + kind in line]:
-            row = [x for f in ("R" + kind, "R~" + kind) for x in (line[f], *line[f + " interval"])]
-            row += [line["chance" + kind], line["shorter" + kind]] + ([
-                *line["R correlations"], *line["R~ correlations"]] if kind else [
-                line["R* own"], *line["calibration"][::3], *line["flips"][1:3],
-                line["flips"][2] / max(sum(line["flips"][2:]), 1e-9), line["R Eq. 14"], line["R~ Eq. 14"]])
-            print(f"{named(line) + kind:50}" + "".join(f"{100 * x:7.1f}" for x in row))
+        measured = line.measured
+        R = measured.R
+        R_tilde = measured.R_tilde
+        # All pairs: accuracies, baselines, and what training did to the reference's ranking.
+        row = [R.accuracy, *R.interval, R_tilde.accuracy, *R_tilde.interval, 0.5, measured.shorter]
+        _, lost, fixed, missed = line.flips
+        of_wrong = fixed / max(fixed + missed, 1e-9)
+        row += [line.ideal_own, lost, fixed, of_wrong, R.with_ties, R_tilde.with_ties]
+        print(f"{short_name(line):50}" + percent(row))
+        # Lists: the whole ranking right, and correlations of ranks.
+        if measured.lists:
+            row = [R.exact, *R.exact_interval, R_tilde.exact, *R_tilde.exact_interval]
+            row += [measured.chance_exact, measured.shorter_exact]
+            row += [*R.correlations, *R_tilde.correlations]
+            print(f"{short_name(line) + ' exact':50}" + percent(row))
 
 
-def plot(out):
-    """From metrics.jsonl: ranking.png (Fig. 1 over Table 1) and, of each policy, flips.png (Fig. 2 and 3)."""
+def write_lines(path, lines):
+    """metrics.jsonl: a JSON object for each line of the table, arrays as lists."""
+    with open(path, "w") as file:
+        for line in lines:
+            file.write(json.dumps(dataclasses.asdict(line), default=np.ndarray.tolist) + "\n")
+
+
+def where(lines):
+    """What a caption must say of where the numbers come from."""
+    if {line.data for line in lines} == {"tiny"}:
+        return "tiny world, not the paper's"
+    return "see config.json"
+
+
+def plot_ranking(out, lines):
+    """figures/ranking.png: Fig. 1 over Table 1, a row for each data set and model."""
     from matplotlib.figure import Figure
-    rows = [json.loads(line) for line in open(out / "metrics.jsonl")]
-    where = "tiny world, not the paper's" if {row["data"] for row in rows} == {"tiny"} else "see config.json"
-    dots = Figure(figsize=(10, 2.5 + len(rows) / 2), layout="constrained").subplots()
-    for y, row in enumerate(rows):
-        for form, color, dy in ("R", "C0", -0.12), ("R~", "C1", 0.12):
-            (low, high), value, ideal = row[form + " interval"], row[form], row[form + "*"][0]
-            dots.plot([min(ideal), np.median(ideal), max(ideal)], [y + dy] * 3, "|-", color=color, alpha=0.5,
-                      label=f"{form}*: min, median, max over beta" * (y == 0))
-            dots.errorbar(value, y + dy, xerr=[[value - low], [high - value]], fmt="o", color=color,
-                          label=f"{form}, 95 % interval" * (y == 0))
-        dots.plot(row["R* own"], y - 0.12, "D", color="C0", mfc="w", label="R* at its own beta" * (y == 0))
-        dots.plot(row["shorter"], y, "kx", label="shorter wins" * (y == 0))
-    dots.axvline(0.5, color="k", lw=0.5)
-    dots.set(xlabel="share of pairs ranked right", yticks=range(len(rows)), ylim=(len(rows) - 0.5, -0.5),
-             yticklabels=[named(row) for row in rows],
-             title=f"Ranking accuracy as in Fig. 1, idealised as in Table 1: {where}")
-    dots.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    dots.figure.savefig(out / "figures" / "ranking.png", dpi=110)
-    if not (policies := [row for row in rows if row["model"] != row["reference"]]):
+
+    figure = Figure(figsize=(10, 2.5 + len(lines) / 2), layout="constrained")
+    axis = figure.subplots()
+    # Two dots a row: what the model does, and bars: what a perfect optimum would do.
+    for y, line in enumerate(lines):
+        forms = (
+            ("R", "C0", y - 0.12, line.measured.R, line.ideal[0]),
+            ("R~", "C1", y + 0.12, line.measured.R_tilde, line.ideal_tilde[0]),
+        )
+        # R and R~ with their intervals, on a bar that shows what the ideal ones could be.
+        for name, color, at, form, ideal in forms:
+            bar = f"{name}*: min, median, max over beta"
+            low, high = form.interval
+            error = [[form.accuracy - low], [high - form.accuracy]]
+            ends = [min(ideal), np.median(ideal), max(ideal)]
+            axis.plot(ends, [at] * 3, "|-", color=color, alpha=0.5, label=bar)
+            point = f"{name}, 95 % interval"
+            axis.errorbar(form.accuracy, at, xerr=error, fmt="o", color=color, label=point)
+        # The ideal of the policy's own loss, and the baseline that reads lengths only.
+        own = "R* at its own beta"
+        axis.plot(line.ideal_own, y - 0.12, "D", color="C0", mfc="w", label=own)
+        axis.plot(line.measured.shorter, y, "kx", label="shorter wins")
+    axis.axvline(0.5, color="k", lw=0.5)
+    axis.set(xlabel="share of pairs ranked right", ylim=(len(lines) - 0.5, -0.5))
+    axis.set(yticks=range(len(lines)), yticklabels=[short_name(line) for line in lines])
+    axis.set(title=f"Ranking accuracy as in Fig. 1, idealised as in Table 1: {where(lines)}")
+
+    # Every row has the same labels: one of each is enough.
+    handles, labels = axis.get_legend_handles_labels()
+    once = dict(zip(labels, handles))
+    axis.legend(once.values(), once.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    figure.savefig(out / "figures" / "ranking.png", dpi=110)
+
+
+def plot_flips(out, lines):
+    """figures/flips.png: of each policy Fig. 2 (shares over training), Fig. 3 (loss and c)."""
+    from matplotlib.figure import Figure
+
+    policies = [line for line in lines if line.model != line.reference]
+    if not policies:
         return
     figure = Figure(figsize=(3.3 * len(policies), 6.5), layout="constrained")
     axes = figure.subplots(2, len(policies), squeeze=False)
-    for (top, bottom), row in zip(axes.T, policies):
-        steps, *shares = zip(*row["curve"])
-        top.stackplot(steps, shares, labels=FLIPS, colors=["C2", "C1", "C0", "C3"], alpha=0.7)
-        top.set(title=named(row), ylabel="share of pairs", ylim=(0, 1), xlabel="optimiser step")
-        if len(steps) == 2:
-            top.set(xticks=steps, xticklabels=["before", "after"], xlabel="training")
-        c, delta = np.array(row["c"]), np.array(row["R delta"])
-        loss = loss_threshold(delta + row["gamma"] * c, row["beta"]).numpy()
-        for right, color, label in (delta >= 0, "C0", "ranked right"), (delta < 0, "C3", "ranked wrong"):
-            bottom.scatter(c[right], loss[right], 8, color, label=label, alpha=0.6)
-        c.sort()
-        bottom.plot(c, loss_threshold(c, row["beta"], row["gamma"]), "k--", label="Theorem 4.1")
-        bottom.set(xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", ylabel="loss, nats", yscale="log")
+    for column, line in enumerate(policies):
+        plot_curve(axes[0, column], line)
+        plot_losses(axes[1, column], line)
     for axis in axes[:, 0]:
         axis.legend(fontsize=8, loc="lower left")
-    figure.suptitle(f"As Fig. 2 (held-out pairs)\nand Fig. 3 (scored pairs)\n({where})", fontsize=9)
+    caption = f"As Fig. 2 (held-out pairs)\nand Fig. 3 (scored pairs)\n({where(lines)})"
+    figure.suptitle(caption, fontsize=9)
     figure.savefig(out / "figures" / "flips.png", dpi=110)
 
 
+def plot_curve(axis, line):
+    """Fig. 2: shares of the pairs kept, lost, fixed and missed over training."""
+    curve = np.array(line.curve)
+    steps = curve[:, 0]
+    colors = ["C2", "C1", "C0", "C3"]
+    axis.stackplot(steps, curve[:, 1:].T, labels=FLIPS, colors=colors, alpha=0.7)
+    axis.set(title=short_name(line), ylabel="share of pairs", ylim=(0, 1), xlabel="optimiser step")
+    if len(steps) == 2:
+        axis.set(xticks=steps, xticklabels=["before", "after"], xlabel="training")
+
+
+def plot_losses(axis, line):
+    """Fig. 3: the loss of each pair against c, below its threshold exactly where R = 1."""
+    # The loss of DPO^gamma from the policy's own log-ratio and the reference's.
+    c = line.c
+    delta = line.measured.R.delta
+    loss = loss_threshold(delta + line.gamma * c, line.beta).numpy()
+    for right, color, label in (
+        (delta >= 0, "C0", "ranked right"),
+        (delta < 0, "C3", "ranked wrong"),
+    ):
+        axis.scatter(c[right], loss[right], 8, color, label=label, alpha=0.6)
+    grid = np.sort(c)
+    threshold = loss_threshold(grid, line.beta, line.gamma)
+    axis.plot(grid, threshold, "k--", label="Theorem 4.1")
+    axis.set(xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", ylabel="loss, nats", yscale="log")
+
+
+def check(args):
+    betas = (args.beta, *args.betas)
+    require(args.betas and all(beta > 0 for beta in betas), "--beta, --betas: above 0")
+    require(0 < args.epsilon < 0.5, "--epsilon: in (0, 0.5)")
+    require(0.5 < args.proportion < 1, "--proportion: in (0.5, 1)")
+    require(args.sample >= 0, "--sample: not below 0")
+
+
+def tiny_runs():
+    """The finished runs on the tiny world in results/, in the order in which they are trained."""
+    # dpo_gamma has a run for each gamma below its folder.
+    found = []
+    for method in ("sft", "dpo", "cal_dpo", "dpo_gamma"):
+        for model in sorted(Path("results", method).glob("**/model")):
+            if run_flags(model.parent).get("data") == "tiny":
+                found.append(str(model.parent))
+    return found
+
+
 def main(args):
-    require(args.betas and all(beta > 0 for beta in (args.beta, *args.betas)), "--beta, --betas: above 0")
-    require(0 < args.epsilon < 0.5 < args.proportion < 1, "--epsilon: in (0, 0.5); --proportion: in (0.5, 1)")
-    require(args.sample >= 0 and args.smoothing >= 0, "--sample, --smoothing: not below 0")
+    check(args)
     setup(args.seed)
-    out, lines = start_run(args, "ranking_accuracy"), []
+    out = start_run(args, "ranking_accuracy")
     (out / "figures").mkdir(exist_ok=True)
-    runs = [str(model.parent) for name in ("sft", "dpo", "cal_dpo", "dpo_gamma")
-            for model in sorted(Path("results", name).glob("**/model"))
-            if json.loads((model.parent / "config.json").read_text()).get("data") == "tiny"]
-    models = [*filter(None, [args.ref_model]), *(args.model or ("tiny", *runs))]
-    flags = {name: json.loads(f.read_text()) for name in models if (f := Path(name, "config.json")).is_file()}
+    models = list(args.model) or ["tiny", *tiny_runs()]
+    if args.ref_model:
+        models.insert(0, args.ref_model)
+
+    # Data sets one after the other; a line for each model on each of them.
+    lines = []
     for data in args.data:
+        # One pass over the responses for each model, then arithmetic.
         items = load_items(data, args)
         scored = {name: score(name, items, out, args) for name in models}
-        shared = sorted(set.intersection(*map(set, scored.values())))  # all models on the same items
         if dist.get_rank() > 0:
             continue
-        new = [measure(items, {i: scored[name][i] for i in shared}, args) for name in scored]
-        c, alpha, ideal = -new[0]["R delta"], new[0]["alpha"], {form: new[0][form] for form in ("R*", "R~*")}
-        for name, line in zip(scored, new):
-            beta, gamma = (flags.get(name, {}).get(k, getattr(args, k)) for k in ("beta", "gamma"))
-            ideal["R* own"] = idealized_ranking_accuracy(-c, alpha, beta, gamma).mean().item()
-            p = torch.sigmoid(torch.as_tensor(beta * (line["R delta"] + gamma * c)))  # BT: y_w beats y_l
-            p, label = (np.concatenate([x, 1 - x]) for x in (p, line["label"]))  # as either of two responses
-            four = [np.mean(((c <= 0) == a) & ((line["R delta"] >= 0) == b)) for a in (1, 0) for b in (1, 0)]
-            run = Path(name, "metrics.jsonl")
-            steps = [json.loads(x) for x in open(run)] if run.is_file() else []
-            curve = [[x["step"], *(x["eval_" + k] for k in FLIPS)] for x in steps if "eval_kept" in x]
-            line.update(ideal, data=data, model=name, reference=models[0], beta=beta, gamma=gamma, c=c,
-                        flips=four, calibration=calibration(label, p),
-                        curve=curve or [[0, np.mean(c <= 0), 0, 0, np.mean(c > 0)], [1, *four]])
-        show(new, args)
+        new = beside_reference(data, scored, items, args)
+        show_theorem(new[0], args)
+        show_ideal(new[0], args)
+        show_models(new)
         lines += new
+
     if lines:
-        (out / "metrics.jsonl").write_text("".join(json.dumps(x, default=list) + "\n" for x in lines))
-        plot(out)
+        write_lines(out / "metrics.jsonl", lines)
+        plot_ranking(out, lines)
+        plot_flips(out, lines)
     return lines
 
 

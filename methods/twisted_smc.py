@@ -3,26 +3,28 @@
 Zhao, Brekelmans, Makhzani, Grosse 2024, https://arxiv.org/abs/2404.17546
 
     target, Eq. 1        sigma(s_{1:T}) = p0(s_{1:T}) phi(s_{1:T}) / Z
-    twisted, Eq. 9       pi_t = p0(s_{1:t}) psi_t(s_{1:t}) / Z_t  for t < T,  pi_T = sigma
-    proposal, Eq. 14-15  q = p0 psi_t / Z^pi_t,  Z^pi_t = sum_v p0(v | s_{1:t-1}) psi_t(s_{1:t-1}, v)
-    weights, Eq. 10, 16  w_t = p0 psi_t / (q psi_{t-1}) = Z^pi_t / psi_{t-1};  at T, phi in place of psi_T
-    estimate, Eq. 8      Z-hat = product over blocks of mean_k prod_t w_t^k,  E Z-hat = Z
+    twisted, Eq. 9       pi_t = p0(s_{1:t}) psi_t(s_{1:t}) / Z_t for t < T, and pi_T = sigma
+    proposal, Eq. 14-15  q = p0 psi_t / Z^pi_t, Z^pi_t = sum_v p0(v | s_{1:t-1}) psi_t(s_{1:t-1}, v)
+    weights, Eq. 10      w_t = p0 psi_t / (q psi_{t-1}), and phi takes the place of psi_T
+    weights, Eq. 16      w_t = Z^pi_t / psi_{t-1} under that proposal
+    estimate, Eq. 8      Z-hat = product over blocks of mean_k prod_t w_t^k, with E Z-hat = Z
     bounds, Eq. 24       E log Z-hat <= log Z <= E log Z-hat with one exact sample retained
 
-    python methods/twisted_smc.py                            tiny world, all six learners, about a minute
-    python methods/twisted_smc.py --world w1                 enumerable world: estimates beside exact values
-    python methods/twisted_smc.py toxicity --learner ctl     a row of the paper's Table 2 (GPU, hub)
+    python methods/twisted_smc.py                          the tiny world, six learners, a minute
+    python methods/twisted_smc.py toxicity --learner ctl   one row of Table 2 (GPU, downloads)
     torchrun --standalone --nproc-per-node 4 methods/twisted_smc.py infilling --learner dpg
 
-Presets: tiny, world | toxicity, sentiment, infilling, infilling-2-1: Tables 2, 3, 4, 8 | toxicity-v1,
-sentiment-v1, infilling-v1, infilling-2-1-v1: with the first release's updates | toxicity-exact,
-sentiment-exact: Tables 9, 10 | toxicity-threshold: Fig. 3 | toxicity-story, sentiment-review: App. H.1.
-Differs from the paper: no resampling after t = 1 under the twist proposal, where all weights are equal;
-losses are means over t where Table 1 sums, as in the released code, whose learning rates need it.
-Differs from the released code: FUDGE continues each exact prefix s_{1:t} itself (--legacy-fudge: s_{1:t-1},
-so that the label of s_t ignores s_t); RL averages q-samples and exact samples; PPO trains its critic, without
-dropout; rejection gives exact samples for every bounded potential, whatever beta; no prefix is sampled twice.
-Tiny world, seed 0: 64 updates bring both KLs below 0.1 nats; rl, with bootstrapped targets, needs hundreds.
+Presets are tiny, which is the default; toxicity, sentiment, infilling and infilling-2-1 for Tables
+2, 3, 4 and 8; toxicity-exact and sentiment-exact for Tables 9 and 10; toxicity-threshold for
+Fig. 3; toxicity-story and sentiment-review for the texts of App. H.1.
+
+Three things differ from the paper. There is no resampling after t = 1 under the twist proposal,
+where all weights are equal. Losses are means over t where Table 1 has sums, as in the released
+code, whose learning rates need it. FUDGE serves every potential with a known bound, as phi / bound.
+
+Four things differ from the released code. FUDGE continues each exact prefix s_{1:t} itself, and not
+s_{1:t-1}, so that the label of s_t depends on s_t. RL averages its two batches. PPO trains its
+critic and has no dropout. Exact samples come from rejection for every bounded potential and beta.
 """
 
 import sys
@@ -37,90 +39,178 @@ LEARNERS = ("ctl", "rl", "sixo", "fudge", "dpg", "ppo")
 
 @dataclass
 class Args:
-    learner: Literal[LEARNERS + ("all", "policy", "none")] = "all"  # policy: evaluate --policy; none: psi = 1
-    potential: str = "tiny:monster"  # class, threshold, reward, infilling, continuation, tiny:..., x.py:name
-    beta: float = 1.0  # phi^beta, Eq. 19: sigma ~ p0 exp(beta r), beta being 1 / DPO's
-    T: int = 8  # tokens generated
-    c: int = 0  # infilling: tokens that follow, on which sigma and the twist are conditioned
-    K: int = 64  # particles per update and prompt, or per condition
-    conditions: int = 1  # infilling, per update: ctl so many of K particles, others conditions * K of one
-    twist: Literal["linear", "mlp", "body", "body-mlp"] = "mlp"  # head on p0's states, or on a trained copy's
-    proposal: Literal["twist", "base"] = "twist"  # of the bounds
-    scheme: Literal["systematic", "stratified", "multinomial"] = "systematic"  # the paper: multinomial
-    tau: float = 2.0  # resample where ESS < tau K: above 1 at every step (the paper), 0 never
-    stop_at_eos: bool = False  # the end token absorbs; the paper draws T tokens whatever they are
-    legacy_fudge: bool = False  # infilling: FUDGE's labels as in the released code
-    train_on_exact: bool = False  # positives are exact samples (Tables 9, 10)
-    world: Literal["", "w1", "w2"] = ""  # an enumerable world instead of the model
-    prompts: tuple[str, ...] = ("\n\nHuman: Tell me a story about a fox in a cave.\n\nAssistant: Fine. "
-                                "Once a fox lived in a cave. It",)  # one or several
-    continuation: str = ""  # what follows: for the potential "continuation", or to --show under "infilling"
-    classifier: str = ""  # sequence classification model of the potentials class, threshold, reward
-    label: int = 0  # its class; a single logit has class 0: sigmoid(-logit) and 1: sigmoid(logit)
-    threshold: float = 0.0  # eta: phi = 1[score < eta] + floor; score: the logit, or logit 1 less logit 0
-    floor: float = 1e-16  # released code
-    policy: str = ""  # a causal LM with the model's tokenizer, evaluated as q
-    exact: int = 200  # exact samples, for upper bounds and KL(sigma | q); 0: none
-    exact_folder: str = ""  # where they are kept and found again; empty: the run folder
-    bound_K: tuple[int, ...] = (8, 32)  # particles of the bounds; the KLs use the last
-    runs: int = 8  # R, runs of each bound, of each process
-    show: int = 0  # weighted samples to print after training
-    seeds: int = 1  # repetitions: seed, seed + 1, ...
+    # What to sample from: sigma ~ p0 phi^beta (Eq. 1; Eq. 19 with phi = exp(r)).
     model: str = "tiny"  # p0: tiny, a local folder or a hub id
-    lrs: tuple[float, ...] = (3e-3, 3e-4, 3e-3, 3e-3, 3e-3, 3e-3)  # Adam, in the order above, or one
-    max_steps: int = 64  # updates
-    eval_every: int = 16  # 0: after 0, 2, 4, 8, ... updates (the paper's epochs)
-    save_every: int = 0  # 0: at the end
+    prompt: str = (  # the text that p0 continues
+        "\n\nHuman: Tell me a story about a fox in a cave."
+        "\n\nAssistant: Fine. Once a fox lived in a cave. It"
+    )
+    T: int = 5  # tokens generated; the end token is a token like others
+    # phi: tiny:monster, tiny:polite, tiny:happy, tiny:reward; class:LABEL, threshold:ETA, reward of
+    # a --classifier; infilling, continuation: p0 of what follows; FILE.py:FUNCTION, a log phi of
+    # yours
+    potential: str = "tiny:monster"
+    beta: float = 1.0  # phi^beta; the inverse of DPO's beta
+    classifier: str = ""  # sequence classification model of the potentials class, threshold, reward
+    c: int = 0  # infilling: the number of tokens that follow, on which sigma is conditioned
+    continuation: str = ""  # the text that follows: for continuation, and to show under infilling
+    # Who learns: one learner, all six, none (psi = 1), or a policy that is evaluated as q.
+    learner: Literal["ctl", "rl", "sixo", "fudge", "dpg", "ppo", "all", "none", "policy"] = "all"
+    policy: str = ""  # for --learner policy: a causal LM with the vocabulary of --model
+    twist: Literal["linear", "mlp", "body", "body-mlp"] = "mlp"  # head on p0 or on a trained copy
+    K: int = 64  # particles of an update, or per condition
+    conditions: int = 1  # infilling: CTL takes so many of K particles, others conditions * K of one
+    train_on_exact: bool = False  # positives are exact samples (Tables 9 and 10)
+    lr: float = 0.0  # Adam's rate for every learner; 0: each its own, from the row --rates
+    rates: str = "tiny"  # a row of the table LR: tiny, toxicity, sentiment, infilling, ...
+    max_steps: int = 128  # updates
+    eval_every: int = 32  # in updates, also saves; 0: after 0, 2, 4, 8, ... (the paper's epochs)
+    # How it is measured (Section 5).
+    proposal: Literal["twist", "base"] = "twist"  # q of the bounds: Eq. 14 or p0
+    scheme: Literal["systematic", "multinomial"] = "systematic"  # of resampling; paper: multinomial
+    tau: float = 2.0  # resample where ESS < tau K: above 1 at every step (the paper), 0 never
+    exact: int = 200  # exact samples, for upper bounds and KL(sigma | q); 0: none
+    exact_samples: str = ""  # their file, made if absent; empty: in the run folder
+    bound_K: tuple[int, ...] = (8, 32)  # particles of the bounds; the KLs use the last
+    runs: int = 8  # runs of each bound
+    seeds: int = 1  # repetitions with seed, seed + 1, ... (the paper's tables: 5)
+    seed: int = 0  # of all random draws
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of p0; twists stay float32
-    seed: int = 0
     out: str = ""  # run folder; empty: results/twisted_smc, with the preset's name if there is one
     resume: bool = False  # continue from the newest checkpoints
     overwrite: bool = False  # delete the run that is in the run folder
 
 
-RATES = (1e-4, 3e-5, 3e-5, 1e-4, 3e-5, 1e-6)
-TOXICITY = Args(  # App. G: prompt, T, K, evaluation; updates and rates: the released code's last commands
-    model="roneneldan/TinyStories-33M", prompts=("Once upon a time, there was a",), T=20, K=100, exact=2000,
-    runs=4, bound_K=(32, 500), scheme="multinomial", classifier="nicholasKluge/ToxicityModel",
-    potential="class", twist="body", lrs=(3e-5, *RATES[1:]), max_steps=2048, eval_every=0)
-SENTIMENT = replace(  # label 0: one star of five
-    TOXICITY, model="gpt2-medium", prompts=("I bought this",), T=10, twist="mlp",
-    classifier="LiYuan/amazon-review-sentiment-analysis", lrs=(1e-4, 1e-4, 1e-4, 1e-3, 1e-4, 1e-5))
-INFILLING = replace(TOXICITY, potential="infilling", T=15, c=10, twist="body-mlp", K=4, conditions=25,
-                    runs=30, lrs=(3e-6, 3e-5, 1e-4, 1e-6, 1e-4, 3e-5), max_steps=5500, eval_every=500)
-TWO_ONE = replace(INFILLING, T=2, c=1, K=10, conditions=10, lrs=(1e-4,) * 5 + (3e-5,), max_steps=8192,
-                  eval_every=0)
+# Learning rates by the learner's name: the released code's last commands.  Its first release had
+# 1e-4 for CTL on toxicity, 4096 updates for toxicity and sentiment, 6000 and 16384 for infilling.
+LR = {
+    "tiny": {"ctl": 3e-3, "rl": 5e-3, "sixo": 3e-3, "fudge": 3e-3, "dpg": 3e-3, "ppo": 1e-3},
+    "toxicity": {"ctl": 3e-5, "rl": 3e-5, "sixo": 3e-5, "fudge": 1e-4, "dpg": 3e-5, "ppo": 1e-6},
+    "toxicity-exact": {
+        "ctl": 1e-4,
+        "rl": 3e-5,
+        "sixo": 3e-5,
+        "fudge": 1e-4,
+        "dpg": 3e-5,
+        "ppo": 1e-6,
+    },
+    "sentiment": {"ctl": 1e-4, "rl": 1e-4, "sixo": 1e-4, "fudge": 1e-3, "dpg": 1e-4, "ppo": 1e-5},
+    "infilling": {"ctl": 3e-6, "rl": 3e-5, "sixo": 1e-4, "fudge": 1e-6, "dpg": 1e-4, "ppo": 3e-5},
+    "infilling-2-1": {
+        "ctl": 1e-4,
+        "rl": 1e-4,
+        "sixo": 1e-4,
+        "fudge": 1e-4,
+        "dpg": 1e-4,
+        "ppo": 3e-5,
+    },
+}
+
+TOXICITY = Args(  # App. G: prompt, T, K and evaluation; updates and rates from the released code
+    model="roneneldan/TinyStories-33M",
+    prompt="Once upon a time, there was a",
+    T=20,
+    potential="class:0",  # a single logit is that of class 1, "not toxic"
+    classifier="nicholasKluge/ToxicityModel",
+    twist="body",
+    K=100,
+    rates="toxicity",
+    max_steps=2048,
+    eval_every=0,
+    scheme="multinomial",
+    exact=2000,
+    bound_K=(32, 500),
+    runs=4,
+)
+SENTIMENT = replace(
+    TOXICITY,
+    model="gpt2-medium",
+    prompt="I bought this",
+    T=10,
+    potential="class:0",  # one star of five
+    classifier="LiYuan/amazon-review-sentiment-analysis",
+    twist="mlp",
+    rates="sentiment",
+)
+INFILLING = replace(
+    TOXICITY,
+    T=15,
+    potential="infilling",
+    classifier="",
+    c=10,
+    twist="body-mlp",
+    K=4,
+    conditions=25,
+    rates="infilling",
+    max_steps=5500,
+    eval_every=500,
+    runs=30,
+)
+INFILLING_2_1 = replace(
+    INFILLING,
+    T=2,
+    c=1,
+    K=10,
+    conditions=10,
+    rates="infilling-2-1",
+    max_steps=8192,
+    eval_every=0,
+)
+TOXICITY_THRESHOLD = replace(
+    TOXICITY,
+    T=10,
+    potential="threshold:-5",
+    twist="mlp",
+    K=1000,
+    lr=1e-4,
+    max_steps=5000,
+    eval_every=500,
+    exact=100,
+    bound_K=(4, 8, 16, 32, 128, 512, 2048),
+    runs=20,
+)
+TOXICITY_STORY = replace(
+    TOXICITY,
+    T=200,
+    beta=10.0,
+    twist="linear",
+    K=32,
+    lr=3e-4,
+    max_steps=2500,
+    eval_every=250,
+    exact=0,
+    bound_K=(8, 32),
+)
+SENTIMENT_REVIEW = replace(SENTIMENT, T=20, beta=1e2, twist="linear", max_steps=16384, exact=0)
 PRESETS = {
     "tiny": Args(),
-    "world": Args(world="w1", conditions=10, lrs=(0.03,) * 6, max_steps=128, eval_every=0, runs=99, exact=99),
-    "toxicity": TOXICITY, "toxicity-v1": replace(TOXICITY, max_steps=4096, lrs=RATES),
-    "toxicity-exact": replace(TOXICITY, max_steps=64, train_on_exact=True, lrs=RATES),
-    "toxicity-threshold": replace(
-        TOXICITY, potential="threshold", threshold=-5.0, T=10, K=1000, twist="mlp", lrs=(1e-4,) * 6, runs=20,
-        max_steps=5000, eval_every=500, exact=100, bound_K=(4, 8, 16, 32, 128, 512, 2048)),
-    "toxicity-story": replace(TOXICITY, T=200, beta=10.0, twist="linear", K=32, lrs=(3e-4,) * 6, exact=0,
-                              max_steps=2500, eval_every=250, bound_K=(8, 32), show=4),
-    "sentiment": SENTIMENT, "sentiment-v1": replace(SENTIMENT, max_steps=4096),
-    "sentiment-exact": replace(SENTIMENT, max_steps=512, train_on_exact=True, lrs=(1e-4,) * 6),
-    "sentiment-review": replace(SENTIMENT, T=20, beta=1e2, twist="linear", max_steps=16384, exact=0, show=4),
-    "infilling": INFILLING, "infilling-v1": replace(INFILLING, max_steps=6000),
-    "infilling-2-1": TWO_ONE, "infilling-2-1-v1": replace(TWO_ONE, max_steps=16384)}
+    "toxicity": TOXICITY,
+    "toxicity-exact": replace(TOXICITY, max_steps=64, train_on_exact=True, rates="toxicity-exact"),
+    "toxicity-threshold": TOXICITY_THRESHOLD,
+    "toxicity-story": TOXICITY_STORY,
+    "sentiment": SENTIMENT,
+    "sentiment-exact": replace(SENTIMENT, max_steps=512, train_on_exact=True, lr=1e-4),
+    "sentiment-review": SENTIMENT_REVIEW,
+    "infilling": INFILLING,
+    "infilling-2-1": INFILLING_2_1,
+}
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    preset = "world" if any(flag.split("=")[0] == "--world" for flag in sys.argv) else "tiny"
-    preset = sys.argv.pop(1) if sys.argv[1:] and not sys.argv[1].startswith("-") else preset
+    preset = "tiny"
+    if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
+        preset = sys.argv.pop(1)
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    name = "twisted_smc" if preset == "tiny" else f"twisted_smc-{preset}"
-    args = tyro.cli(Args, default=replace(PRESETS[preset], out=f"results/{name}"), description=__doc__)
+    folder = "results/twisted_smc"
+    if preset != "tiny":
+        folder = f"{folder}-{preset}"
+    args = tyro.cli(Args, default=replace(PRESETS[preset], out=folder), description=__doc__)
 
 import copy
-import hashlib
 import importlib.util
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
@@ -128,139 +218,325 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: beside this file or one up
-from common import (decode_step, load_checkpoint, load_model, load_tokenizer, log, model_folder, prefill,
-                    reorder, require, sample_tokens, save_checkpoint, setup, start_run, stay_in_place,
-                    stop_requested, tiny_attributes, tiny_reward)
+sys.path.insert(
+    1, str(Path(__file__).resolve().parents[1])
+)  # common.py: beside this file or one up
+# isort: off
+from common import prefill, decode_step, reorder, stay_in_place, sample_tokens  # sampling
+from common import load_model, load_tokenizer, model_folder  # models
+from common import tiny_attributes, tiny_reward  # the tiny world
+from common import load_checkpoint, log, require, say, save_checkpoint  # processes
+from common import setup, start_run, stop_requested  # processes
+
+# isort: on
 
 # ---- Sections 2, 3 and 5: SMC and its bounds
 
 
+@dataclass
+class Step:
+    """One token for each of n particles, and what it weighs; all (n,), logarithms in nats."""
+
+    tokens: torch.Tensor  # s_t
+    log_p: torch.Tensor  # log p0(s_t | s_{1:t-1})
+    log_q: torch.Tensor  # log q(s_t | s_{1:t-1})
+    log_psi: torch.Tensor  # log psi_t(s_{1:t})
+    log_norm: torch.Tensor  # log Z^pi_t(s_{1:t-1}), Eq. 15
+
+
+@dataclass
+class Particles:
+    """What smc returns: N runs of K particles; (N, K, T) goes along each particle's ancestry."""
+
+    tokens: torch.Tensor  # (N, K, T)
+    log_p: torch.Tensor  # (N, K, T), as in Step
+    log_q: torch.Tensor  # (N, K, T)
+    log_psi: torch.Tensor  # (N, K, T)
+    log_norm: torch.Tensor  # (N, K, T)
+    lineage: torch.Tensor  # (N, K, T), the slot that it, or its ancestor, stood in
+    log_phi: torch.Tensor | None = None  # (N, K)
+    log_w: torch.Tensor | None = None  # (N, K), since the last resampling
+    log_Z: torch.Tensor | None = None  # (N,), log Z-hat
+    ess: torch.Tensor | None = None  # (N, T), before resampling
+    o: torch.Tensor | None = None  # (N, c), conditions: this and the next two come from sample()
+    states: torch.Tensor | None = None  # (N, K, T, d), hidden states of p0 before each token
+    z: torch.Tensor | None = None  # (N, K, T, d), hidden states that the twist's head reads
+
+
 def ess(log_w):
-    """Effective sample size 1 / sum_k w_k^2 of log-weights (..., K), in [1, K]; 0 if all are -inf."""
+    """Effective sample size 1 / sum_k w_k^2 of log-weights (..., K): 1 to K; 0 if all are -inf."""
     return (2 * log_w.logsumexp(-1) - (2 * log_w).logsumexp(-1)).exp().nan_to_num(0.0)
 
 
-def resample(log_w, u, scheme="systematic", slot=None):
-    """Ancestors (N, K) of N runs: particle k has K w_k offspring on average.  log_w (N, K), u (N, K + 1).
+def reweigh(log_w, increment):
+    """log_w + increment, but a weight of zero stays zero: its increment may be inf or nan."""
+    return torch.where(log_w == -torch.inf, log_w, log_w + increment)
 
-    slot (N, 1): the retained particle.  It has an offspring for certain, in the slot that is returned beside
-    the ancestors; the others follow the scheme's law given that, as Prop. 5.1 needs.
+
+def resample(log_w, u, scheme="systematic", slot=None):
+    """Draw ancestors for N runs: particle k has K w_k offspring on average.
+
+    log_w (N, K): log-weights.  u (N, K + 1): uniforms.  -> ancestors (N, K), home (N, 1).
+    slot (N, 1): the retained particle.  It has an offspring for certain, in the slot `home`; the
+    others follow the scheme's law given that, as Prop. 5.1 needs.  Without it, home is None.
     """
-    w, K, u, home = log_w.softmax(-1), log_w.shape[1], 1 - u, slot  # u in (0, 1] never hits one with w = 0
-    cdf, grid, shift = w.cumsum(-1), torch.arange(K, device=w.device), u[:, :1]
-    if slot is not None:
-        x = cdf.gather(1, slot) - w.gather(1, slot) * (1 - u[:, K:])  # uniform on the retained one's stretch
-        home = slot if scheme == "multinomial" else (K * x).ceil().long().clamp(1, K) - 1
+    K = log_w.shape[1]
+    w = log_w.softmax(-1)
+    cdf = w.cumsum(-1)
+    u = 1 - u  # in (0, 1]: never hits a particle without weight
+    shift = u[:, :1]
+    home = slot
+
+    if scheme == "systematic" and slot is not None:
+        # Fix one grid point: x is uniform on the stretch of the cdf of the retained particle.
+        x = cdf.gather(1, slot) - w.gather(1, slot) * (1 - u[:, K:])
+        home = (K * x).ceil().long().clamp(1, K) - 1
         shift = K * x - home
-    points = {"multinomial": u[:, :K], "stratified": (grid + u[:, :K]) / K, "systematic": (grid + shift) / K}
-    ancestors = torch.searchsorted(cdf, points[scheme] * cdf[:, -1:]).clamp(max=K - 1)
-    return ancestors if slot is None else ancestors.scatter(1, home, slot), home
+
+    if scheme == "systematic":
+        points = (torch.arange(K, device=w.device) + shift) / K
+    elif scheme == "multinomial":
+        points = u[:, :K]
+    else:
+        raise ValueError(f"unknown resampling scheme {scheme!r}")
+
+    ancestors = torch.searchsorted(cdf, points * cdf[:, -1:]).clamp(max=K - 1)
+    if slot is not None:
+        ancestors = ancestors.scatter(1, home, slot)
+    return ancestors, home
+
+
+def follow(slot, home, parents, moved):
+    """Where the retained particle's offspring stands after stay_in_place has permuted them all.
+
+    slot (N, 1): the retained particle.  home (N, 1): its offspring among `parents` (N, K).
+    moved (N, K): the same offspring, permuted.  The r-th offspring of a particle stays its r-th.
+    """
+    rank = (parents == slot).cumsum(-1).gather(1, home)
+    child = moved == slot
+    return (child & (child.cumsum(-1) == rank)).int().argmax(-1, keepdim=True)
 
 
 def log_sum_exp(x):
-    """(n, V) -> (n,) float64; a few rows at a time stay in the CPU's cache."""
-    return torch.cat([rows.logsumexp(-1) for rows in x.split(8 if x.is_cpu else len(x))]).double()
+    """(n, V) -> (n,) in float64; on a CPU a few rows at a time, which stay in its cache."""
+    rows = len(x)
+    if x.is_cpu:
+        rows = max(8, 2**18 // x.shape[1])
+    return torch.cat([part.logsumexp(-1) for part in x.split(rows)]).double()
 
 
-def smc(scores, log_phi, T, K, N=1, *, proposal="twist", scheme="systematic", tau=2.0, first=None,
-        retained=None, eos=None, draw=sample_tokens, resampler=resample):
-    """Alg. 1, and Alg. 2 with `retained`: N independent runs of twisted SMC with K particles each.
+def pick(x, tokens):
+    """x[i, tokens[i]] in float64.  (n, V), (n,) -> (n,)"""
+    return x.gather(1, tokens[:, None])[:, 0].double()
 
-    scores(last, ancestors) -> logits, log_psi: (N K, V) each, unnormalised log p0(. | s_{1:t-1}) and twists
-        log psi_t(s_{1:t-1}, .), None for psi = 1.  It first reorders its state by `ancestors` (N K,), then
-        appends the tokens `last` (N K,); either is None where there is nothing to do.
-    log_phi(tokens (N, K, T)) -> (N, K), the terminal potential; -inf is allowed.
-    proposal: "twist" (Eq. 14) or "base", q = p0.  tau: a run resamples where ESS < tau K: 0 never (SIS),
-        above 1 at every step.  first: after t = 1 too?  Default: only under "base"; else w_1 is Z^pi_1.
-    retained (N, R, T): tokens forced on the first R particles, -1 leaves one free.  With resampling R must be
-        1, and that particle survives.
-    eos: absorbing end token; a finished particle keeps its slot, its psi and its weight.
-    -> tokens (N, K, T); log_w (N, K) since the last resampling; log_Z (N,); log_phi (N, K); ess (N, T) before
-       resampling; along each particle's ancestry (N, K, T): log_p, log_q, log_psi, lineage (the slot it stood
-       in) and log_norm = log Z^pi_t(s_{1:t-1}).  Weights are float64, in log space throughout.
+
+def propose(logits, log_psi, proposal, forced=None):
+    """Draw s_t of n particles -> Step.
+
+    logits (n, V): log p0(. | s_{1:t-1}), not normalised.  log_psi (n, V), or None for psi = 1.
+    forced (n,): tokens of retained particles, -1 for the others; None: all are free.
     """
-    steps, jumps, ess_of, last, ancestors, log_Z = [], [], [], None, None, 0.0
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # p0, p0 psi_t and q over the vocabulary, none of them normalised.
+    log_p_psi = logits
+    if log_psi is not None:
+        log_p_psi = logits + log_psi
+    log_q = logits  # q = p0
+    if proposal == "twist":
+        log_q = log_p_psi  # Eq. 14
+
+    # The draw gives log q of the token; so the norm of q needs no other pass over the vocabulary.
+    uniforms = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
+    tokens, log_q_of_token = sample_tokens(log_q, uniforms)
+    norm_q = pick(log_q, tokens) - log_q_of_token
+    norm_p = norm_q
+    if log_q is not logits:
+        norm_p = log_sum_exp(logits)
+    norm_p_psi = norm_q
+    if log_q is not log_p_psi:
+        norm_p_psi = log_sum_exp(log_p_psi)
+
+    # Retained particles take their own token, which has its own probability.
+    if forced is not None:
+        tokens = torch.where(forced < 0, tokens, forced)
+    log_psi_of_token = torch.zeros_like(norm_p)
+    if log_psi is not None:
+        log_psi_of_token = pick(log_psi, tokens)
+    return Step(
+        tokens=tokens,
+        log_p=pick(logits, tokens) - norm_p,
+        log_q=pick(log_q, tokens) - norm_q,
+        log_psi=log_psi_of_token,
+        log_norm=norm_p_psi - norm_p,  # Eq. 15
+    )
+
+
+def draw_ancestors(log_w, low, scheme, slot):
+    """Resample the runs that are `low` (N,) -> ancestors (N K,), moved (N, K), slot.
+
+    log_w (N, K): log-weights.  slot (N, 1) or None: the retained particle.
+    ancestors: where each slot continues from, counted over all runs; moved: within its run.
+    Survivors keep their slots, so that only the slots of dead particles are overwritten.
+    """
+    if slot is not None and slot.shape[1] != 1:
+        raise ValueError(
+            "resampling takes one retained particle; for several of them tau must be 0"
+        )
+    N, K = log_w.shape
+    own = torch.arange(K, device=log_w.device).repeat(N, 1)
+    offset = K * torch.arange(N, device=log_w.device)[:, None]
+    uniforms = torch.rand(N, K + 1, dtype=torch.float64, device=log_w.device)
+    parents, home = resample(log_w, uniforms, scheme, slot)
+    parents = torch.where(low[:, None], parents, own)  # elsewhere each particle goes on as it is
+    ancestors = stay_in_place((offset + parents).view(-1))
+    moved = ancestors.view(N, K) - offset
+    if slot is not None:
+        home = torch.where(low[:, None], home, slot)
+        slot = follow(slot, home, parents, moved)
+    return ancestors, moved, slot
+
+
+def log_mean(log_w):
+    """log of the mean weight of each run.  (N, K) -> (N,)"""
+    return log_w.logsumexp(-1) - math.log(log_w.shape[1])
+
+
+def along_ancestry(path, moves, own):
+    """The particles at T with what each one and its ancestors went through -> Particles.
+
+    path: the T Steps.  moves: for every t < T the slots (N, K) that particles came from.
+    own (N, K): their slots at T.
+    """
+    # From the last slots back to the first: where did each particle stand?
+    slots = [own]
+    for moved in reversed(moves):
+        slots.append(moved.gather(1, slots[-1]))
+    slots.reverse()
+    lineage = torch.stack(slots, -1)
+
+    # (N K, T) of the slots, then (N, K, T) of the lineages.
+    shape = lineage.shape
+    tokens = torch.stack([step.tokens for step in path], -1).view(shape)
+    log_p = torch.stack([step.log_p for step in path], -1).view(shape)
+    log_q = torch.stack([step.log_q for step in path], -1).view(shape)
+    psi = torch.stack([step.log_psi for step in path], -1).view(shape)
+    log_norm = torch.stack([step.log_norm for step in path], -1).view(shape)
+    return Particles(
+        tokens=tokens.gather(1, lineage),
+        log_p=log_p.gather(1, lineage),
+        log_q=log_q.gather(1, lineage),
+        log_psi=psi.gather(1, lineage),
+        log_norm=log_norm.gather(1, lineage),
+        lineage=lineage,
+    )
+
+
+def smc(
+    scores, log_phi, T, K, N=1, *, proposal="twist", scheme="systematic", tau=2.0, retained=None
+):
+    """Alg. 1, and Alg. 2 if a particle is retained: N runs of twisted SMC -> Particles.
+
+    scores(last, ancestors) -> logits, log_psi: (N K, V) each, log p0(. | s_{1:t-1}), unnormalised,
+        and log psi_t(s_{1:t-1}, .), None for psi = 1.  It first reorders its state by `ancestors`
+        (N K,), then appends the tokens `last` (N K,); either is None where there is nothing to do.
+    log_phi(tokens (N, K, T)) -> (N, K): the terminal potential; -inf is allowed.
+    proposal: "twist" (Eq. 14) or "base", which is q = p0.
+    tau: a run resamples where ESS < tau K, so never for 0 (SIS) and at every step above 1.
+    retained (N, R, T): tokens forced on the first R particles, -1 leaves one free.  R must be 1
+        where there is resampling, which that particle survives.
+    Weights are float64, and in log space throughout.
+    """
+    if proposal not in ("twist", "base"):
+        raise ValueError(f"unknown proposal {proposal!r}")
+    logits, log_psi = scores(None, None)
+    own = torch.arange(K, device=logits.device).repeat(N, 1)  # (N, K), the slots of each run
+    log_w = torch.zeros(N, K, dtype=torch.float64, device=logits.device)  # of the present block
+    log_Z = log_w.new_zeros(N)
+    psi_before = log_w  # log psi_0 = 0
+    slot = None  # of the retained particles
+    if retained is not None:
+        slot = own[:, : retained.shape[1]]
+    path = []  # a Step for each t
+    moves = []  # for each t < T, the slot that each particle goes on from
+    ess_of = []
+
     for t in range(T):
-        logits, log_psi = scores(last, ancestors)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if t == 0:
-            here = dict(device=logits.device)
-            run, ended = K * torch.arange(N, **here)[:, None], torch.zeros(N * K, dtype=torch.bool, **here)
-            acc = psi_before = torch.zeros(N, K, dtype=torch.float64, **here)
-            slot = None if retained is None else torch.arange(retained.shape[1], **here).repeat(N, 1)
-        if ended.any():  # p0 is 1 on the end token, and psi what it was
-            other = ended[:, None] & (torch.arange(logits.shape[1], **here) != eos)
-            logits = logits.masked_fill(other, -torch.inf)
-            frozen = psi_before.view(-1, 1)
-            log_psi = None if log_psi is None else torch.where(ended[:, None], frozen, log_psi)
-        joint = logits if log_psi is None else logits + log_psi
-        chances = joint if proposal == "twist" else logits
-        tokens, log_q = draw(chances, torch.rand(N * K, dtype=torch.float64, **here))
-        norm_q = chances.gather(1, tokens[:, None])[:, 0].double() - log_q  # log-sum-exp without another pass
+        # Propose: extend every particle by one token, drawn from q (Eq. 14) unless it is retained.
+        forced = None
         if retained is not None:
-            forced, tokens = retained[:, :, t], tokens.view(N, K)
-            tokens = tokens.scatter(1, slot, torch.where(forced < 0, tokens.gather(1, slot), forced)).view(-1)
-        of_token = lambda x, tokens=tokens: x.gather(1, tokens[:, None])[:, 0].double()
-        norm_p = norm_q if chances is logits else log_sum_exp(logits)
-        log_norm = (norm_q if chances is joint else log_sum_exp(joint)) - norm_p  # log Z^pi_t, Eq. 15
-        psi = torch.zeros_like(norm_p) if log_psi is None else of_token(log_psi)
-        log_p, log_q = of_token(logits) - norm_p, of_token(chances) - norm_q
-        log_w = (log_norm if proposal == "twist" else psi).view(N, K) - psi_before  # Eq. 16; Eq. 10 if q = p0
-        acc = torch.where(acc == -torch.inf, acc, acc + log_w)
-        steps.append([x.view(N, K) for x in (tokens, log_p, log_q, psi, log_norm)])
-        psi_before, last, ancestors, jump = psi.view(N, K), tokens, None, torch.arange(K, **here).repeat(N, 1)
-        ended = ended if eos is None else ended | (tokens == eos)
-        ess_of.append(ess(acc))
-        now = (ess_of[-1] < tau * K) & (ess_of[-1] > 0) & (t < T - 1)
-        if now.any() and (t > 0 or (proposal == "base" if first is None else first)):
-            parents, home = resampler(acc, torch.rand(N, K + 1, dtype=torch.float64, **here), scheme, slot)
-            parents = torch.where(now[:, None], parents, jump)
-            ancestors = stay_in_place((run + parents).view(-1))  # survivors keep their slot
-            jump = ancestors.view(N, K) - run
-            if retained is not None:  # the r-th offspring of the retained particle remains the r-th
-                r = (parents == slot).cumsum(-1).gather(1, torch.where(now[:, None], home, slot))
-                slot = ((jump == slot) & ((jump == slot).cumsum(-1) == r)).int().argmax(-1, keepdim=True)
-            log_Z = log_Z + torch.where(now, acc.logsumexp(-1) - math.log(K), 0.0)
-            acc, psi_before = torch.where(now[:, None], 0.0, acc), psi_before.gather(1, jump)
-            last, ended = last[ancestors], ended[ancestors]
-        jumps.append(jump)
-    lineage = [torch.arange(K, **here).repeat(N, 1)]
-    for jump in jumps[-2::-1]:
-        lineage.insert(0, jump.gather(1, lineage[0]))
-    paths = (torch.stack([x.gather(1, at) for x, at in zip(column, lineage)], -1) for column in zip(*steps))
-    S = SimpleNamespace(**dict(zip(("tokens", "log_p", "log_q", "log_psi", "log_norm"), paths)))
-    S.log_phi, S.lineage = log_phi(S.tokens).double(), torch.stack(lineage, -1)
-    S.log_w = torch.where(acc == -torch.inf, acc, acc + S.log_phi - psi_before)  # phi takes psi_T's place
-    S.log_Z = log_Z + S.log_w.logsumexp(-1) - math.log(K)  # Eq. 8
-    S.ess = torch.stack([*ess_of[:-1], ess(S.log_w)], -1)
-    return S
+            forced = torch.full_like(own, -1).scatter(1, slot, retained[:, :, t]).view(-1)
+        step = propose(logits, log_psi, proposal, forced)
+        path.append(step)
+        psi = step.log_psi.view(N, K)
+
+        # Weigh: under the twist proposal w_t does not depend on the token that was drawn.
+        if proposal == "twist":
+            increment = step.log_norm.view(N, K) - psi_before  # Eq. 16
+        else:
+            increment = psi - psi_before  # Eq. 10 with q = p0
+        log_w = reweigh(log_w, increment)
+        ess_of.append(ess(log_w))
+        if t == T - 1:
+            break
+
+        # Resample the runs whose effective sample size is low; there a block ends, its mean weight
+        # becomes a factor of Z-hat (Eq. 8), and weights start again.  Not after t = 1 under the
+        # twist proposal, where w_1 = Z^pi_1 is one number for all particles.
+        last = step.tokens
+        ancestors, moved = None, own
+        low = (ess_of[-1] < tau * K) & (ess_of[-1] > 0)
+        if low.any() and (t > 0 or proposal == "base"):
+            ancestors, moved, slot = draw_ancestors(log_w, low, scheme, slot)
+            log_Z = log_Z + torch.where(low, log_mean(log_w), 0.0)
+            log_w = torch.where(low[:, None], 0.0, log_w)
+            psi = psi.gather(1, moved)
+            last = last[ancestors]
+        moves.append(moved)
+        psi_before = psi
+        logits, log_psi = scores(last, ancestors)
+
+    # At T the true potential takes the place of psi_T (Eq. 10), and the last block ends (Eq. 8).
+    particles = along_ancestry(path, moves, own)
+    particles.log_phi = log_phi(particles.tokens).double()
+    particles.log_w = reweigh(log_w, particles.log_phi - psi)
+    particles.log_Z = log_Z + log_mean(particles.log_w)
+    ess_of[-1] = ess(particles.log_w)
+    particles.ess = torch.stack(ess_of, -1)
+    return particles
 
 
 def log_Z_bounds(run, exact, K):
-    """Stochastic bounds on log Z (Prop. 5.1) of R runs each, {name: (R,)}, and the runs of the lower ones.
+    """Stochastic bounds on log Z (Prop. 5.1, Eq. 24) of R runs with K particles each.
 
-    run(K, N, tau=..., retained=...) calls smc.  exact (R, T): exact samples of sigma (others would void the
-    upper bounds), or the number R: lower bounds only.  smc_*: as `run` resamples; sis_*: never, i.e. IWAE,
-    which for K = 1 is F_q = E_q log w <= log Z <= G_q = E_sigma log w.
+    run(K, N, tau=..., retained=...) calls smc.
+    exact (R, T): exact samples of sigma (others would void the upper bounds); R: lower bounds only.
+    -> {name: (R,)}, and the Particles of the lower bounds, without and with resampling.
+    smc_*: as `run` resamples.  sis_*: never, which is IWAE; for K = 1 these are F_q = E_q log w and
+    G_q = E_sigma log w.
     """
-    R, held = (exact, None) if isinstance(exact, int) else (len(exact), exact[:, None])
-    sis, twisted = run(K, R, tau=0.0), run(K, R)
-    bounds = dict(sis_lower=sis.log_Z, smc_lower=twisted.log_Z)
-    if held is not None:
-        bounds["sis_upper"] = run(K, R, tau=0.0, retained=held).log_Z
-        bounds["smc_upper"] = run(K, R, retained=held).log_Z
+    R = exact if isinstance(exact, int) else len(exact)
+    sis = run(K, R, tau=0.0)
+    twisted = run(K, R)
+    bounds = {"sis_lower": sis.log_Z, "smc_lower": twisted.log_Z}
+    if not isinstance(exact, int):
+        retained = exact[:, None]
+        bounds["sis_upper"] = run(K, R, tau=0.0, retained=retained).log_Z
+        bounds["smc_upper"] = run(K, R, retained=retained).log_Z
     return bounds, sis, twisted
 
 
-# ---- Section 4, Table 1: the learners' losses, means over t.  log psi_t(s_{1:t}) (..., K, T) -> losses (...)
+# ---- Section 4, Table 1: the learners' losses
+
+# Each takes log psi_t(s_{1:t}) or log q(s_t | s_{1:t-1}) of K particles, (..., K, T), and gives the
+# mean over t, (...).
 
 
 def ctl_loss(log_psi, W, log_psi_neg, w_neg):
-    """Contrastive twist learning, Eq. 21-22: sum_t KL(sigma(s_{1:t}) | pi_t); leaves each psi_t a constant.
+    """Contrastive twist learning, Eq. 21-22: sum_t KL(sigma(s_{1:t}) | pi_t).
 
-    W (..., K) ~ p0 phi / q of the whole sequence, for every t; w_neg (..., K, T) ~ p0 psi_t / q of prefixes;
-    both sum to 1 over K.  The value is a surrogate, its gradient that of the KL.
+    W (..., K) ~ p0 phi / q of the whole sequence, for every t.  w_neg (..., K, T) ~ p0 psi_t / q
+    of prefixes.  Both sum to 1 over K.  The value is a surrogate; its gradient is that of the KL.
+    Each psi_t is learned up to a constant.
     """
     positive = (W[..., None].detach() * log_psi).sum(-2)  # E_sigma log psi_t
     negative = (w_neg.detach() * log_psi_neg).sum(-2)  # E_pi_t log psi_t
@@ -273,23 +549,25 @@ def rl_loss(log_psi, targets):
 
 
 def sixo_loss(log_psi, W, log_psi_neg):
-    """Noise contrastive estimation, App. C.3: prefixes of sigma, weighted W (..., K), against p0's."""
+    """Noise contrastive estimation, App. C.3: sigma's prefixes, weighted W (..., K), and p0's."""
     positive = (W[..., None].detach() * F.logsigmoid(log_psi)).sum(-2)
-    return -(positive + F.logsigmoid(-log_psi_neg).mean(-2)).mean(-1)
+    negative = F.logsigmoid(-log_psi_neg).mean(-2)
+    return -(positive + negative).mean(-1)
 
 
 def fudge_loss(logits, phi):
-    """App. C.4: cross-entropy between psi_t = sigmoid(logits) and phi in [0, 1] of a continuation by p0."""
+    """App. C.4: cross-entropy of psi_t = sigmoid(logits) and phi in [0, 1] of p0's continuation."""
     return -(phi * F.logsigmoid(logits) + (1 - phi) * F.logsigmoid(-logits)).mean((-2, -1))
 
 
 def dpg_loss(log_q, W):
-    """App. E.3: KL(sigma | q) but for a constant.  psi_t is free up to c(s_{1:t-1}): no pi_t (Prop. E.2)."""
+    """App. E.3: KL(sigma | q) up to a constant.  psi_t is free up to c(s_{1:t-1}), so it defines a
+    proposal but no target pi_t (Prop. E.2)."""
     return -(W[..., None].detach() * log_q).sum(-2).mean(-1)
 
 
 def gae(rewards, values, lam=0.95):
-    """Generalised advantages (..., T), gamma = 1 -> advantages, returns, whitened advantages."""
+    """Advantages (GAE), gamma = 1.  (..., T) each -> advantages, returns, whitened advantages."""
     advantages = rewards + F.pad(values[..., 1:], (0, 1)) - values
     for t in reversed(range(rewards.shape[-1] - 1)):
         advantages[..., t] += lam * advantages[..., t + 1]
@@ -298,603 +576,1354 @@ def gae(rewards, values, lam=0.95):
 
 
 def ppo_loss(log_q, old_log_q, advantages, values, old_values, returns, clip=0.2, vf=0.1):
-    """App. E.2: clipped policy and value losses; rewards (log phi - log q / p0) / beta give KL(q | sigma)."""
-    ratio, near = (log_q - old_log_q).exp(), old_values + (values - old_values).clamp(-clip, clip)
-    policy = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
+    """App. E.2: clipped policy and value losses.  Rewards (log phi - log q / p0) / beta make it
+    KL(q | sigma)."""
+    ratio = (log_q - old_log_q).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    policy = torch.maximum(-advantages * ratio, -advantages * clipped)
+    near = old_values + (values - old_values).clamp(-clip, clip)
     value = 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
     return (policy + vf * value).mean((-2, -1))
 
 
-class Twist(nn.Module):
-    """App. G.2: log psi_t(s_{1:t-1}, .) of every next token from the hidden state z (..., d) of s_{t-1}.
+# ---- The twist
 
-    layers: 1 (linear) or 3 (MLP).  condition: z is joined by e (..., d), the hidden state of o's last token.
-    body: a trainable transformer; None: z comes from the frozen base model, which runs anyway.  log_sigmoid:
-    FUDGE's psi in (0, 1).  Weights are Xavier normal and biases 0: log psi starts near 0, q near p0.
+
+class Twist(nn.Module):
+    """App. G.2: log psi_t(s_{1:t-1}, .) of every next token from s_{t-1}'s hidden state z (..., d).
+
+    layers: 1 (linear) or 3 (MLP).  condition: z is joined by e (..., d), the hidden state of o's
+    last token.  body: a trainable transformer; without one z comes from the frozen p0, which runs
+    anyway.  log_sigmoid: FUDGE's psi in (0, 1).  Weights are Xavier normal and biases 0: at first
+    psi is near 1, and q near p0.
     """
 
     def __init__(self, d, V, layers=1, condition=False, body=None, log_sigmoid=False):
         super().__init__()
-        self.body, self.condition, self.log_sigmoid, d = body, condition, log_sigmoid, d * (1 + condition)
-        self.layers = nn.ModuleList(nn.Linear(d, V if i == layers - 1 else d) for i in range(layers))
+        self.body = body
+        self.condition = condition
+        self.log_sigmoid = log_sigmoid
+        if condition:
+            d = 2 * d
+        # All layers are square but the last, which has an output for every token.
+        self.layers = nn.ModuleList()
+        for _ in range(layers - 1):
+            self.layers.append(nn.Linear(d, d))
+        self.layers.append(nn.Linear(d, V))
         self.critic = nn.Linear(d, 1)  # PPO's value of s_{1:t-1}
         for layer in [*self.layers, self.critic]:
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, z, e=None, tokens=None, raw=False, critic=False):
-        """-> (..., V), or only the entries of `tokens` (...), which needs no V-sized tensor; raw: logits."""
-        z = (z if e is None else torch.cat([z, e.expand(*z.shape[:-1], -1)], -1)).to(self.critic.weight.dtype)
-        if critic:
-            return self.critic(z)[..., 0]
+    def join(self, z, e):
+        """z (..., d), with e (..., d) beside it under a condition, in the precision of the head."""
+        if e is not None:
+            z = torch.cat([z, e.expand(*z.shape[:-1], -1)], -1)
+        return z.to(self.critic.weight.dtype)
+
+    def features(self, z, e):
+        """What the last layer reads, (..., d)."""
+        z = self.join(z, e)
         for layer in self.layers[:-1]:
             z = layer(z).relu()
+        return z
+
+    def forward(self, z, e=None):
+        """log psi_t(s_{1:t-1}, .), (..., V)"""
+        logits = self.layers[-1](self.features(z, e))
+        if self.log_sigmoid:
+            return F.logsigmoid(logits)
+        return logits
+
+    def logits_of(self, tokens, z, e=None):
+        """The head's output at `tokens` (...) alone, so that no V-sized tensor is made -> (...)"""
         head = self.layers[-1]
-        out = head(z) if tokens is None else (z * head.weight[tokens]).sum(-1) + head.bias[tokens]
-        return F.logsigmoid(out) if self.log_sigmoid and not raw else out
+        return (self.features(z, e) * head.weight[tokens]).sum(-1) + head.bias[tokens]
+
+    def log_psi_of(self, tokens, z, e=None):
+        """log psi_t(s_{1:t}) (...) of the tokens s_t (...)"""
+        logits = self.logits_of(tokens, z, e)
+        if self.log_sigmoid:
+            return F.logsigmoid(logits)
+        return logits
+
+    def value(self, z, e=None):
+        """PPO's estimate (...) of the rewards that are to come after s_{1:t-1}."""
+        return self.critic(self.join(z, e))[..., 0]
 
 
-# ---- Worlds: a target and how to run through it.  V, T, c, B (prompts; case n has prompt n % B), d, eos, and
-#   start(N, K, o, body) -> step(last, ancestors) -> hidden states (N K, d), logits (N K, V) = head(hidden)
-#   log_phi(tokens (N, K, T), o) -> (N, K);  log_bound >= log phi, or None;  floor of phi, or None
-#   conditional: o (N, c) is what follows (infilling, Sec. 3.3); o: the tokens of --continuation
-#   embed(twist, o) -> e or None;  hidden(body, tokens) -> z (N, K, T, d), with gradient into a body
+@dataclass
+class Policy:
+    """A language model q in the twist's place: psi_t(s_{1:t}) = q(s_t | s_{1:t-1}) / p0."""
+
+    body: nn.Module  # a causal LM with p0's vocabulary
 
 
-def markov_world(name):
-    """Enumerable, V = 3.  w1: T = 3, phi a sigmoid; w2: T = 2, o = s_3.  Hidden states are one-hot in
-    (o, prefix), so that a linear twist is a table."""
-    A = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.5, 0.3], [0.25, 0.25, 0.5]], dtype=torch.float64).log()
-    first, c = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log(), int(name == "w2")
-    table = torch.cat([first, A, A.repeat(3, 1)])  # log p0 after each of 1 + 3 + 9 prefixes
+def make_twist(args, learner, world, model):
+    """The twist of args for a learner; None, which means psi = 1, for "none"; else a Policy."""
+    if learner == "none":
+        return None
+    if learner == "policy":
+        ours = load_tokenizer(args.model).get_vocab()
+        same = bool(args.policy) and load_tokenizer(args.policy).get_vocab() == ours
+        problem = (
+            f"--policy {args.policy!r}: name a model with the vocabulary of --model {args.model}"
+        )
+        require(same, problem)
+        return Policy(load_model(args.policy, args.dtype))
+    if learner not in LEARNERS:
+        raise ValueError(f"unknown learner {learner!r}")
 
-    def start(N, K, o=None, body=None):
-        row = torch.zeros(N * K, dtype=torch.long)
-        block = 0 if o is None else 13 * o[:, 0].repeat_interleave(K)
+    # One of four architectures: linear or MLP, on the states of p0 or of a trained copy of p0.
+    if args.twist in ("linear", "body"):
+        layers = 1
+    elif args.twist in ("mlp", "body-mlp"):
+        layers = 3
+    else:
+        raise ValueError(f"unknown twist {args.twist!r}")
+    body = None
+    if args.twist in ("body", "body-mlp"):
+        body = copy.deepcopy(model).float().requires_grad_(True)
+        head = body.get_output_embeddings()
+        if head.weight is not body.get_input_embeddings().weight:
+            head.requires_grad_(False)  # the twist has a head of its own
+    twist = Twist(world.d, world.V, layers, world.conditional, body, learner == "fudge")
+    twist.critic.requires_grad_(learner == "ppo")
+    return twist.to(model.device)
 
-        def step(last, ancestors):
-            nonlocal row
-            row = row if ancestors is None else row[ancestors]
-            row = row if last is None else 3 * row + 1 + last
-            return F.one_hot(block + row, 13 * 3**c).double(), table[row]
-        return step
 
-    def log_phi(s, o):
-        if c:
-            return A[s[..., 1], o]
-        s = s.double()
-        return F.logsigmoid(-1 + s @ s.new_tensor([0.8, -0.6, 1.1]) + 0.5 * (s[..., 0] == s[..., 2]))
+# ---- Potentials of decoded texts
 
-    return SimpleNamespace(
-        V=3, T=3 - c, c=c, B=1, d=13 * 3**c, eos=None, start=start, log_phi=log_phi, log_bound=0.0,
-        floor=None, conditional=c > 0, head=lambda h: h @ table.repeat(3**c, 1), embed=lambda twist, o: None)
+# Each has log_phi(tokens (M, T), texts) -> (M,), and log_bound >= log phi, or None if unbounded.
+
+FLOOR = 1e-16  # of the threshold's phi outside the set, as in the released code
+
+
+class TinyPotential:
+    """(0.98 if the story is polite, happy, has a monster, else 0.02)^beta; reward: exp(beta r)."""
+
+    def __init__(self, what, beta):
+        self.what = what
+        self.beta = beta
+        best = 3.0 if what == "reward" else math.log(0.98)
+        self.log_bound = beta * best
+
+    def log_phi(self, tokens, texts):
+        # What the prompt says does not count, only the story that follows it.
+        values = []
+        for text in texts:
+            story = text.rpartition("Assistant:")[2]
+            if self.what == "reward":
+                value = tiny_reward("", story)
+            else:
+                value = math.log(0.98 if tiny_attributes(story)[self.what] else 0.02)
+            values.append(self.beta * value)
+        return values
+
+
+class FilePotential:
+    """exp(beta f(tokens, texts)) for a user's f; an attribute f.log_bound allows rejection."""
+
+    def __init__(self, path, name, beta):
+        # The file is run as a module, and the function is taken from it.
+        spec = importlib.util.spec_from_file_location("potential", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        require(hasattr(module, name), f"potential {path}:{name}: {path} has no function {name}")
+        self.function = getattr(module, name)
+
+        # Without a bound there is no rejection, so there are no exact samples.
+        self.beta = beta
+        self.log_bound = None
+        if hasattr(self.function, "log_bound"):
+            self.log_bound = beta * self.function.log_bound
+
+    def log_phi(self, tokens, texts):
+        return self.beta * torch.as_tensor(self.function(tokens, texts), dtype=torch.float64)
+
+
+class ClassifierPotential:
+    """What a sequence classification model says of a text.
+
+    class:LABEL is p(label | text)^beta.  reward is exp(beta score), of a single logit.
+    threshold:ETA is 1[score < eta] + floor, whose score is the single logit, or logit 1 less logit
+    0.  A single logit has the classes 0, of sigmoid(-logit), and 1, of sigmoid(logit).
+    """
+
+    def __init__(self, kind, what, classifier, beta, device):
+        from transformers import AutoModelForSequenceClassification
+
+        self.kind = kind
+        self.beta = beta
+        self.device = device
+        self.tokenizer = load_tokenizer(classifier)
+        folder = model_folder(classifier)
+        load = AutoModelForSequenceClassification.from_pretrained
+        judge, info = load(folder, output_loading_info=True)
+        self.judge = judge.to(device).requires_grad_(False)
+        judge.config.pad_token_id = self.tokenizer.pad_token_id
+
+        # Which labels the potential needs, and how large it can be.
+        n = judge.config.num_labels
+        if kind == "class":
+            self.label = int(what)
+            fits = 0 <= self.label < max(2, n)
+            self.log_bound = 0.0
+        elif kind == "threshold":
+            self.eta = float(what)
+            fits = n < 3
+            self.log_bound = math.log1p(FLOOR)
+        elif kind == "reward":
+            fits = n == 1
+            self.log_bound = None
+        else:
+            raise ValueError(f"unknown potential of a classifier {kind!r}")
+        problem = (
+            f"potential {kind}:{what}: {classifier} has {n} labels, {judge.config.id2label}; class "
+            "needs one of them, threshold 1 or 2, reward 1, and all must be trained"
+        )
+        require(fits and not info["missing_keys"], problem)
+
+    def logits(self, texts):
+        """(M, labels), in batches of 256 texts."""
+        parts = []
+        for start in range(0, len(texts), 256):
+            batch = self.tokenizer(
+                texts[start : start + 256],
+                return_tensors="pt",
+                padding=True,
+                truncation=True,
+                max_length=512,
+            )
+            parts.append(self.judge(**batch.to(self.device)).logits.double())
+        return torch.cat(parts)
+
+    def log_phi(self, tokens, texts):
+        # The score is the log odds of class 1.
+        logits = self.logits(texts)
+        single = logits.shape[1] == 1
+        score = logits[:, 0] if single else logits[:, 1] - logits[:, 0]
+        if self.kind == "threshold":
+            return ((score < self.eta) + FLOOR).log()
+        if self.kind == "reward":
+            return self.beta * score
+        if single:
+            return self.beta * F.logsigmoid(score if self.label == 1 else -score)
+        return self.beta * logits.log_softmax(-1)[:, self.label]
+
+
+def text_potential(args, device):
+    """The potential of args, or None for those that p0 itself gives: infilling, continuation."""
+    kind, _, what = args.potential.rpartition(":")
+    if args.potential in ("infilling", "continuation"):
+        return None
+    if kind == "tiny":
+        return TinyPotential(what, args.beta)
+    if kind.endswith(".py"):
+        return FilePotential(kind, what, args.beta)
+    if args.potential == "reward":
+        return ClassifierPotential("reward", "", args.classifier, args.beta, device)
+    if kind in ("class", "threshold"):
+        return ClassifierPotential(kind, what, args.classifier, args.beta, device)
+    raise SystemExit(f"unknown potential {args.potential!r}")
+
+
+# ---- A language model as the world of SMC
+
+
+class Decoder:
+    """n copies of a prompt that a causal LM continues, one token at a time, on its KV cache."""
+
+    def __init__(self, model, prompt, n, room, V):
+        self.model = model
+        self.prompt = prompt  # ids
+        self.n = n
+        self.room = room  # tokens that may follow
+        self.V = V
+        self.cache = None
+
+    def step(self, last=None, ancestors=None):
+        """Reorder by `ancestors` (n,), append `last` (n,) -> states (n, d), next logits (n, V)."""
+        if self.cache is None:
+            self.cache, hidden, logits = prefill(
+                self.model, [self.prompt], self.room, copies=self.n
+            )
+        else:
+            if ancestors is not None:
+                reorder(self.cache, ancestors)
+            hidden, logits = decode_step(self.model, self.cache, last)
+        return hidden.float(), logits[:, : self.V].float()
+
+
+class LMWorld:
+    """p0, a causal LM after a prompt, and a potential phi: the target sigma of Eq. 1.
+
+    V: token ids that are drawn.  T: tokens of a sequence.  c: of a condition or continuation.
+    d: width of a hidden state.  conditional: sigma( . | o) for a condition o (N, c) (Sec. 3.3).
+    log_bound >= log phi, or None.  log_floor: up to it a sequence counts as a miss.
+    """
+
+    def __init__(self, model, tokenizer, args):
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = args.potential
+        self.beta = args.beta
+        self.prompt = tokenizer(args.prompt).input_ids
+        self.V = min(len(tokenizer), len(model.get_output_embeddings().weight))  # no padded rows
+        self.d = model.get_output_embeddings().weight.shape[1]
+        self.T = args.T
+
+        # The potential: of decoded texts, or of what follows under p0.
+        self.of_texts = text_potential(args, model.device)
+        self.conditional = args.potential == "infilling"
+        self.log_bound = 0.0
+        if self.of_texts is not None:
+            self.log_bound = self.of_texts.log_bound
+        self.log_floor = -math.inf
+        if args.potential.startswith("threshold:"):
+            self.log_floor = math.log(2 * FLOOR)
+
+        # The tokens that follow s_{1:T}: c unknown ones, or those of --continuation.
+        self.continuation = []
+        self.c = args.c
+        if args.continuation:
+            self.continuation = tokenizer(args.continuation, add_special_tokens=False).input_ids
+        if self.continuation and not self.conditional:
+            self.c = len(self.continuation)
+        self.check_lengths(args)
+
+    def check_lengths(self, args):
+        """Exit with one line if prompt, sequence and continuation do not fit together."""
+        # A condition to show under infilling is as long as those that are drawn.
+        n = len(self.continuation)
+        wrong = f"--continuation {args.continuation!r} has {n} tokens, but --c is {args.c}"
+        require(not self.conditional or n in (0, self.c), wrong)
+
+        # What the model's context leaves for the prompt.
+        room = self.model.config.max_position_embeddings - self.T - self.c
+        problem = (
+            f"--prompt: has {len(self.prompt)} tokens; with {self.T + self.c} to follow in a "
+            f"context of {self.model.config.max_position_embeddings} it must have 1 to {room}"
+        )
+        require(1 <= len(self.prompt) <= room, problem)
+
+    def decoder(self, n, o=None, body=None):
+        """n slots at the prompt, of p0 or of a twist's body."""
+        return Decoder(body or self.model, self.prompt, n, self.T + self.c, self.V)
+
+    def head(self, hidden):
+        """Next-token logits (..., V) of p0's hidden states (..., d)."""
+        logits = self.model.get_output_embeddings()(hidden.to(self.model.dtype))
+        return logits[..., : self.V].float()
+
+    def after_prompt(self, tokens):
+        """Tokens (N, K, t) -> (N K, P + t), each row with the prompt before it."""
+        tokens = tokens.flatten(0, 1)
+        prompt = torch.tensor(self.prompt, device=tokens.device)
+        return torch.cat([prompt.expand(len(tokens), -1), tokens], -1)
+
+    def hidden(self, body, tokens):
+        """Hidden states of a body before each token, teacher-forced.  (N, K, T) -> (N, K, T, d)"""
+        ids = self.after_prompt(tokens)[:, :-1]
+        states = body.base_model(ids).last_hidden_state[:, -self.T :].float()
+        return states.unflatten(0, tokens.shape[:2])
+
+    def embed(self, twist, o):
+        """e (N, d): the state of the last token of o (N, c), read alone; None without condition."""
+        if not twist.condition:
+            return None
+        body = twist.body or self.model
+        return body.base_model(o).last_hidden_state[:, -1].float()
+
+    def log_phi(self, tokens, o=None):
+        """log phi^beta, (N, K), of sequences (N, K, T), under conditions o (N, c)."""
+        if self.of_texts is not None:
+            values = self.log_phi_of_texts(self.after_prompt(tokens))
+        else:
+            # p0 of what follows: the condition of each run, or the one continuation.
+            if not self.conditional:
+                o = torch.tensor([self.continuation], device=tokens.device).expand(len(tokens), -1)
+            follows = o[:, None].expand(-1, tokens.shape[1], -1)
+            values = self.beta * self.log_p_of_last(torch.cat([tokens, follows], -1))
+        return values.view(tokens.shape[:2])
+
+    def log_phi_of_texts(self, ids):
+        """log phi (M,) of the texts of (M, P + T) ids; exits if the answer is no log phi."""
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        answer = self.of_texts.log_phi(ids[:, -self.T :], texts)
+        values = torch.as_tensor(answer, dtype=torch.float64, device=ids.device)
+        problem = (
+            f"potential {self.name}: gives an array of shape {tuple(values.shape)} for "
+            f"{len(texts)} texts; it must give one number for each"
+        )
+        require(values.shape == (len(texts),), problem)
+
+        # log phi = -inf is a potential of 0; nan and inf are no potentials.
+        wrong = values.isnan() | values.isposinf()
+        if wrong.any():
+            i = wrong.nonzero()[0].item()
+            raise SystemExit(
+                f"potential {self.name}: log phi is {values[i]} for {texts[i]!r}; it must be a "
+                "number below infinity, or -inf, for every text"
+            )
+        return values
+
+    @torch.no_grad()
+    def log_p_of_last(self, tokens):
+        """log p0 (N K,) of the last c tokens of (N, K, T + c) after what is before, 256 at once."""
+        sums = []
+        for ids in self.after_prompt(tokens).split(256):
+            logits = self.model(ids, use_cache=False, logits_to_keep=self.c + 1).logits
+            log_p = logits[:, :-1, : self.V].float().log_softmax(-1)
+            sums.append(log_p.gather(-1, ids[:, -self.c :, None]).sum((1, 2)))
+        return torch.cat(sums)
 
 
 def lm_world(model, tokenizer, args):
-    """A causal LM and the potential args.potential, after one prompt or several of any lengths."""
-    prompts, device, T = [tokenizer(text).input_ids for text in args.prompts], model.device, args.T
-    head, B, phi = model.get_output_embeddings(), len(prompts), potential(args, tokenizer, model.device)
-    V = min(len(tokenizer), len(head.weight))  # ids beyond the tokenizer's are never drawn
-    c, room = len(phi.o or ()) or args.c, model.config.max_position_embeddings
-    for i, n in enumerate(map(len, prompts)):
-        require(0 < n <= room - T - c, f"prompt {i}: has {n} tokens; with {T + c} to follow in a context of "
-                f"{room} it must have 1 to {room - T - c}")
-
-    def start(N, K, o=None, body=None):
-        lm, cache = body or model, None
-
-        def step(last, ancestors):
-            nonlocal cache
-            if cache is None:
-                each = prompts if B == 1 else [prompts[n % B] for n in range(N)]
-                cache, h, logits = prefill(lm, each, T + c, copies=N * K // len(each))
-            else:
-                reorder(cache, ancestors) if ancestors is not None else None
-                h, logits = decode_step(lm, cache, last)
-            return h.float(), logits[:, :V].float()
-        return step
-
-    def each(f, tokens):  # f(ids (n, P + t) of one prompt) -> (n, ...), for tokens (N, K, t) -> (N, K, ...)
-        rows = [torch.cat([torch.tensor(prompt, device=device).expand(*x.shape[:2], -1), x], -1)
-                for prompt, x in zip(prompts, tokens.unflatten(0, (-1, B)).unbind(1))]
-        return torch.stack([f(x.flatten(0, 1)).unflatten(0, x.shape[:2]) for x in rows], 1).flatten(0, 1)
-
-    def of_text(ids):
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        out = torch.as_tensor(phi.of_text(ids[:, -T:], texts), dtype=torch.float64, device=device)
-        require(out.shape == (len(texts),), f"potential {args.potential}: gives an array of shape "
-                f"{tuple(out.shape)} for {len(texts)} texts; it must give one number for each")
-        for i in (out.isnan() | out.isposinf()).nonzero()[:1, 0].tolist():
-            raise SystemExit(f"potential {args.potential}: log phi is {out[i]} for {texts[i]!r}; it must be "
-                             "a number below infinity, or -inf, for every text")
-        return out
-
-    @torch.no_grad()
-    def of_continuation(ids):  # log p0 of the last c ids
-        rows = ids.split(256)
-        logits = (model(x, use_cache=False, logits_to_keep=c + 1).logits[:, :-1, :V].float() for x in rows)
-        log_p = (x.log_softmax(-1).gather(-1, y[:, -c:, None]) for x, y in zip(logits, rows))
-        return torch.cat([x.sum((1, 2)) for x in log_p])
-
-    def log_phi(tokens, o=None):
-        if phi.of_text:
-            return each(of_text, tokens)
-        o = o if phi.conditional else torch.tensor([phi.o], device=device).expand(len(tokens), -1)
-        tokens = torch.cat([tokens, o[:, None].expand(-1, tokens.shape[1], -1)], -1)
-        return args.beta * each(of_continuation, tokens)
-
-    def embed(twist, o):
-        if twist.condition:
-            return (twist.body or model).base_model(o).last_hidden_state[:, -1].float()
-
-    def hidden(body, tokens):
-        return each(lambda ids: body.base_model(ids[:, :-1]).last_hidden_state[:, -T:].float(), tokens)
-
-    return SimpleNamespace(
-        V=V, T=T, c=c, B=B, d=head.weight.shape[1], start=start, log_phi=log_phi, log_bound=phi.log_bound,
-        floor=phi.floor, conditional=phi.conditional, o=phi.o, embed=embed, hidden=hidden,
-        head=lambda h: head(h.to(model.dtype))[..., :V].float(),
-        eos=tokenizer.eos_token_id if args.stop_at_eos else None)
-
-
-def potential(args, tokenizer, device):
-    """-> of_text(tokens (M, T), texts) -> log phi (M,), or None: p0 of what follows; and log_bound, floor, o.
-
-    tiny:monster, :polite, :happy  (0.98 if the story has it, else 0.02)^beta;  tiny:reward  exp(beta r)
-    class  p(label | text)^beta;  threshold  1[score < eta] + floor;  reward  exp(beta score), by --classifier
-    infilling  p0(the next c tokens | s_{1:T}), a condition;  continuation  p0(--continuation | s_{1:T})^beta
-    file.py:function  exp(beta function(tokens, texts)); its attribute log_bound, if any, allows exact samples
-    """
-    name, beta, (kind, _, what) = args.potential, args.beta, args.potential.rpartition(":")
-    out = SimpleNamespace(of_text=None, log_bound=0.0, floor=None, conditional=name == "infilling", o=None)
-    if name in ("infilling", "continuation"):
-        out.o = tokenizer(args.continuation, add_special_tokens=False).input_ids
-        require(out.o or out.conditional, "potential continuation: give its text with --continuation")
-        fits = args.c > 0 and beta == 1 and not args.stop_at_eos and args.conditions % len(args.prompts) == 0
-        require(fits or not out.conditional, f"potential infilling: --c {args.c} must be above 0, --beta 1, "
-                "--conditions a multiple of the number of --prompts, and --stop-at-eos off")
-        require(not args.c or len(out.o) in (0, args.c), f"--continuation {args.continuation!r} has "
-                f"{len(out.o)} tokens, but --c is {args.c}")
-    elif kind == "tiny" and what in ("reward", *tiny_attributes("")):
-        def of_text(_, texts):
-            stories = [text.rpartition("Assistant:")[2] for text in texts]
-            if what == "reward":
-                return [beta * tiny_reward("", story) for story in stories]
-            return [beta * math.log(0.98 if tiny_attributes(story)[what] else 0.02) for story in stories]
-        out.of_text, out.log_bound = of_text, beta * (3.0 if what == "reward" else math.log(0.98))
-    elif kind.endswith(".py"):
-        require(Path(kind).is_file(), f"potential {name}: there is no file {kind}")
-        spec = importlib.util.spec_from_file_location("potential", kind)
-        spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
-        own = getattr(module, what, None)
-        require(own, f"potential {name}: {kind} has no function {what}")
-        out.of_text = lambda tokens, texts: beta * torch.as_tensor(own(tokens, texts), dtype=torch.float64)
-        out.log_bound = beta * own.log_bound if hasattr(own, "log_bound") else None
-    else:
-        require(name in ("class", "threshold", "reward") and args.classifier, f"potential {name}: choose "
-                "infilling, continuation, tiny:..., x.py:name, or class, threshold, reward with --classifier")
-        from transformers import AutoModelForSequenceClassification
-        reader, folder = load_tokenizer(args.classifier), model_folder(args.classifier)
-        judge, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
-        n = judge.to(device).requires_grad_(False).config.num_labels
-        judge.config.pad_token_id = reader.pad_token_id
-        fits = {"class": 0 <= args.label < max(2, n), "threshold": n < 3, "reward": n == 1}[name]
-        require(fits and not info["missing_keys"], f"--label {args.label}: {args.classifier} has {n} labels, "
-                f"{judge.config.id2label}; class needs one of them, threshold 1 or 2, reward 1, all trained")
-
-        def of_text(_, texts):
-            batches = (reader(texts[i:i + 256], return_tensors="pt", padding=True, truncation=True,
-                              max_length=512) for i in range(0, len(texts), 256))
-            logits = torch.cat([judge(**batch.to(device)).logits.double() for batch in batches])
-            score = logits[:, 0] if n == 1 else logits[:, 1] - logits[:, 0]
-            if name == "threshold":
-                return ((score < args.threshold) + args.floor).log()
-            if n == 1:
-                return beta * (score if name == "reward" else F.logsigmoid(score if args.label else -score))
-            return beta * logits.log_softmax(-1)[:, args.label]
-        out.of_text, out.floor = of_text, args.floor if name == "threshold" else None
-        out.log_bound = {"class": 0.0, "threshold": math.log1p(args.floor), "reward": None}[name]
-    return out
+    """The world of a causal LM, its tokenizer, and the prompt and potential of args."""
+    return LMWorld(model, tokenizer, args)
 
 
 # ---- Samples, and the twist on them
 
 
-def sample(world, twist, K, N=1, o=None, T=None, **options):
-    """smc on a world, N runs or one for each row of o (N, c); twist None: psi = 1.  Adds the hidden states
-    (N, K, T, d) of p0 (states) and of the twist's body (z): a head trains on them without another pass."""
-    N, T, own = len(o) if o is not None else N, T or world.T, getattr(twist, "body", None)
-    base, body, states, z = world.start(N, K, o), own and world.start(N, K, o, own), [], []
+class Scores:
+    """p0 and the twist, side by side in N K slots: what smc asks for the next scores."""
 
-    def scores(last, ancestors):
-        h, logits = base(last, ancestors)
-        states.append(h)
-        if twist is None:
+    def __init__(self, world, twist, N, K, o):
+        # p0, and beside it the twist's own body if it has one.
+        self.twist = twist
+        self.base = world.decoder(N * K, o)
+        self.body = None
+        if twist is not None and twist.body is not None:
+            self.body = world.decoder(N * K, o, twist.body)
+
+        # The condition is read once, and then shown to all particles of its run.
+        self.e = None
+        if isinstance(twist, Twist):
+            self.e = world.embed(twist, o)
+        if self.e is not None:
+            self.e = self.e.repeat_interleave(K, 0)
+
+        # What sample() keeps for the learners.
+        self.states = []  # of p0, (N K, d) for each t
+        self.z = []  # of the twist's own body
+
+    def __call__(self, last, ancestors):
+        # Both walk on by one token; a head reads the body's states, or those of p0.
+        hidden, logits = self.base.step(last, ancestors)
+        self.states.append(hidden)
+        if self.body is not None:
+            hidden, body_logits = self.body.step(last, ancestors)
+            self.z.append(hidden)
+
+        # log psi_t of every next token.
+        if self.twist is None:
             return logits, None
-        h, q = body(last, ancestors) if own else (h, None)  # q: log of a policy's, unnormalised
-        z.append(h)
-        return logits, twist(h, e) if isinstance(twist, Twist) else q.log_softmax(-1) - logits.log_softmax(-1)
-
-    log_phi = lambda s: world.log_phi(s, o) if T == world.T else s.new_zeros(s.shape[:2])
-    along = lambda hs: torch.stack([h.view(N, K, -1).take_along_dim(at[..., None], 1)
-                                    for h, at in zip(hs, S.lineage.unbind(-1))], 2)
-    with torch.no_grad():
-        e = world.embed(twist, o) if isinstance(twist, Twist) else None
-        e = e if e is None else e.repeat_interleave(K, 0)
-        S = smc(scores, log_phi, T, K, N, eos=world.eos, **options)
-    S.o, S.states = o, along(states)
-    S.z = along(z) if own else S.states
-    return S
+        if isinstance(self.twist, Policy):
+            return logits, body_logits.log_softmax(-1) - logits.log_softmax(-1)  # log q / p0
+        return logits, self.twist(hidden, self.e)
 
 
-def on_samples(world, twist, S, **options):
-    """The twist on particles, (N, K, T, ...), with gradient, also into its own body if it has one."""
-    e, z = world.embed(twist, S.o), S.z if twist.body is None else world.hidden(twist.body, S.tokens)
-    return twist(z, e if e is None else e[:, None, None], **options)
+class TerminalPotential:
+    """log phi of whole sequences under conditions o; 0 for another length, as BDMC draws."""
+
+    def __init__(self, world, o, T):
+        self.world = world
+        self.o = o
+        self.T = T
+
+    def __call__(self, tokens):
+        if self.T != self.world.T:
+            return tokens.new_zeros(tokens.shape[:2])
+        return self.world.log_phi(tokens, self.o)
 
 
-def log_psi(world, twist, S, raw=False):
-    """log psi_t(s_{1:t}) of particles, (N, K, T), with gradient; a finished one keeps its end token's."""
-    out = on_samples(world, twist, S, tokens=S.tokens, raw=raw)
-    end = (S.tokens == (-1 if world.eos is None else world.eos)).cumsum(-1).eq(0).sum(-1, keepdim=True)
-    return out.gather(-1, torch.arange(world.T, device=out.device).expand_as(out).minimum(end))
+def states_along(states, lineage):
+    """Hidden states of slots, T times (N K, d) -> (N, K, T, d) along each particle's ancestry."""
+    N, K, _ = lineage.shape
+    columns = []
+    for t, hidden in enumerate(states):
+        columns.append(hidden.view(N, K, -1).take_along_dim(lineage[:, :, t, None], 1))
+    return torch.stack(columns, 2)
 
 
-def log_q(world, twist, S):
-    """log q(s_t | s_{1:t-1}) of particles, (N, K, T), with gradient: V-wide, so redone in the backward."""
-    def of(tokens):
-        joint = world.head(S.states) + on_samples(world, twist, S)
-        return joint.log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+@torch.no_grad()
+def sample(world, twist, K, N=1, o=None, T=None, **options):
+    """smc on a world -> Particles: N runs, or one for each row of o (N, c).
 
-    end = S.tokens == (-1 if world.eos is None else world.eos)
-    return checkpoint(of, S.tokens, use_reentrant=False) * (end.cumsum(-1) - end.int() == 0)
-
-
-def learner_loss(learner, world, twist, K, exact=None, o=None, *, beta=1.0, legacy_fudge=False,
-                 scheme="systematic"):
-    """Draw one batch as the learner does, without gradient -> loss(), its mean loss with gradient.
-
-    K particles for each prompt or row of o (N, c); exact (N, n, T): n exact samples of each, or None.
+    twist: a Twist, a Policy, or None for psi = 1.  options: those of smc.  The hidden states of p0
+    (states) and of the twist's body (z) are kept: a head trains on them without another pass.
     """
-    N, given = world.B if o is None else len(o), exact is not None
-    draw = lambda K=K, twist=twist, tau=0.0, **more: sample(
-        world, twist, K, N, o, tau=tau, scheme=scheme, **more)
-    psi = lambda S, raw=False: log_psi(world, twist, S, raw)
-    S = draw(twist=None, proposal="base") if learner in ("sixo", "fudge") else draw()
-    if given and not (learner == "ctl" and world.conditional):
-        P = draw(K=exact.shape[1], retained=exact)
-        W = torch.zeros_like(P.log_w).softmax(-1)
-    else:  # as released: only SIXO's positives, and CTL's that retain an exact sample, are resampled
-        P = draw(tau=2.0, retained=exact) if given or learner == "sixo" else S
-        W = P.log_w.softmax(-1).nan_to_num(0.0)
-    if world.floor is not None:  # particles outside the set say nothing of sigma; with none inside, no update
-        W = W * (P.log_phi > math.log(2 * world.floor))
+    if T is None:
+        T = world.T
+    if o is not None:
+        N = len(o)
+    scores = Scores(world, twist, N, K, o)
+    particles = smc(scores, TerminalPotential(world, o, T), T, K, N, **options)
+    particles.o = o
+    particles.states = states_along(scores.states, particles.lineage)
+    particles.z = particles.states
+    if scores.body is not None:
+        particles.z = states_along(scores.z, particles.lineage)
+    return particles
+
+
+def head_inputs(world, twist, particles):
+    """z (N, K, T, d) and e (N, 1, 1, d) that the twist's head reads, with gradient into a body."""
+    z = particles.z
+    if twist.body is not None:
+        z = world.hidden(twist.body, particles.tokens)
+    e = world.embed(twist, particles.o)
+    if e is not None:
+        e = e[:, None, None]
+    return z, e
+
+
+def log_psi(world, twist, particles):
+    """log psi_t(s_{1:t}) of particles, (N, K, T), with gradient."""
+    z, e = head_inputs(world, twist, particles)
+    return twist.log_psi_of(particles.tokens, z, e)
+
+
+def log_q_in_full(world, twist, particles):
+    """log q(s_t | s_{1:t-1}) of particles, (N, K, T), with gradient; makes (N, K, T, V) tensors."""
+    z, e = head_inputs(world, twist, particles)
+    log_p_psi = world.head(particles.states) + twist(z, e)
+    return log_p_psi.log_softmax(-1).gather(-1, particles.tokens[..., None])[..., 0]
+
+
+def log_q(world, twist, particles):
+    """log q(s_t | s_{1:t-1}) of particles, (N, K, T); nothing V-sized waits for backward()."""
+    return checkpoint(log_q_in_full, world, twist, particles, use_reentrant=False)
+
+
+# ---- One update of a learner: draw a batch without gradient, then its loss
+
+
+@dataclass
+class Batch:
+    """What one update of a learner is made from; N is 1, or the number of conditions."""
+
+    samples: Particles  # K own draws: p0's for SIXO and FUDGE, q's for the others
+    positives: Particles  # particles that stand for sigma; may be the samples again
+    W: torch.Tensor  # (N, K'), weights of the positives, which sum to 1
+    hit: torch.Tensor  # (N,), 1 if some positive has weight, else 0: it says nothing of sigma
+    w_neg: torch.Tensor | None = None  # CTL: (N, K, T), weights of the samples' prefixes under pi_t
+    targets: torch.Tensor | None = (
+        None  # RL, FUDGE: (N, K, T or 1), what the samples' psi should be
+    )
+    positive_targets: torch.Tensor | None = None  # the same for exact positives, if there are any
+    advantages: torch.Tensor | None = None  # PPO: (N, K, T), whitened
+    returns: torch.Tensor | None = None  # PPO: (N, K, T)
+    values: torch.Tensor | None = None  # PPO: (N, K, T), the critic's before the update
+
+
+def draw_positives(learner, world, twist, samples, exact, scheme):
+    """Particles that stand for sigma, and their weights W (N, K'), not yet normalised.
+
+    As in the released code, resampling serves only SIXO's positives and those of conditional CTL,
+    which retain their one exact sample.  exact (N, n, T): exact samples, or None.
+    """
+    N, K, _ = samples.tokens.shape
+    o = samples.o
+
+    # Exact samples count alike; all others by their weight p0 phi / q.
+    if exact is not None and learner == "ctl" and world.conditional:
+        positives = sample(world, twist, K, N, o, scheme=scheme, retained=exact)
+    elif exact is not None:
+        positives = sample(world, twist, exact.shape[1], N, o, tau=0.0, retained=exact)
+        return positives, torch.zeros_like(positives.log_w).softmax(-1)
+    elif learner == "sixo":
+        positives = sample(world, twist, K, N, o, scheme=scheme)
+    else:
+        positives = samples
+    return positives, positives.log_w.softmax(-1).nan_to_num(0.0)
+
+
+def soft_values(particles):
+    """RL's targets (N, K, T), App. C.1.1: log sum_v p0 psi_{t+1} for t < T, log phi for T."""
+    return torch.cat([particles.log_norm[..., 1:], particles.log_phi[..., None]], -1)
+
+
+def fudge_labels(world, exact, o=None):
+    """phi (N, T) of a continuation by p0 of every prefix s_{1:t} of exact samples (N, T)."""
+    # Row t N + n keeps the first t tokens of sample n; -1 leaves the others to p0.
+    N, T = exact.shape
+    prefixes = exact.repeat(T, 1)
+    t = torch.arange(T, device=exact.device)
+    after = t > t.repeat_interleave(N)[:, None]
+    prefixes = prefixes.masked_fill(after, -1)[:, None]
+    if o is not None:
+        o = o.repeat(T, 1)
+    particles = sample(world, None, 1, N * T, o, proposal="base", tau=0.0, retained=prefixes)
+    return particles.log_phi.exp().view(T, N).T
+
+
+def draw_batch(learner, world, twist, K, exact=None, o=None, beta=1.0, scheme="systematic"):
+    """Draw what one update of a learner needs -> Batch.
+
+    K particles for each row of o (N, c), or once.  exact (N, n, T): n exact samples each, or None.
+    """
+    if learner not in LEARNERS:
+        raise ValueError(f"unknown learner {learner!r}")
+    N = 1 if o is None else len(o)
+    if learner in ("sixo", "fudge"):
+        samples = sample(world, None, K, N, o, proposal="base", tau=0.0, scheme=scheme)
+    else:
+        samples = sample(world, twist, K, N, o, tau=0.0, scheme=scheme)
+
+    # Positives outside the set of a threshold, or of weight 0, say nothing of sigma.
+    positives, W = draw_positives(learner, world, twist, samples, exact, scheme)
+    W = W * (positives.log_phi > world.log_floor)
     hit = (W.sum(-1) > 0).double()
     W = W / W.sum(-1, keepdim=True).clamp(min=1e-300)
+    batch = Batch(samples, positives, W, hit)
 
+    # What each learner wants to know of its own samples.
     if learner == "ctl":
-        w_neg = ((S.log_p - S.log_q).cumsum(-1) + S.log_psi).softmax(1)
-        return lambda: (hit * ctl_loss(at_P := psi(P), W, at_P if S is P else psi(S), w_neg)).mean()
-    if learner == "sixo":
-        return lambda: (hit * sixo_loss(psi(P), W, psi(S))).mean()
-    if learner == "dpg":
-        return lambda: (hit * dpg_loss(log_q(world, twist, P), W)).mean()
+        # Prefixes of q, weighted to be those of pi_t (Eq. 9).
+        ratio = (samples.log_p - samples.log_q).cumsum(-1)
+        batch.w_neg = (ratio + samples.log_psi).softmax(1)
+    elif learner == "rl":
+        batch.targets = soft_values(samples)
+        if exact is not None:
+            batch.positive_targets = soft_values(positives)
+    elif learner == "fudge":
+        batch.targets = (samples.log_phi - world.log_bound).exp()[..., None]  # psi is phi / bound
+        if exact is not None and world.conditional:  # half of the loss is on prefixes that matter
+            batch.positive_targets = fudge_labels(world, exact[:, 0], o)[:, None]
+    elif learner == "ppo":
+        # The reward at T is log phi, and log q / p0 is the cost of every token.
+        with torch.no_grad():
+            z, e = head_inputs(world, twist, samples)
+            batch.values = twist.value(z, e).double()
+        terminal = F.pad(samples.log_phi[..., None], (world.T - 1, 0))
+        rewards = (samples.log_p - samples.log_q + terminal) / beta
+        _, batch.returns, batch.advantages = gae(rewards, batch.values)
+    return batch
+
+
+def regression_loss(learner, world, twist, particles, targets):
+    """RL's or FUDGE's loss (N,) of particles with their targets."""
+    z, e = head_inputs(world, twist, particles)
     if learner == "rl":
-        targets = lambda X: torch.cat([X.log_norm[..., 1:], X.log_phi[..., None]], -1)
-        batches = [(X, targets(X)) for X in [S, P][:1 + given]]
-        return lambda: sum(rl_loss(psi(X), y).mean() for X, y in batches) / len(batches)
-    if learner == "fudge":
-        batches = [(S, (S.log_phi - world.log_bound).exp()[..., None])]  # psi may be phi / its bound
-        if given and world.conditional:  # half on prefixes that matter
-            batches.append((P, fudge_labels(world, exact[:, 0], o, legacy_fudge)[:, None]))
-        return lambda: sum(fudge_loss(psi(X, raw=True), phi).mean() for X, phi in batches) / len(batches)
-    critic = lambda: on_samples(world, twist, S, critic=True).double()
-    rewards = (S.log_p - S.log_q + F.pad(S.log_phi[..., None], (world.T - 1, 0))) / beta
-    _, returns, advantages = gae(rewards, values := critic().detach())
-    return lambda: ppo_loss(log_q(world, twist, S), S.log_q, advantages, critic(), values, returns).mean()
+        return rl_loss(twist.log_psi_of(particles.tokens, z, e), targets)
+    return fudge_loss(twist.logits_of(particles.tokens, z, e), targets)
 
 
-def fudge_labels(world, exact, o=None, legacy=False):
-    """phi of a p0-continuation of every prefix s_{1:t} of exact samples, (N, T) -> (N, T); legacy: of
-    s_{1:t-1}, so that the label forgets s_t, and phi(s_{1:T}) itself is never used."""
-    N, T = exact.shape
-    t = torch.arange(T, device=exact.device)
-    free = t >= t.repeat_interleave(N)[:, None] + (0 if legacy else 1)
-    prefixes = exact.repeat(T, 1).masked_fill(free, -1)[:, None]
-    o = None if o is None else o.repeat(T, 1)
-    S = sample(world, None, 1, N * T, o, proposal="base", tau=0.0, retained=prefixes)
-    return S.log_phi.exp().view(T, N).T
+def batch_loss(learner, world, twist, batch):
+    """The learner's loss of a batch, mean over its N conditions, with gradient."""
+    samples = batch.samples
+    positives = batch.positives
+    if learner == "ctl":
+        log_psi_neg = log_psi(world, twist, samples)
+        log_psi_pos = log_psi_neg
+        if positives is not samples:
+            log_psi_pos = log_psi(world, twist, positives)
+        return (batch.hit * ctl_loss(log_psi_pos, batch.W, log_psi_neg, batch.w_neg)).mean()
+    if learner == "sixo":
+        log_psi_pos = log_psi(world, twist, positives)
+        log_psi_neg = log_psi(world, twist, samples)
+        return (batch.hit * sixo_loss(log_psi_pos, batch.W, log_psi_neg)).mean()
+    if learner == "dpg":
+        return (batch.hit * dpg_loss(log_q(world, twist, positives), batch.W)).mean()
+    if learner in ("rl", "fudge"):
+        loss = regression_loss(learner, world, twist, samples, batch.targets).mean()
+        if batch.positive_targets is None:
+            return loss
+        on_exact = regression_loss(learner, world, twist, positives, batch.positive_targets).mean()
+        return (loss + on_exact) / 2
+    if learner == "ppo":
+        z, e = head_inputs(world, twist, samples)
+        values = twist.value(z, e).double()
+        new = log_q(world, twist, samples)
+        old = samples.log_q
+        return ppo_loss(new, old, batch.advantages, values, batch.values, batch.returns).mean()
+    raise ValueError(f"unknown learner {learner!r}")
+
+
+# ---- Exact samples
+
+
+@dataclass
+class Exact:
+    """Exact samples of sigma, each with its condition."""
+
+    tokens: torch.Tensor  # (M, T)
+    o: torch.Tensor | None  # (M, c): infilling, where sample i is from sigma( . | o_i)
 
 
 def exact_samples(world, n, batch=1000, patience=1000):
-    """n exact samples of sigma (n, T), case i after prompt i % B, and their conditions o (n, c) or None.
+    """n exact samples of sigma -> Exact.
 
-    Infilling: T + c tokens of p0, cut in two (BDMC, Sec. 3.3).  Else rejection: kept with chance phi / bound.
+    Infilling: T + c tokens of p0, cut in two (BDMC, Sec. 3.3).  Otherwise rejection: draws of p0
+    are kept with chance phi / bound; exits after `patience` batches for each sample found.
     """
     if world.conditional:
-        s = sample(world, None, 1, n, T=world.T + world.c, proposal="base", tau=0.0).tokens[:, 0]
-        return s.split((world.T, world.c), 1)
-    kept, draws = [[] for _ in range(world.B)], 0
-    while world.B * min(map(len, kept)) < n:
-        S, draws = sample(world, None, batch, world.B, proposal="base", tau=0.0), draws + batch
-        require(S.log_phi.max() <= world.log_bound + 1e-6, "potential: its log_bound is too small")
-        for own, tokens, log_phi in zip(kept, S.tokens, S.log_phi):
-            own += tokens[torch.rand_like(log_phi).log() < log_phi - world.log_bound]
-        found = min(map(len, kept))
-        if draws % (100 * batch) == 0 and found < n:
-            print(f"exact samples: {found} of {n // world.B} after {draws} draws of p0", flush=True)
-        require(draws < patience * batch * (1 + found), f"exact samples: {found} in {draws} draws of p0: phi "
-                "is (nearly) zero everywhere; change it or --beta, or take --exact 0: no upper bounds")
-    return torch.stack([s for group in zip(*kept) for s in group])[:n], None
+        T = world.T + world.c
+        tokens = sample(world, None, 1, n, T=T, proposal="base", tau=0.0).tokens[:, 0]
+        return Exact(tokens[:, : world.T], tokens[:, world.T :])
+
+    # Rejection, in batches.
+    kept = []
+    draws = 0
+    while len(kept) < n:
+        particles = sample(world, None, batch, proposal="base", tau=0.0)
+        draws += batch
+        log_phi = particles.log_phi[0]
+        require(log_phi.max() <= world.log_bound + 1e-6, "potential: its log_bound is too small")
+        accepted = torch.rand_like(log_phi).log() < log_phi - world.log_bound
+        kept.extend(particles.tokens[0, accepted])
+
+        # Say how far it is, and stop if it leads nowhere.
+        if draws % (100 * batch) == 0:
+            print(f"exact samples: {len(kept)} of {n} after {draws} draws of p0", flush=True)
+        problem = (
+            f"exact samples: {len(kept)} in {draws} draws of p0: phi is (nearly) zero everywhere; "
+            "change it or --beta, or take --exact 0: no upper bounds"
+        )
+        require(draws < patience * batch * (1 + len(kept)), problem)
+    return Exact(torch.stack(kept[:n]), None)
 
 
-def enumerate_sequences(world, twist, o=None):
-    """One case of a small world over all V^T sequences: exact log_Z, log_sigma, log_q, log_phi (V^T,), KLs,
-    and for each t the optimal log_psi_star[t] (Prop. 3.2) and log_psi[t], (V^t,)."""
-    V, T = world.V, world.T
-    s = torch.arange(V**T)[:, None] // V ** torch.arange(T - 1, -1, -1) % V
-    S = sample(world, twist, 1, V**T, o if o is None else o.expand(V**T, -1), tau=0.0, retained=s[:, None])
-    log_p, log_q, log_phi = S.log_p[:, 0].sum(-1), S.log_q[:, 0].sum(-1), S.log_phi[:, 0]
-    log_Z, tails = (log_p + log_phi).logsumexp(0), [V ** (T - t) for t in range(1, T + 1)]
-    star = [(log_p + log_phi).view(-1, n).logsumexp(-1) - S.log_p[::n, 0, :t].sum(-1)
-            for t, n in enumerate(tails, 1)]
-    log_sigma, kl = log_p + log_phi - log_Z, lambda a, b: (a.exp() * (a - b)).nan_to_num(0.0).sum().item()
-    return SimpleNamespace(
-        log_Z=log_Z.item(), log_p=log_p, log_q=log_q, log_sigma=log_sigma, log_phi=log_phi, log_psi_star=star,
-        log_psi=[S.log_psi[::n, 0, t] for t, n in enumerate(tails)], kl_prior=kl(log_q, log_p),
-        kl_q_sigma=kl(log_q, log_sigma), kl_sigma_q=kl(log_sigma, log_q))
+def target_of(args):
+    """All that decides sigma, for the file of its exact samples."""
+    names = ["model", "dtype", "prompt", "T", "potential", "beta", "classifier", "c"]
+    if args.potential == "continuation":
+        names.append("continuation")
+    target = {name: getattr(args, name) for name in names}
+    path = Path(args.potential.rpartition(":")[0])
+    if path.suffix == ".py":
+        target["file"] = path.read_text()  # an edited potential is another target
+    return target
 
 
-# ---- Runs
+def read_exact_samples(path, args, world):
+    """Exact samples that an earlier run has written; exits if they are of another target."""
+    try:
+        saved = torch.load(path, "cpu")
+        target = saved["target"]
+        tokens = saved["tokens"]
+        o = saved["o"]
+    except Exception as error:
+        why = (
+            f"{path}: no file of exact samples ({type(error).__name__}); delete it, or name another"
+        )
+        raise SystemExit(why) from None
+
+    # The same target, and samples enough.
+    wanted = target_of(args)
+    changed = [name for name in wanted if target.get(name) != wanted[name]]
+    problem = f"{path}: exact samples of another target, with another {', '.join(changed)}"
+    require(not changed, f"{problem}; name another --exact-samples")
+    few = f"{path}: holds {len(tokens)} exact samples, fewer than --exact {args.exact}; delete it"
+    require(len(tokens) >= args.exact, few)
+    if o is not None:
+        o = o[: args.exact]
+    return Exact(tokens[: args.exact], o)
 
 
-def make_twist(args, learner, world, model):
-    """The twist of args, or the policy in its place (psi_t = q(s_t | s_{1:t-1}) / p0), or None."""
-    if learner == "policy":
-        words, its = (load_tokenizer(name).get_vocab() for name in (args.model, args.policy or args.model))
-        require(args.policy and words == its, f"--policy {args.policy!r}: name a model with the vocabulary "
-                f"of --model {args.model}")
-        return SimpleNamespace(body=load_model(args.policy, args.dtype))
-    if learner == "none":
-        return None
-    body = copy.deepcopy(model).float().requires_grad_(True) if args.twist.startswith("body") else None
-    if body is not None and body.get_output_embeddings().weight is not body.get_input_embeddings().weight:
-        body.get_output_embeddings().requires_grad_(False)  # unused
-    layers = 1 if args.world or not args.twist.endswith("mlp") else 3
-    twist = Twist(world.d, world.V, layers, world.conditional and not args.world, body, learner == "fudge")
-    twist.critic.requires_grad_(learner == "ppo")
-    return twist.double() if args.world else twist.to(model.device)
+def load_exact_samples(args, world, out, device):
+    """Exact samples from --exact-samples; the first process draws and writes them if need be."""
+    path = Path(args.exact_samples or out / "exact_samples.pt")
+    found = [None]
+    if dist.get_rank() == 0 and path.exists():
+        found = [read_exact_samples(path, args, world)]
+    elif dist.get_rank() == 0:
+        # Draw, and write under another name first, so that the file is never half-written.
+        print(f"drawing {args.exact} exact samples: {path}", flush=True)
+        exact = exact_samples(world, args.exact)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contents = {"target": target_of(args), "tokens": exact.tokens.cpu(), "o": None}
+        if exact.o is not None:
+            contents["o"] = exact.o.cpu()
+        partial = Path(f"{path}.tmp")
+        torch.save(contents, partial)
+        partial.replace(path)
+        found = [Exact(contents["tokens"], contents["o"])]
+
+    # The others get them from the first process.
+    dist.broadcast_object_list(found)
+    exact = found[0]
+    exact.tokens = exact.tokens.to(device)
+    if exact.o is not None:
+        exact.o = exact.o.to(device)
+    return exact
+
+
+# ---- Section 5: evaluation
 
 
 def interval(x):
     """Half of the 95 % interval of the mean of independent values (n,); nan for one value."""
-    return 1.96 * x.std().item() / math.sqrt(len(x)) if len(x) > 1 else math.nan
+    if len(x) < 2:
+        return math.nan
+    return 1.96 * x.std().item() / math.sqrt(len(x))
 
 
-def evaluate(args, world, twist, cases, o):
-    """Section 5: bounds on log Z for every K of --bound-K, and both KLs with the last -> {name: value}.
+@dataclass
+class Runs:
+    """Runs of smc on one world with one twist: what log_Z_bounds calls."""
 
-    cases (M, T): exact samples; None: lower bounds only.  Under conditions o (M, c) each case has its log Z.
+    world: object
+    twist: object
+    o: torch.Tensor | None  # (M, c), the conditions of the exact samples; run n takes the n-th
+    proposal: str
+    scheme: str
+    tau: float
+
+    def __call__(self, K, N, tau=None, retained=None, proposal=None):
+        o = self.o
+        if o is not None:
+            o = o[:N]
+        if tau is None:
+            tau = self.tau
+        return sample(
+            self.world,
+            self.twist,
+            K,
+            N,
+            o,
+            proposal=proposal or self.proposal,
+            scheme=self.scheme,
+            tau=tau,
+            retained=retained,
+        )
+
+
+def midpoint(bounds):
+    """log Z (R,) as released: the middle of the tighter of two pairs of bounds, and its gap."""
+    sis_gap = (bounds["sis_upper"] - bounds["sis_lower"]).mean().item()
+    smc_gap = (bounds["smc_upper"] - bounds["smc_lower"]).mean().item()
+    if smc_gap < sis_gap:
+        return (bounds["smc_lower"] + bounds["smc_upper"]) / 2, smc_gap
+    return (bounds["sis_lower"] + bounds["sis_upper"]) / 2, sis_gap
+
+
+def kl_estimates(run, exact, bounds, log_w):
+    """Both KLs of the proposal q to sigma, and log Z, with half widths -> {name: value}.
+
+    bounds {name: (R,)}: those of log_Z_bounds.  log_w (R, K): log p0 phi / q of q's samples.
     """
-    def everywhere(x):  # the rows of all processes
-        dist.all_gather_object(parts := [None] * dist.get_world_size(), x.cpu())
-        return torch.cat(parts)
-    R = args.runs if cases is None else min(args.runs, len(cases))
-    R, own, record = max(world.B, R - R % world.B), o is not None, {}
-    cases, o = (x if x is None else x.roll(-dist.get_rank() * R, 0) for x in (cases, o))  # to each process
-    run = lambda K, N, **options: sample(world, twist, K, N, o[:N] if own else None, **(
-        dict(tau=args.tau, proposal=args.proposal, scheme=args.scheme) | options))
+    conditional = exact.o is not None
+    log_Z, gap = midpoint(bounds)
+    record = {"log_Z": log_Z.mean().item(), "log_Z_ci": interval(log_Z), "gap": gap}
+
+    # KL(sigma | q) from exact samples, each a particle of its own run.
+    M = len(log_Z) if conditional else len(exact.tokens)
+    retained = exact.tokens[:M, None]
+    G_q = run(1, M, tau=0.0, retained=retained, proposal="twist").log_w[:, 0]
+    if conditional:  # every condition has its own log Z, whose error is in the spread
+        kl_q_sigma = log_Z - log_w.mean(1)
+        error = 0.0
+    else:
+        error = interval(log_Z)
+        log_Z = log_Z.mean()
+        kl_q_sigma = (log_Z - log_w).flatten()  # Eq. 23
+    kl_sigma_q = G_q - log_Z  # Eq. 23
+    record["kl_q_sigma"] = kl_q_sigma.mean().item()
+    record["kl_q_sigma_ci"] = math.hypot(interval(kl_q_sigma), error)
+    record["kl_sigma_q"] = kl_sigma_q.mean().item()
+    record["kl_sigma_q_ci"] = math.hypot(interval(kl_sigma_q), error)
+    record["G_q"] = G_q.mean().item()
+    return record
+
+
+def evaluate(args, world, twist, exact):
+    """Bounds on log Z for every K of --bound-K, and both KLs with the last -> {name: value}.
+
+    Without exact samples there are lower bounds only.  Under conditions each has its own log Z.
+    """
+    o = None
+    R = args.runs
+    retained = R
+    if exact is not None:
+        o = exact.o
+        R = min(R, len(exact.tokens))
+        retained = exact.tokens[:R]
+    run = Runs(world, twist, o, args.proposal, args.scheme, args.tau)
+
+    # The bounds (Eq. 24).
+    record = {}
     for K in args.bound_K:
-        bounds, sis, twisted = log_Z_bounds(run, R if cases is None else cases[:R], K)
-        bounds = {name: everywhere(x) for name, x in bounds.items()}
-        for name, x in bounds.items():
-            record |= {f"{name}_{K}": x.mean().item(), f"{name}_{K}_ci": interval(x)}
-    S = sis if args.proposal == "twist" else run(K, R, tau=0.0, proposal="twist")
-    F_q, log_phi, prior = map(everywhere, (S.log_w, S.log_phi, (S.log_q - S.log_p).sum(-1)))  # (R, K) each
-    hits = log_phi > (-math.inf if world.floor is None else math.log(2 * world.floor))
-    require(world.floor is not None or hits.any(), f"potential {args.potential}: zero on all {hits.numel()} "
-            "samples, so log Z-hat = -inf; choose one that p0 reaches")
-    record |= dict(kl_prior=prior.mean().item(), reward=log_phi.mean().item() / args.beta, conditional=own,
-                   hits=hits.double().mean().item(), F_q=F_q.mean().item(),
-                   ess=everywhere(twisted.ess).mean(0).tolist())
-    if cases is None:
-        return record | dict(lower=max(bounds["sis_lower"].mean(), bounds["smc_lower"].mean()).item())
-    gaps = {x: (bounds[f"{x}_upper"] - bounds[f"{x}_lower"]).mean().item() for x in ("sis", "smc")}
-    best = "smc" if gaps["smc"] < gaps["sis"] else "sis"  # as released: log Z is the tighter pair's midpoint
-    middle, M = (bounds[f"{best}_lower"] + bounds[f"{best}_upper"]) / 2, R if own else len(cases)
-    G_q = run(1, M, retained=cases[:M, None], tau=0.0, proposal="twist").log_w[:, 0]
-    G_q, log_Z = (everywhere(G_q), middle) if own else (G_q.cpu(), middle.mean())
-    error = 0.0 if own else interval(middle)
-    kl_q, kl_sigma = log_Z - F_q.mean(1) if own else (log_Z - F_q).flatten(), G_q - log_Z  # Eq. 23
-    return record | dict(
-        kl_q_sigma=kl_q.mean().item(), kl_q_sigma_ci=math.hypot(interval(kl_q), error), G_q=G_q.mean().item(),
-        kl_sigma_q=kl_sigma.mean().item(), kl_sigma_q_ci=math.hypot(interval(kl_sigma), error),
-        log_Z=middle.mean().item(), log_Z_ci=interval(middle), gap=gaps[best])
+        bounds, sis, twisted = log_Z_bounds(run, retained, K)
+        for name, values in bounds.items():
+            record[f"{name}_{K}"] = values.mean().item()
+            record[f"{name}_{K}_ci"] = interval(values)
+    for t, value in enumerate(twisted.ess.mean(0).tolist(), 1):
+        record[f"ess_{t}"] = value
+
+    # Samples of the twist-induced proposal q, without resampling.
+    if args.proposal != "twist":
+        sis = run(args.bound_K[-1], R, tau=0.0, proposal="twist")
+    record["kl_prior"] = (sis.log_q - sis.log_p).sum(-1).mean().item()
+    record["reward"] = sis.log_phi.mean().item() / args.beta
+    record["hits"] = (sis.log_phi > world.log_floor).double().mean().item()
+    record["F_q"] = sis.log_w.mean().item()
+    record["conditional"] = float(o is not None)
+    problem = (
+        f"potential {args.potential}: zero on all {sis.log_phi.numel()} samples, so log Z-hat = "
+        "-inf; choose one that p0 reaches"
+    )
+    require(sis.log_phi.max() > -math.inf, problem)
+
+    if exact is None:
+        record["lower"] = max(bounds["sis_lower"].mean(), bounds["smc_lower"].mean()).item()
+        return record
+    record.update(kl_estimates(run, exact, bounds, sis.log_w))
+    return record
 
 
-def exact_record(world, twist):
-    """exact_log_Z and both exact KLs of an enumerable world, means over o."""
-    conditions = [torch.tensor([[v]]) for v in range(world.V)] if world.conditional else [None]
-    E = [enumerate_sequences(world, twist, o) for o in conditions]
-    share = [math.exp(e.log_Z) if world.conditional else 1.0 for e in E]
-    return {f"exact_{name}": sum(p * getattr(e, name) for p, e in zip(share, E))
-            for name in ("log_Z", "kl_q_sigma", "kl_sigma_q")}
+SHOWN = ("kl_q_sigma", "kl_sigma_q", "log_Z", "gap", "lower", "kl_prior", "reward", "hits")
 
 
-def train(args, learner, seed, world, model, cases, o, out):
-    """One learner, one seed -> its twist; evaluations go to out/metrics.jsonl, in full to out/evaluation."""
-    (out / "evaluation").mkdir(parents=True, exist_ok=True)
+def evaluate_and_log(args, world, twist, exact, out, step):
+    """The first process evaluates; all of them log its record to out/metrics.jsonl."""
+    found = [None]
+    if dist.get_rank() == 0:
+        found = [evaluate(args, world, twist, exact)]
+    dist.broadcast_object_list(found)
+    record = found[0]
+    line = {name: record[name] for name in SHOWN if name in record}  # first, since they are printed
+    line.update(record)
+    log(out, step, **line)
+
+
+# ---- Training
+
+
+def is_due(step, eval_every):
+    """Whether to evaluate after `step` updates: at multiples, or for 0 at 0, 2, 4, 8, ..."""
+    if eval_every:
+        return step % eval_every == 0
+    return step != 1 and step & (step - 1) == 0
+
+
+def update(args, learner, world, twist, exact, optimizer, step):
+    """One update of a learner's twist, of every process's own batch with the mean gradient."""
+    # Exact samples as positives: with every condition that BDMC draws, or if asked for.
+    K = args.K
+    retained = None
+    o = None
+    if world.conditional:
+        conditions = args.conditions
+        if learner != "ctl":
+            conditions = args.conditions * K
+            K = 1
+        fresh = exact_samples(world, conditions)
+        retained = fresh.tokens[:, None]
+        o = fresh.o
+    elif args.train_on_exact:
+        chosen = torch.randint(len(exact.tokens), (K,), device=exact.tokens.device)
+        retained = exact.tokens[chosen][None]
+    batch = draw_batch(learner, world, twist, K, retained, o, args.beta, args.scheme)
+
+    # One step of Adam, with the mean gradient of all processes; PPO uses its batch four times.
+    weights = optimizer.param_groups[0]["params"]
+    epochs = 4 if learner == "ppo" else 1
+    for _ in range(epochs):
+        optimizer.zero_grad()
+        batch_loss(learner, world, twist, batch).backward()
+        for weight in weights:
+            dist.all_reduce(weight.grad)
+            weight.grad /= dist.get_world_size()
+        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights]).item()
+        problem = (
+            f"{learner}, update {step}: the loss or its gradient is not finite; take a smaller "
+            "--lr, and for rl a potential that is nowhere zero"
+        )
+        require(math.isfinite(norm), problem)
+        optimizer.step()
+
+
+def train(args, learner, seed, world, model, exact, out):
+    """One learner with one seed -> its twist; evaluations go to out/metrics.jsonl."""
+    out.mkdir(parents=True, exist_ok=True)
+
+    # All processes begin with the same twist; then each draws its own particles.
     torch.manual_seed(seed)
-    twist, steps = make_twist(args, learner, world, model), args.max_steps if learner in LEARNERS else 0
-    weights = [p for p in twist.parameters() if p.requires_grad] if steps else []
-    optimizer = torch.optim.Adam(weights, lr=(args.lrs * 6)[LEARNERS.index(learner)]) if steps else None
-    torch.manual_seed(1000 * seed + dist.get_rank())  # from here every process draws its own particles
-    step = saved = load_checkpoint(out, twist, optimizer)[0] if args.resume and steps else 0
+    twist = make_twist(args, learner, world, model)
+    torch.manual_seed(1000 * seed + dist.get_rank())
+    updates = 0
+    step = 0
+    optimizer = None
+    if learner in LEARNERS:
+        updates = args.max_steps
+        weights = [weight for weight in twist.parameters() if weight.requires_grad]
+        rate = args.lr
+        if rate == 0:
+            rate = LR[args.rates][learner]
+        optimizer = torch.optim.Adam(weights, lr=rate)
+        if args.resume:
+            step, _ = load_checkpoint(out, twist, optimizer)
+    saved = step
+
     while True:
-        stop = stop_requested() and step < steps
-        if step > saved and (stop or step >= steps or (args.save_every and step % args.save_every == 0)):
-            save_checkpoint(out, saved := step, twist, optimizer)
+        # Save and evaluate; leave between two updates when asked to stop.
+        stop = stop_requested() and step < updates
+        due = step >= updates or is_due(step, args.eval_every)
+        if step > saved and (stop or due):
+            save_checkpoint(out, step, twist, optimizer)
+            saved = step
         if stop:
             sys.exit(143)
-        between = step % args.eval_every if args.eval_every else step == 1 or step & (step - 1)
-        if step >= steps or not between:
-            record = evaluate(args, world, twist, cases, o) | dict(step=step)
-            record |= exact_record(world, twist) if args.world else {}
-            if dist.get_rank() == 0:
-                (out / "evaluation" / f"{step}.json").write_text(json.dumps(record))
-            log(out, step, **{name: record[name] for name in SHOWN if name in record})
-        if step >= steps:
+        if due:
+            evaluate_and_log(args, world, twist, exact, out, step)
+        if step >= updates:
             return twist
-        batch, conditions, K = None, None, args.K
-        if world.conditional:
-            n, K = (args.conditions, K) if learner == "ctl" else (args.conditions * K, 1)
-            batch, conditions = exact_samples(world, n)
-            batch = batch[:, None]
-        elif args.train_on_exact:
-            chosen = torch.randint(len(cases) // world.B, (K,), device=cases.device)
-            batch = cases.unflatten(0, (-1, world.B))[chosen].transpose(0, 1)
-        loss = learner_loss(learner, world, twist, K, batch, conditions, beta=args.beta,
-                            legacy_fudge=args.legacy_fudge, scheme=args.scheme)
-        for _ in range(4 if learner == "ppo" else 1):  # PPO's inner epochs
-            optimizer.zero_grad()
-            loss().backward()
-            for weight in weights:
-                dist.all_reduce(weight.grad)
-                weight.grad /= dist.get_world_size()
-            norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights]).item()
-            require(math.isfinite(norm), f"{learner}, update {step}: the loss or its gradient is not finite; "
-                    "take smaller --lrs, and for rl a potential that is nowhere zero")
-            optimizer.step()
+        update(args, learner, world, twist, exact, optimizer, step)
         step += 1
 
 
-SHOWN = ("kl_q_sigma", "kl_sigma_q", "exact_kl_q_sigma", "exact_kl_sigma_q", "log_Z", "exact_log_Z", "gap",
-         "lower", "kl_prior", "reward", "hits")
+# ---- Texts, table and figure
+
+
+def print_text(args, world, twist):
+    """The heaviest of K samples of q, with its weight: what the learner would have us read."""
+    # Under infilling what follows is --continuation, or drawn like the conditions of training.
+    o = None
+    if world.conditional and world.continuation:
+        o = torch.tensor([world.continuation], device=world.model.device)
+    elif world.conditional:
+        o = exact_samples(world, 1).o
+    particles = sample(world, twist, args.K, o=o, tau=0.0)
+    k = particles.log_w[0].argmax().item()
+    weight = particles.log_w[0].softmax(-1)[k].item()
+    text = world.tokenizer.decode(particles.tokens[0, k])
+    if o is not None:
+        text = f"{text} [{world.tokenizer.decode(o[0])}]"
+    log_phi = particles.log_phi[0, k].item()
+    print(f"heaviest of {args.K}: weight {weight:.3f}, log phi {log_phi:.3f}, {text!r}", flush=True)
+
+
+def read_history(out):
+    """The records of a run's metrics.jsonl, in the order of their updates."""
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def values_over_seeds(name, records, log_Z):
+    """The value of a column for every seed's record; the KLs are taken with one common log Z."""
+    values = []
+    for record in records:
+        if name == "kl_q_sigma" and not record["conditional"]:
+            values.append(log_Z - record["F_q"])
+        elif name == "kl_sigma_q" and not record["conditional"]:
+            values.append(record["G_q"] - log_Z)
+        else:
+            values.append(record[name])
+    return torch.tensor(values)
+
+
+def pretty(name):
+    """A column's title, as the paper writes it."""
+    titles = {"kl_q_sigma": "KL(q ‖ σ)", "kl_sigma_q": "KL(σ ‖ q)", "kl_prior": "KL(q ‖ p0)"}
+    return titles.get(name, name.replace("_", " "))
+
+
+def table_rows(finals, names, log_Z):
+    """Cells of the table, and a warning for each KL below the gap of its bounds on log Z.
+
+    finals: {learner: last records, one for each seed}.  log_Z: the common one of the KLs.
+    """
+    rows, warnings = [], []
+    for learner, records in finals.items():
+        row = [learner]
+        for name in names:
+            # Mean and half of its 95 % interval: over seeds if there are several, else samples.
+            values = values_over_seeds(name, records, log_Z)
+            mean = values.mean().item()
+            width = records[0].get(f"{name}_ci", math.nan)
+            if len(values) > 1:
+                width = interval(values)
+            cell = f"{mean:.3f}"
+            if not math.isnan(width):
+                cell = f"{cell} ± {width:.3f}"
+            row.append(cell)
+            gap = records[0].get("gap", 0.0)
+            if name in ("kl_q_sigma", "kl_sigma_q") and gap > max(0.0, mean):
+                warnings.append(
+                    f"warning, {learner}: {pretty(name)} = {mean:.3f} is less than the gap "
+                    f"{gap:.3f} between the bounds on log Z; a larger --bound-K closes it"
+                )
+        rows.append(row)
+    return rows, warnings
 
 
 def write_table(out, records):
-    """table.md (printed) and table.tex of the last evaluations: mean ± half of the 95 % interval, over seeds
-    if there are several, else samples.  Without conditions log Z is the median midpoint, as released."""
-    first, finals, notes = next(iter(records.values()))[0], {}, []
+    """Print and write table.md: the first evaluation, and the last one of every learner.
+
+    records: {(learner, seed): its evaluations}.
+    """
+    finals = {}
+    middles = []
     for (learner, _), history in records.items():
         finals.setdefault(learner, []).append(history[-1])
-    middles = sorted(h.get("log_Z", 0.0) for hs in finals.values() for h in hs)
-    log_Z, names = middles[len(middles) // 2], [name for name in SHOWN if name in first]
-    pretty = lambda name: name.replace("_", " ").replace("q sigma", "q ‖ σ").replace("sigma q", "σ ‖ q")
-    shared = {"kl_q_sigma": lambda h: log_Z - h["F_q"], "kl_sigma_q": lambda h: h["G_q"] - log_Z}
-    grid = [["q", *map(pretty, names)]]
-    for row, hs in (({"untrained": [first]} if len(history) > 1 else {}) | finals).items():
-        grid.append([row])
-        for name in names:
-            common = name in shared and not first["conditional"]
-            x = torch.tensor([shared[name](h) if common else h[name] for h in hs])
-            width = interval(x) if len(x) > 1 else hs[0].get(name + "_ci", math.nan)
-            grid[-1].append(f"{x.mean():.3f}" + (f" ± {width:.3f}" if width == width else ""))
-            if name in shared and hs[0]["gap"] > max(0.0, x.mean()):
-                notes.append(f"warning, {row}: {pretty(name)} = {x.mean():.3f} is less than the gap "
-                             f"{hs[0]['gap']:.3f} between the bounds on log Z; a larger --bound-K closes it")
-    widths = [max(map(len, column)) for column in zip(*grid)]
-    lines = ["| " + " | ".join(x.ljust(n) for x, n in zip(row, widths)) + " |" for row in grid]
-    lines.insert(1, "|" + "|".join("-" * (n + 2) for n in widths) + "|")
-    print("", *lines, "", *notes, sep="\n")
+        middles.append(history[-1].get("log_Z", 0.0))
+    log_Z = sorted(middles)[len(middles) // 2]  # the median, as released
+    first = next(iter(records.values()))
+    if len(first) > 1:
+        finals = {"untrained": [first[0]], **finals}
+    names = [name for name in SHOWN if name in first[0]]
+    rows, warnings = table_rows(finals, names, log_Z)
+    rows.insert(0, ["q"] + [pretty(name) for name in names])
+
+    # Cells of a column have one width.
+    widths = []
+    for column in range(len(rows[0])):
+        widths.append(max(len(row[column]) for row in rows))
+    lines = []
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
     (out / "table.md").write_text("\n".join(lines) + "\n")
-    rows = "\n".join(" & ".join(row) + r" \\" for row in grid)
-    rows = rows.translate({ord("‖"): r"$\|$", ord("±"): r"$\pm$", ord("σ"): r"$\sigma$"})
-    (out / "table.tex").write_text(f"\\begin{{tabular}}{{l{'r' * len(names)}}}\n{rows}\n\\end{{tabular}}\n")
+    print("", *lines, "", *warnings, sep="\n")
 
 
-def draw_figure(out, records, caption):
-    """figures/twisted_smc.png from the evaluations: KLs, bounds over updates and over K, ESS, frontier."""
-    from matplotlib.figure import Figure
-    figure = Figure((15, 8.5), layout="constrained")
-    figure.suptitle(caption)
-    kl, by_step, by_K, fraction, frontier = figure.subplot_mosaic("abc;de.").values()
-    learners = list(dict.fromkeys(learner for learner, _ in records))
+COLOURS = {"ctl": "C0", "rl": "C1", "sixo": "C2", "fudge": "C3", "dpg": "C4", "ppo": "C5"}
+MARKERS = {"ctl": "o", "rl": "s", "sixo": "D", "fudge": "^", "dpg": "v", "ppo": "P"}
+TITLES = {
+    "kl_q_sigma": "KL(q ‖ σ)",
+    "kl_sigma_q": "KL(σ ‖ q)",
+    "kl_prior": "KL(q ‖ p0)",
+    "reward": "mean log φ / β of q",
+}
+
+
+def style_of(learner, seed, args):
+    """Colour and marker of a learner; its name once, for the legend."""
+    label = learner if seed == args.seed else None
+    return {
+        "color": COLOURS.get(learner, "k"),
+        "marker": MARKERS.get(learner, "*"),
+        "markersize": 5,
+        "linewidth": 1.2,
+        "label": label,
+    }
+
+
+def draw_updates(axis, name, records, args):
+    """A quantity of q against the number of updates, a line for each learner and seed."""
     for (learner, seed), history in records.items():
-        last, style = history[-1], dict(color=f"C{learners.index(learner)}", marker=".", lw=1)
-        Ks = [int(name[10:]) for name in last if name.startswith("smc_lower_") and name[10:].isdigit()]
-        series = lambda name, hs=history: [h.get(name, math.nan) for h in hs]
-        for axis, names in ((kl, ("kl_q_sigma", "kl_sigma_q")),
-                            (by_step, (f"smc_lower_{Ks[-1]}", f"smc_upper_{Ks[-1]}"))):
-            for name, line in zip(names, ("-", "--")):
-                axis.plot(series("step"), series(name), line, **style)
-        for name, line in dict(sis_lower="o-", sis_upper="o--", smc_lower="s-", smc_upper="s--").items():
-            for h, color in ((history[0], "0.7"), (last, "C0")) if learner == learners[0] else ():
-                y, error = ([series(f"{name}_{K}{end}", [h])[0] for K in Ks] for end in ("", "_ci"))
-                by_K.errorbar(Ks, y, error, fmt=line, color=color, ms=4)
-        fraction.plot(range(1, len(last["ess"]) + 1), [x / Ks[-1] for x in last["ess"]], **style)
-        frontier.plot(series("kl_prior"), series("reward"), **style, label=f"{learner}, seed {seed}")
-    kl.set(title="KL(q ‖ σ) solid, KL(σ ‖ q) dashed", xlabel="updates", ylabel="nats", yscale="log")
-    by_step.set(title=f"SMC bounds on log Z, K = {Ks[-1]}, upper dashed", xlabel="updates", ylabel="nats")
-    by_K.set(title=f"as Fig. 3: log Z bounds, {learners[0]} (grey: untrained)\nIWAE round, SMC square",
-             xlabel="K", ylabel="nats", xscale="log", xticks=Ks, xticklabels=Ks)
-    by_K.minorticks_off()
-    fraction.set(title="after training", xlabel="t, tokens", ylabel="ESS before resampling / K", ylim=(0, 1))
-    frontier.set(title="reward against distance", xlabel="KL(q ‖ p0), nats", ylabel="mean log φ / β, nats")
-    figure.legend(*frontier.get_legend_handles_labels(), loc=(0.72, 0.2))
-    for axis in (kl, by_step):
+        steps = [record["step"] for record in history]
+        values = [record[name] for record in history]
+        axis.plot(steps, values, **style_of(learner, seed, args))
+
+    # KLs are compared with 0; the paper's epochs double the updates.
+    axis.set(title=TITLES[name], xlabel="updates", ylabel="nats")
+    if name.startswith("kl"):
+        axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    if args.eval_every == 0:
         axis.set_xscale("symlog", base=2, linthresh=1)
-        axis.set_xlim(0)
-    for axis in (by_step, by_K) if "exact_log_Z" in last else ():
-        axis.axhline(last["exact_log_Z"], color="k", lw=0.8)
+
+
+def draw_bounds(axis, learner, history, args, known):
+    """As Fig. 3: bounds on log Z (Eq. 24) against K, before and after training.
+
+    known: (log Z, half width of its interval) from elsewhere, or None.
+    """
+    for record, color in ((history[0], "0.65"), (history[-1], COLOURS.get(learner, "k"))):
+        for name, line in (
+            ("sis_lower", "o-"),
+            ("sis_upper", "o--"),
+            ("smc_lower", "s-"),
+            ("smc_upper", "s--"),
+        ):
+            if f"{name}_{args.bound_K[0]}" not in record:
+                continue  # no upper bounds without exact samples
+            means = [record[f"{name}_{K}"] for K in args.bound_K]
+            widths = [record[f"{name}_{K}_ci"] for K in args.bound_K]
+            axis.errorbar(
+                args.bound_K, means, widths, fmt=line, color=color, ms=4, capsize=3, lw=1.2
+            )
+
+    # Where log Z really is, if it is known.
+    title = f"log Z bounds, {learner} (grey: untrained)\nupper dashed; IWAE round, SMC square"
+    if known is not None:
+        log_Z, width = known
+        axis.axhspan(log_Z - width, log_Z + width, color="k", alpha=0.2, linewidth=0)
+        axis.axhline(log_Z, color="k", linewidth=1)
+        title = f"{title}; black: log Z"
+    axis.set_xscale("log", base=2)
+    axis.set(title=title, xlabel="K, particles", ylabel="nats")
+    axis.set_xticks(args.bound_K, [str(K) for K in args.bound_K])
+    axis.minorticks_off()
+
+
+def draw_ess(axis, records, args):
+    """Effective sample size of the last evaluation against t."""
+    for (learner, seed), history in records.items():
+        T = range(1, args.T + 1)
+        share = [history[-1][f"ess_{t}"] / args.bound_K[-1] for t in T]
+        axis.plot(T, share, **style_of(learner, seed, args))
+    axis.set(title="after training", xlabel="t, tokens", ylabel="ESS before resampling / K")
+    axis.set_ylim(0, 1.03)
+
+
+def draw_figure(out, records, args):
+    """figures/twisted_smc.png from the evaluations: KLs, bounds on log Z and ESS."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((11, 8.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    (learner, _), history = next(iter(records.items()))
+    names = ("kl_q_sigma", "kl_sigma_q")
+    if "kl_q_sigma" not in history[0]:
+        names = ("kl_prior", "reward")  # without exact samples
+    draw_updates(axes[0, 0], names[0], records, args)
+    draw_updates(axes[0, 1], names[1], records, args)
+    draw_bounds(axes[1, 0], learner, history, args, known_log_Z(args))
+    draw_ess(axes[1, 1], records, args)
+
+    # What it does not show, and one legend for all panels.
+    where = f"model {args.model}"
+    if args.model == "tiny":
+        where = "the built-in tiny world, not the paper's setting"
+    figure.suptitle(f"{args.potential}, {where}; T {args.T}, seed {args.seed}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
     (out / "figures").mkdir(exist_ok=True)
     figure.savefig(out / "figures" / "twisted_smc.png", dpi=100)
 
 
+# log Z of the default target and half of its 95 % interval: the log of the mean of phi over 200,000
+# draws of p0; a test draws fewer.
+TINY_LOG_Z = (-1.2251, 0.0065)
+
+
+def known_log_Z(args):
+    """(log Z, half width) of the default run's target, else None."""
+    if target_of(args) == target_of(PRESETS["tiny"]):
+        return TINY_LOG_Z
+    return None
+
+
+# ---- The run
+
+LEAST = {
+    "T": 1,
+    "K": 1,
+    "conditions": 1,
+    "c": 0,
+    "runs": 1,
+    "seeds": 1,
+    "seed": 0,
+    "exact": 0,
+    "max_steps": 0,
+    "eval_every": 0,
+    "lr": 0,
+    "tau": 0,
+}
+
+
+def check_potential(args):
+    """Exit with one line if --potential and its options do not fit."""
+    name = args.potential
+    kind, _, what = name.rpartition(":")
+    # Each kind needs options of its own.
+    if name == "infilling":
+        fits = args.c > 0 and args.beta == 1 and args.exact > 0
+        problem = f"--c {args.c} must be above 0, --beta 1, and --exact above 0"
+    elif name == "continuation":
+        fits = args.continuation
+        problem = "give its text with --continuation"
+    elif kind == "tiny":
+        fits = what in ("reward", *tiny_attributes(""))
+        problem = f"choose tiny:reward, or one of {', '.join(tiny_attributes(''))} after tiny:"
+    elif kind.endswith(".py"):
+        fits = Path(kind).is_file()
+        problem = f"there is no file {kind}"
+    elif name == "reward":
+        fits = args.classifier
+        problem = "name its --classifier"
+    elif kind in ("class", "threshold"):
+        number = what.removeprefix("-").replace(".", "", 1) if kind == "threshold" else what
+        fits = args.classifier and number.isdecimal()
+        problem = "give a label after class:, a number after threshold:, and a --classifier"
+    else:
+        fits = False
+        problem = (
+            "unknown; choose infilling, continuation, tiny:WHAT, FILE.py:FUNCTION, or class:LABEL, "
+            "threshold:ETA, reward with --classifier"
+        )
+    require(fits, f"potential {name}: {problem}")
+
+
+def check(args):
+    """Exit with one line if an option is out of its range, before anything is loaded or made."""
+    for name, least in LEAST.items():
+        value = getattr(args, name)
+        require(least <= value < math.inf, f"--{name.replace('_', '-')} {value}: at least {least}")
+    require(0 < args.beta < math.inf, f"--beta {args.beta}: must be positive")
+    require(args.bound_K and min(args.bound_K) > 0, "--bound-K: one number or several, at least 1")
+    require(args.rates in LR, f"unknown row of rates {args.rates!r}: choose one of {', '.join(LR)}")
+    known = args.learner in (*LEARNERS, "all", "none", "policy")
+    require(known, f"unknown learner {args.learner!r}: choose one of {', '.join(LEARNERS)}, all")
+    check_potential(args)
+
+    # One particle of a run has weight 1 whatever it is.
+    if args.K == 1 and (args.conditions == 1 or args.learner in ("all", "ctl")):
+        alone = args.learner in ("all", "ctl", "sixo", "dpg")
+        problem = (
+            "--K 1: the weight of one particle is always 1, so nothing is learned; take 2 or more"
+        )
+        require(not alone, problem)
+
+
+def choose_learners(args, world):
+    """The learners of this run; FUDGE and exact samples need a potential with a known bound."""
+    bounded = world.log_bound is not None
+    problem = "fudge and --train-on-exact need a potential with a known log_bound"
+    require(bounded or not (args.train_on_exact or args.learner == "fudge"), problem)
+    require(args.exact or not args.train_on_exact, "--train-on-exact needs --exact above 0")
+    if args.learner != "all":
+        return [args.learner]
+    learners = list(LEARNERS)
+    if not bounded:
+        say("fudge is left out: the potential has no log_bound")
+        learners.remove("fudge")
+    return learners
+
+
 def main(args):
-    learners = LEARNERS if args.learner == "all" else (args.learner,)
-    require(args.beta > 0, f"--beta {args.beta}: must be positive")
-    require(min(args.T, args.K, args.runs, args.seeds, args.conditions, len(args.prompts), len(args.bound_K),
-                *args.bound_K, args.max_steps + 1, args.floor) > 0, "--T, --K, --runs, --seeds, "
-            "--conditions, --prompts, --bound-K: at least 1; --floor above 0; --max-steps at least 0")
-    alone = args.K == 1 and ("ctl" in learners or args.conditions == 1)
-    require(not alone or not {*learners} & {"ctl", "sixo", "dpg"}, "--K 1: the weight of one particle is "
-            "always 1, so nothing is learned; take --K 2 or more")
-    require(len(args.lrs) in (1, 6), "--lrs: one learning rate for all learners, or six, in their order")
-    require(not args.world or args.beta == 1 and args.learner != "policy", "--world: --beta 1, no policy")
-    setup(args.seed)
-    model = None if args.world else load_model(args.model, args.dtype)
-    tokenizer, device = model and load_tokenizer(args.model), model.device if model else "cpu"
-    world = markov_world(args.world) if args.world else lm_world(model, tokenizer, args)
-    learners = [name for name in learners if name != "fudge" or world.log_bound is not None]  # psi is bounded
-    require(learners and (not args.train_on_exact or args.exact and world.log_bound is not None), "fudge and "
-            "--train-on-exact need a potential with a known bound (log_bound), the latter --exact above 0")
-    out, cases, o, records = start_run(args, "twisted_smc"), None, None, {}
-    for x in [*out.glob("*-seed*"), *out.glob("exact-*")] if args.overwrite and dist.get_rank() == 0 else []:
-        shutil.rmtree(x) if x.is_dir() else x.unlink()
-    if world.log_bound is not None and args.exact:  # drawn once for a target, by the first process, and kept
-        names = ("model prompts potential beta T c continuation classifier label threshold floor stop_at_eos "
-                 "world exact dtype").split()
-        own = Path(args.potential.rpartition(":")[0])  # the user's file
-        key = repr([own.suffix == ".py" and own.read_text(), *(getattr(args, name) for name in names)])
-        path = Path(args.exact_folder or out, f"exact-{hashlib.sha256(key.encode()).hexdigest()[:12]}.pt")
-        if dist.get_rank() == 0 and not path.exists():
-            print(f"drawing {args.exact} exact samples: {path}", flush=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.save(exact_samples(world, max(1, args.exact // world.B) * world.B), f"{path}.tmp")
-            Path(f"{path}.tmp").replace(path)
-        dist.broadcast_object_list(found := [torch.load(path, "cpu") if dist.get_rank() == 0 else None])
-        cases, o = (x if x is None else x.to(device) for x in found[0])
-    elif world.conditional:
-        o = exact_samples(world, max(1, args.runs // world.B) * world.B * dist.get_world_size())[1]
-    for seed, learner in ((args.seed + i, learner) for i in range(args.seeds) for learner in learners):
-        print(f"\n{learner}, seed {seed}", flush=True)
-        twist = train(args, learner, seed, world, model, cases, o, run := out / f"{learner}-seed{seed}")
-        files = sorted((run / "evaluation").glob("*.json"), key=lambda path: int(path.stem))
-        records[learner, seed] = [json.loads(path.read_text()) for path in files]
-        if args.show and tokenizer:  # the heaviest of K particles; for infilling under --continuation
-            given = exact_samples(world, world.B)[1] if world.conditional else None
-            given = given.new_tensor([world.o] * world.B) if world.conditional and world.o else given
-            S = sample(world, twist, args.K, world.B, given, tau=0.0)
-            for k in S.log_w[0].argsort(descending=True)[:args.show].tolist():
-                ids = S.tokens[0, k].tolist() + ([] if given is None else given[0].tolist())
-                print(f"weight {S.log_w[0].softmax(-1)[k]:.3f}, log phi {S.log_phi[0, k]:.3f}: "
-                      f"{args.prompts[0] + tokenizer.decode(ids)!r}")
-    if dist.get_rank() == 0:
+    check(args)
+
+    # The target, and who learns to sample from it.
+    device = setup(args.seed)
+    model = load_model(args.model, args.dtype)
+    world = lm_world(model, load_tokenizer(args.model), args)
+    learners = choose_learners(args, world)
+    out = start_run(args, "twisted_smc")
+    first = dist.get_rank() == 0
+
+    # What an earlier run has left there goes with it.
+    if args.overwrite and first:
+        (out / "exact_samples.pt").unlink(missing_ok=True)
+        for old in out.glob("*-seed*"):
+            shutil.rmtree(old)
+
+    # Exact samples, for upper bounds and KL(sigma | q).
+    exact = None
+    if world.log_bound is not None and args.exact > 0:
+        exact = load_exact_samples(args, world, out, device)
+
+    # Train and evaluate every learner, with every seed.
+    records = {}
+    for seed in range(args.seed, args.seed + args.seeds):
+        for learner in learners:
+            say(f"{learner}, seed {seed}")
+            folder = out / f"{learner}-seed{seed}"
+            twist = train(args, learner, seed, world, model, exact, folder)
+            if first:
+                records[learner, seed] = read_history(folder)
+                print_text(args, world, twist)
+
+    # Table and figure.
+    if first:
         write_table(out, records)
-        where = "built-in, not the paper's setting" if args.world or args.model == "tiny" else args.model
-        draw_figure(out, records, f"{args.world or args.potential} ({where}), T {world.T}, seed {args.seed}")
-        print(f"\n{out}: table.md, table.tex, figures/twisted_smc.png")
+        draw_figure(out, records, args)
+        print(f"{out}: table.md, figures/twisted_smc.png")
     return records
 
 

@@ -1,10 +1,12 @@
-"""dpl.py against closed forms, exact optima, and numbers recomputed from the released code's losses and outputs."""
+"""dpl.py against closed forms, exact optima, and numbers from the released losses and outputs."""
 
 import json
 import math
 from pathlib import Path
 
+import dpl
 import pytest
+import released
 import scipy.optimize
 import scipy.special
 import scipy.stats
@@ -13,9 +15,9 @@ import torch.nn.functional as F
 from conftest import ROOT, records, run
 
 import common
-import dpl
 
 torch.manual_seed(0)
+TYPES = ("base", "mean_and_variance", "categorical")
 
 
 def double(x):
@@ -36,8 +38,12 @@ def gradients(loss, *inputs):
 # ---- losses and gradients
 
 
-BASE = [(0, 0, 0.693147180560, -0.5), (1.5, -0.5, 0.126928011043, -0.1192029220), (-2, 3, 5.006715348489, -0.9933071491),
-        (2.453125, 2.375, 0.654847426066, -0.4804786780), (0.3, 10.3, 10.000045398899, -0.9999546021)]
+# fmt: off
+BASE = [  # chosen, rejected, loss, gradient for chosen
+    (0, 0, 0.693147180560, -0.5), (1.5, -0.5, 0.126928011043, -0.1192029220),
+    (-2, 3, 5.006715348489, -0.9933071491), (2.453125, 2.375, 0.654847426066, -0.4804786780),
+    (0.3, 10.3, 10.000045398899, -0.9999546021)]
+# fmt: on
 
 
 def test_base_loss_and_gradient():
@@ -51,76 +57,104 @@ def test_base_loss_and_gradient():
     close(d_chosen[batch, 0] / 3, [-0.0397343073, -0.3311023830, -0.1666666667])
 
 
-MV = [  # chosen, rejected, z, then losses: logistic, probit, logistic_matched; gradients of logistic
-    ((0, 0), (0, 0), 0, 0.693147180560, 0.693147180560, 0.693147180560, (-1.2785551905, 0), (1.2785551905, 0)),
-    ((1, 0), (0, 0), 1.0201394466, 0.074669941489, 0.167036371297, 0.179266961729,
+# fmt: off
+MV = [  # chosen, rejected, z, then losses: logistic, probit; gradients of logistic
+    ((0, 0), (0, 0), 0, 0.693147180560, 0.693147180560, (-1.2785551905, 0), (1.2785551905, 0)),
+    ((1, 0), (0, 0), 1.0201394466, 0.074669941489, 0.167036371297,
      (-0.1839847401, 0.0663584680), (0.1839847401, 0.0663584680)),
-    ((0, 1), (1, -1), -0.7406819874, 2.001753668182, 1.472100028738, 1.449445365048,
+    ((0, 1), (1, -1), -0.7406819874, 2.001753668182, 1.472100028738,
      (-1.6057892249, -0.8457763910), (1.6057892249, -0.0742193394)),
-    ((0.265625, -1.9765625), (0.46484375, -1.75), -0.9662726429, 2.507103985470, 1.790037637987, 1.735838988824,
+    ((0.265625, -1.9765625), (0.46484375, -1.75), -0.9662726429, 2.507103985470, 1.790037637987,
      (-11.1670049259, -0.8263342983), (11.1670049259, -1.2414637262)),
-    ((0.240234375, -1.71875), (-0.0922851562, -1.6171875), 1.3578500085, 0.032711597266, 0.091299439211,
-     0.108443413879, (-0.3294143049, 0.0457950568), (0.3294143049, 0.0547559864)),
-    ((-3, -4), (2, -5), -258.3657484298, 647.626890210289, 33382.903310564288, 412.292083424799,
+    ((0.240234375, -1.71875), (-0.0922851562, -1.6171875), 1.3578500085, 0.032711597266,
+     0.091299439211, (-0.3294143049, 0.0457950568), (0.3294143049, 0.0547559864)),
+    ((-3, -4), (2, -5), -258.3657484298, 647.626890210289, 33382.903310564288,
      (-129.5253780421, -564.5069653509), (129.5253780421, -77.7202964182))]
+# fmt: on
 
 
 def test_mean_variance_loss_and_gradient():
     chosen, rejected = ([row[i] for row in MV] for i in (0, 1))
     losses, d_chosen, d_rejected = gradients(dpl.mean_variance_loss, chosen, rejected)
     close(losses, [row[3] for row in MV])
-    close(d_chosen, [row[6] for row in MV], atol=1e-8)
-    close(d_rejected, [row[7] for row in MV], atol=1e-8)
-    for link, column in (("probit", 4), ("logistic_matched", 5)):
-        losses = dpl.mean_variance_loss(double(chosen), double(rejected), link)
-        torch.testing.assert_close(losses, double([row[column] for row in MV]), atol=1e-9, rtol=1e-12)
+    close(d_chosen, [row[5] for row in MV], atol=1e-8)
+    close(d_rejected, [row[6] for row in MV], atol=1e-8)
+    losses = dpl.mean_variance_loss(double(chosen), double(rejected), "probit")
+    torch.testing.assert_close(losses, double([row[4] for row in MV]), atol=1e-9, rtol=1e-12)
     close(F.softplus(double([-1.9765625, -1.75])), [0.1297508389, 0.1602241504])
 
 
 def test_links_by_value():
     # sigma = 1 / sqrt 2 on both sides makes the difference of means z itself
     f = math.log(math.expm1(1 / math.sqrt(2)))
-    for z, *expected in [(-4, -10.360101, -10.026557, -6.384765), (-2, -3.783184, -5.019884, -3.231824),
-                         (-1, -1.841022, -2.585017, -1.780382), (1, -0.172754, -0.078388, -0.184613),
-                         (2, -0.023013, -0.006627, -0.040286)]:
-        for link, value in zip(("probit", "logistic", "logistic_matched"), expected):
-            close(-dpl.mean_variance_loss(double([[z, f]]), double([[0, f]]), link), [value], atol=5e-7)
+    for z, *expected in [
+        (-4, -10.360101, -10.026557),
+        (-2, -3.783184, -5.019884),
+        (-1, -1.841022, -2.585017),
+        (1, -0.172754, -0.078388),
+        (2, -0.023013, -0.006627),
+    ]:
+        for link, value in zip(("probit", "logistic"), expected, strict=True):
+            close(
+                -dpl.mean_variance_loss(double([[z, f]]), double([[0, f]]), link),
+                [value],
+                atol=5e-7,
+            )
 
 
-def test_variance_penalty():
-    # rows 2, 3, 4 in the spelling of the training loop: the mean loss plus 0.1 times the mean of the summed variances
+def test_variance_penalty_of_the_released_code():
+    """Rows 2, 3, 4: the mean loss, and what the released code adds to it with a penalty of 0.1."""
+
     def total(chosen, rejected):
-        penalty = 2 * 0.1 * F.softplus(torch.cat([chosen, rejected])[:, 1]).square().mean()
-        return dpl.mean_variance_loss(chosen, rejected).mean() + penalty
+        losses = dpl.mean_variance_loss(chosen, rejected)
+        return (losses + released.variance_penalty(chosen, rejected, 0.1)).mean()
+
     chosen, rejected = ([MV[k][i] for k in (1, 2, 3)] for i in (0, 1))
     value, d_chosen, _ = gradients(total, chosen, rejected)
-    close(dpl.mean_variance_loss(double(chosen), double(rejected)).mean(), 1.527842531714)
+    ours = dpl.mean_variance_loss(double(chosen), double(rejected)).mean()
+    print(f"the equation {ours:.12f}, the released code with a penalty {value:.12f}")
+    close(ours, 1.527842531714)
     close(value, 1.622049272754)
-    close(d_chosen, [[-0.0613282467, 0.0452243954], [-0.5352630750, -0.2179207155], [-3.7223349753, -0.2743921775]])
+    close(
+        d_chosen,
+        [
+            [-0.0613282467, 0.0452243954],
+            [-0.5352630750, -0.2179207155],
+            [-3.7223349753, -0.2743921775],
+        ],
+    )
 
 
+# fmt: off
 ROW0 = dict(  # row 0 of the released outputs, safe and jailbroken, of the models trained on both
-    base=[[1.796875], [-0.380859375]], mean_and_variance=[[0.240234375, -1.71875], [-0.0922851562, -1.6171875]],
-    categorical=[[-1.6640625, -1.59375, -1.4453125, -1.0546875, -0.2197265625, 0.75390625, 1.3515625, 1.5078125,
-                  1.5546875, 1.546875], [0.1962890625, 0.26953125, 0.3984375, 0.65625, 0.87890625, 0.435546875,
-                                         -0.1166992188, -0.373046875, -0.44140625, -0.5]])
-CAT = [  # chosen, rejected, P, loss, gradient for chosen, total with batch entropy, total with example entropy
-    ([0.0] * 10, [0.0] * 10, 0.5, 0.693147180560, [.09, .07, .05, .03, .01, -.01, -.03, -.05, -.07, -.09],
+    base=[[1.796875], [-0.380859375]],
+    mean_and_variance=[[0.240234375, -1.71875], [-0.0922851562, -1.6171875]],
+    categorical=[
+        [-1.6640625, -1.59375, -1.4453125, -1.0546875, -0.2197265625,
+         0.75390625, 1.3515625, 1.5078125, 1.5546875, 1.546875],
+        [0.1962890625, 0.26953125, 0.3984375, 0.65625, 0.87890625,
+         0.435546875, -0.1166992188, -0.373046875, -0.44140625, -0.5]])
+CAT = [  # chosen, rejected, P, loss, gradient for chosen, totals with batch and example entropy
+    ([0.0] * 10, [0.0] * 10, 0.5, 0.693147180560,
+     [.09, .07, .05, .03, .01, -.01, -.03, -.05, -.07, -.09],
      0.462888671261, 0.462888671261),
-    ([0, 1, 2], [2, 1, 0], 0.857990370037, 0.153162403290, [0.0551280692, 0.0200762826, -0.0752043519],
-     0.045164037952, 0.069922845106),
-    ([0, 0, math.log(2)], [0, 0, 0], 7 / 12, 0.538996500733, [5 / 28, 1 / 28, -3 / 14], 0.430643588601,
-     0.432079847757),
+    ([0, 1, 2], [2, 1, 0], 0.857990370037, 0.153162403290,
+     [0.0551280692, 0.0200762826, -0.0752043519], 0.045164037952, 0.069922845106),
+    ([0, 0, math.log(2)], [0, 0, 0], 7 / 12, 0.538996500733,
+     [5 / 28, 1 / 28, -3 / 14], 0.430643588601, 0.432079847757),
     ([5, 0, 0, 0], [0, 0, 0, 5], 0.006778920599, 4.993937393461,
      [0.5027072782, -0.0030472466, -0.0094817081, -0.4901783234], 4.917595239499, 4.982029499452),
     (*ROW0["categorical"], 0.841564134086, 0.172493054249,
-     [0.0082250835, 0.0077207575, 0.0075380533, 0.0085816397, 0.0122950844, 0.0144839530, 0.0060977759,
-      -0.0082001793, -0.0221475993, -0.0345945688], -0.052519709115, -0.030163075954)]
+     [0.0082250835, 0.0077207575, 0.0075380533, 0.0085816397, 0.0122950844,
+      0.0144839530, 0.0060977759, -0.0082001793, -0.0221475993, -0.0345945688],
+     -0.052519709115, -0.030163075954)]
+# fmt: on
 
 
 def test_categorical_loss_entropy_and_gradient():
     def total(over):
         return lambda c, r: dpl.categorical_loss(c, r).mean() - 0.1 * dpl.entropy(c, r, over)
+
     for chosen, rejected, p, loss, d_chosen, batch, example in CAT:
         value, grad, _ = gradients(dpl.categorical_loss, [chosen], [rejected])
         close(value, [loss])
@@ -129,24 +163,35 @@ def test_categorical_loss_entropy_and_gradient():
         close(total("batch")(double([chosen]), double([rejected])), batch)
         close(total("example")(double([chosen]), double([rejected])), example)
     for (chosen, rejected, *_), over, expected in (
-            (CAT[1], "batch", [0.0556059448, 0.0160673573, -0.0716733021]),
-            (CAT[1], "example", [0.0480372145, 0.0130377648, -0.0610749793]),
-            (CAT[2], "batch", [0.1763422102, 0.0334850673, -0.2098272775]),
-            (CAT[2], "example", [0.1742392587, 0.0313821158, -0.2056213745])):
+        (CAT[1], "batch", [0.0556059448, 0.0160673573, -0.0716733021]),
+        (CAT[1], "example", [0.0480372145, 0.0130377648, -0.0610749793]),
+        (CAT[2], "batch", [0.1763422102, 0.0334850673, -0.2098272775]),
+        (CAT[2], "example", [0.1742392587, 0.0313821158, -0.2056213745]),
+    ):
         close(gradients(total(over), [chosen], [rejected])[1], [expected])
-    pairs = [[0, 1, 2], [1, 0, -1]], [[2, 1, 0], [.5, .5, 0]]
+    pairs = [[0, 1, 2], [1, 0, -1]], [[2, 1, 0], [0.5, 0.5, 0]]
     value, d_chosen, d_rejected = gradients(total("batch"), *pairs)
     close(dpl.categorical_loss(*map(double, pairs)).mean(), 0.604354948381)
     close(value, 0.497478495704)
     close(total("example")(*map(double, pairs)), 0.515066070824)
-    close(d_chosen, [[0.0285988127, 0.0099221612, -0.0385209739], [0.1519925965, -0.0819132774, -0.0700793190]])
-    close(d_rejected, [[-0.0348827224, 0.0081097737, 0.0267729487], [-0.1731367512, 0.0730689299, 0.1000678213]])
+    close(
+        d_chosen,
+        [[0.0285988127, 0.0099221612, -0.0385209739], [0.1519925965, -0.0819132774, -0.0700793190]],
+    )
+    close(
+        d_rejected,
+        [[-0.0348827224, 0.0081097737, 0.0267729487], [-0.1731367512, 0.0730689299, 0.1000678213]],
+    )
 
 
 def test_losses_by_enumeration_and_symmetry():
     c, r = torch.randn(2, 6, 5, dtype=torch.float64)
     p_c, p_r = c.softmax(-1), r.softmax(-1)
-    wins = sum(p_c[:, i] * p_r[:, j] * (1.0 if i > j else 0.5 if i == j else 0.0) for i in range(5) for j in range(5))
+    wins = sum(
+        p_c[:, i] * p_r[:, j] * (1.0 if i > j else 0.5 if i == j else 0.0)
+        for i in range(5)
+        for j in range(5)
+    )
     torch.testing.assert_close(dpl.categorical_loss(c, r).neg().exp(), wins)
     swapped = dpl.categorical_loss(r, c).neg().exp()
     torch.testing.assert_close(swapped, 1 - wins)
@@ -154,42 +199,100 @@ def test_losses_by_enumeration_and_symmetry():
     torch.testing.assert_close(dpl.categorical_loss(c + 7, r - 3).neg().exp(), wins)
     two_c, two_r = c[:, :2], r[:, :2]
     x_c, x_r = (two[:, 1] - two[:, 0] for two in (two_c, two_r))
-    torch.testing.assert_close(dpl.categorical_loss(two_c, two_r).neg().exp(), x_c.sigmoid() / 2 + (-x_r).sigmoid() / 2)
+    torch.testing.assert_close(
+        dpl.categorical_loss(two_c, two_r).neg().exp(), x_c.sigmoid() / 2 + (-x_r).sigmoid() / 2
+    )
     atoms = 50 * torch.eye(3, dtype=torch.float64)  # all mass on one atom: higher, equal, lower
     losses = dpl.categorical_loss(atoms[[2, 1, 0]], atoms[[0, 1, 2]])
     assert losses[0] < 1e-12 and abs(losses[1] - math.log(2)) < 1e-12 and losses[2] > 45
     mu = torch.randn(2, 6, dtype=torch.float64)
-    f = torch.full((6,), math.log(math.expm1(math.sqrt(math.pi))), dtype=torch.float64)  # k z is then mu_c - mu_r
+    f = torch.full(
+        (6,), math.log(math.expm1(math.sqrt(math.pi))), dtype=torch.float64
+    )  # k z is then mu_c - mu_r
     sides = [torch.stack([m, f], -1) for m in mu]
-    torch.testing.assert_close(dpl.mean_variance_loss(*sides), dpl.base_loss(mu[0, :, None], mu[1, :, None]))
-    for link in ("logistic", "logistic_matched", "probit"):
-        forth, back = dpl.mean_variance_loss(*sides, link), dpl.mean_variance_loss(*sides[::-1], link)
-        torch.testing.assert_close(forth.neg().exp() + back.neg().exp(), torch.ones(6, dtype=torch.float64))
-        scaled = dpl.mean_variance_loss(*(3 * side + double([5, 0]) for side in sides), link, sigma=lambda f: 3 *
-                                        F.softplus(f / 3))
-        torch.testing.assert_close(scaled, forth)  # (mu, sigma) -> (3 mu + 5, 3 sigma) changes nothing
+    torch.testing.assert_close(
+        dpl.mean_variance_loss(*sides), dpl.base_loss(mu[0, :, None], mu[1, :, None])
+    )
+    for link in ("logistic", "probit"):
+        forth, back = (
+            dpl.mean_variance_loss(*sides, link),
+            dpl.mean_variance_loss(*sides[::-1], link),
+        )
+        torch.testing.assert_close(
+            forth.neg().exp() + back.neg().exp(), torch.ones(6, dtype=torch.float64)
+        )
+        scaled = dpl.normal_loss(
+            3 * mu[0] + 5, 3 * F.softplus(f), 3 * mu[1] + 5, 3 * F.softplus(f), link
+        )
+        torch.testing.assert_close(
+            scaled, forth
+        )  # (mu, sigma) -> (3 mu + 5, 3 sigma) changes nothing
 
 
-@pytest.mark.parametrize("link", ["logistic", "logistic_matched", "probit"])
+@pytest.mark.parametrize("link", ["logistic", "probit"])
 def test_losses_and_gradients_stay_finite(link):
     far = torch.tensor([[200.0] + [-200.0] * 9, [-200.0] * 9 + [200.0]])
     chosen, rejected = far.clone().requires_grad_(), far.flip(0).clone().requires_grad_()
     losses = dpl.categorical_loss(chosen, rejected)
-    (losses.sum() - dpl.entropy(chosen, rejected) - dpl.entropy(chosen, rejected, "example")).backward()
-    torch.testing.assert_close(losses.detach(), torch.tensor([400.0, 0.0]))  # the least of both: -(-400) and -log 1
+    (
+        losses.sum() - dpl.entropy(chosen, rejected) - dpl.entropy(chosen, rejected, "example")
+    ).backward()
+    torch.testing.assert_close(
+        losses.detach(), torch.tensor([400.0, 0.0])
+    )  # the least of both: -(-400) and -log 1
     assert chosen.grad.isfinite().all() and rejected.grad.isfinite().all()
-    chosen = torch.tensor([[0.0, -300.0], [1.0, -50.0], [0.0, -20.0]], requires_grad=True)  # sigma of 0, 2e-22, 2e-9
+    chosen = torch.tensor(
+        [[0.0, -300.0], [1.0, -50.0], [0.0, -20.0]], requires_grad=True
+    )  # sigma of 0, 2e-22, 2e-9
     rejected = torch.tensor([[0.0, -300.0], [0.0, -50.0], [0.0, -20.0]])
     losses = dpl.mean_variance_loss(chosen, rejected, link, sigma_floor=1e-4)
     losses.sum().backward()
-    assert losses.isfinite().all() and chosen.grad.isfinite().all() and chosen.grad.abs().max() < 1e5  # k / floor
+    assert (
+        losses.isfinite().all() and chosen.grad.isfinite().all() and chosen.grad.abs().max() < 1e5
+    )  # k / floor
 
 
 def test_learning_rate_schedules():
     cosine = [dpl.lr_factor("cosine", t, 100) for t in (0, 1, 25, 50, 75, 99, 100)]
     close(cosine, [1, 0.9997779522, 0.8681980515, 0.55, 0.2318019485, 0.1002220478, 0.1])
-    close([dpl.lr_factor("step", t, 100) for t in (32, 33, 65, 66)], [1, 0.1, 0.1, 0.01])
-    close([dpl.lr_factor(s, 25, 100) for s in ("linear", "constant")], [0.75, 1.0])
+    close(dpl.lr_factor("constant", 25, 100), 1.0)
+
+
+def test_step_schedule_of_the_released_code():
+    times = (32, 33, 65, 66)
+    steps = [released.step_schedule(t, 100) for t in times]
+    ours = [dpl.lr_factor("cosine", t, 100) for t in times]
+    print(f"cosine {ours}, the released step schedule {steps}")
+    close(steps, [1, 0.1, 0.1, 0.01])
+
+
+def test_categorical_loss_of_the_released_code_overflows():
+    """The same loss; but it multiplies softmaxes and takes a plain log, which overflows."""
+    chosen, rejected = torch.randn(2, 6, 5, dtype=torch.float64)
+    ours = dpl.categorical_loss(chosen, rejected)
+    torch.testing.assert_close(ours, released.categorical_loss(chosen, rejected))
+    far = torch.tensor([[200.0] + [-200.0] * 9]), torch.tensor([[-200.0] * 9 + [200.0]])
+    ours, theirs = dpl.categorical_loss(*far).item(), released.categorical_loss(*far).item()
+    print(f"ours {ours}, the released code {theirs}")
+    assert ours == 400 and theirs == math.inf
+
+
+def test_unknown_names_are_errors():
+    x = torch.zeros(1, 2)
+    for call in (
+        lambda: dpl.pair_losses(x, x, "normal"),
+        lambda: dpl.mean_variance_loss(x, x, "logit"),
+        lambda: dpl.entropy(x, x, "epoch"),
+        lambda: dpl.utility(x, "normal"),
+        lambda: dpl.utility(x, "base", "median"),
+        lambda: dpl.number_of_outputs("compare", 10),
+        lambda: dpl.lr_factor("linear", 0, 1),
+        lambda: dpl.environment("3d", x),
+        lambda: dpl.borda("3d", x),
+        lambda: dpl.draw_pairs("3d", 1, False, torch.Generator()),
+    ):
+        with pytest.raises(ValueError, match="unknown"):
+            call()
 
 
 # ---- distributions as numbers
@@ -197,8 +300,10 @@ def test_learning_rate_schedules():
 
 def test_measures_of_published_rows():
     outputs = {type: double(x) for type, x in ROW0.items()}
+
     def of(type, risk, alpha=0.01):
         return dpl.utility(outputs[type], type, risk, alpha)
+
     close(of("base", "quantile"), [1.796875, -0.380859375])
     close(of("mean_and_variance", "sd"), [0.164912665, 0.181034122])
     close(of("mean_and_variance", "quantile"), [-0.143409852, -0.513433502])
@@ -211,9 +316,34 @@ def test_measures_of_published_rows():
     mv = double([[0.314453125, -1.5703125], [0.451171875, -1.1953125]])
     close(dpl.utility(mv, "mean_and_variance", "sd"), [0.188949691, 0.264369463])
     close(dpl.utility(mv, "mean_and_variance", "quantile"), [-0.125109586, -0.163843464])
-    cat = double([[-1.65625, -1.5859375, -1.453125, -1.078125, -0.267578125, 0.6796875, 1.3125, 1.5078125, 1.5546875,
-                   1.546875], [-1.59375, -1.5390625, -1.46875, -1.1875, -0.56640625, 0.337890625, 1.21875, 1.4921875,
-                               1.578125, 1.609375]])
+    cat = double(
+        [
+            [
+                -1.65625,
+                -1.5859375,
+                -1.453125,
+                -1.078125,
+                -0.267578125,
+                0.6796875,
+                1.3125,
+                1.5078125,
+                1.5546875,
+                1.546875,
+            ],
+            [
+                -1.59375,
+                -1.5390625,
+                -1.46875,
+                -1.1875,
+                -0.56640625,
+                0.337890625,
+                1.21875,
+                1.4921875,
+                1.578125,
+                1.609375,
+            ],
+        ]
+    )
     close(dpl.utility(cat, "categorical", "mean"), [0.7729677499, 0.7878920779])
     close(dpl.utility(cat, "categorical", "quantile"), [0.1111621039, 0.1013121877])
 
@@ -225,13 +355,13 @@ def test_measures_by_integration():
     normal = scipy.stats.norm(outputs[:, 0], F.softplus(outputs[:, 1]))
     values = double(normal.ppf(t[:, None]))
     for alpha in (0.01, 0.3):
-        close(dpl.utility(outputs, "mean_and_variance", "quantile", alpha), normal.ppf(alpha).tolist(), atol=1e-12)
-        close(dpl.utility(outputs, "mean_and_variance", "cvar", alpha),
-              values[t < alpha].mean(0).tolist(), atol=2e-3)  # the tail of 1 % is 2,000 points of an unbounded integrand
-    close(dpl.utility(outputs, "mean_and_variance", "entropic", c=0.7),
-          ((-0.7 * values).exp().mean(0).log() / -0.7).tolist(), atol=1e-4)
-    mean_sd = (values.mean(0) - 2 * values.std(0)).tolist()
-    close(dpl.utility(outputs, "mean_and_variance", "mean_sd", c=2.0), mean_sd, atol=1e-4)
+        close(
+            dpl.utility(outputs, "mean_and_variance", "quantile", alpha),
+            normal.ppf(alpha).tolist(),
+            atol=1e-12,
+        )
+    close(dpl.utility(outputs, "mean_and_variance", "mean"), values.mean(0).tolist(), atol=1e-4)
+    close(dpl.utility(outputs, "mean_and_variance", "sd"), values.std(0).tolist(), atol=1e-4)
     logits = double([[0.1, 0.2, 1.5, -0.3], [2.0, -1.0, 0.0, 0.5]])
     p = logits.softmax(-1)
     atom = (t[:, None, None] >= p.cumsum(-1)).sum(-1).clamp(max=3)  # whose mass contains t
@@ -239,11 +369,14 @@ def test_measures_by_integration():
     mass = p.expand(len(t), -1, -1).gather(-1, atom[..., None])[..., 0]
     values = (atom + (t[:, None] - below) / mass) / 4
     for alpha in (0.01, 0.3, 0.9):
-        close(dpl.utility(logits, "categorical", "quantile", alpha), values[int(alpha * 200_000)].tolist(), atol=1e-4)
-        close(dpl.utility(logits, "categorical", "cvar", alpha), values[t < alpha].mean(0).tolist(), atol=1e-4)
+        close(
+            dpl.utility(logits, "categorical", "quantile", alpha),
+            values[int(alpha * 200_000)].tolist(),
+            atol=1e-4,
+        )
     u = atom / 3
-    close(dpl.utility(logits, "categorical", "entropic", c=2.0), ((-2 * u).exp().mean(0).log() / -2).tolist(), atol=1e-4)
-    close(dpl.utility(logits, "categorical", "mean_sd", c=2.0), (u.mean(0) - 2 * u.std(0)).tolist(), atol=1e-4)
+    close(dpl.utility(logits, "categorical", "mean"), u.mean(0).tolist(), atol=1e-4)
+    close(dpl.utility(logits, "categorical", "sd"), u.std(0).tolist(), atol=1e-4)
 
 
 def test_quantile_at_the_edges_of_bins():
@@ -253,63 +386,133 @@ def test_quantile_at_the_edges_of_bins():
     rising = [dpl.utility(logits, "categorical", "quantile", a / 50).item() for a in range(1, 50)]
     assert rising == sorted(rising)
     empty = torch.tensor([0.0, -1e9, -1e9, 0.0])  # atoms without mass
-    for risk in dpl.RISKS:
-        assert dpl.utility(empty, "categorical", risk, 0.5).isfinite()
+    for measure in ("mean", "sd", "quantile"):
+        assert dpl.utility(empty, "categorical", measure, 0.5).isfinite()
 
 
 def test_r_squared_and_intervals():
-    assert dpl.r_squared(torch.ones(4), torch.ones(4)) == 0 and dpl.r_squared(torch.arange(4.0), torch.zeros(4)) == 1
-    for k, low, high in [(98, .4527, .5944), (7, .0182, .0752), (47, .1946, .3181), (57, .2433, .3742),
-                         (38, .1518, .2666), (60, .2581, .3908), (25, .0922, .1899)]:
+    assert (
+        dpl.r_squared(torch.ones(4), torch.ones(4)) == 0
+        and dpl.r_squared(torch.arange(4.0), torch.zeros(4)) == 1
+    )
+    for k, low, high in [
+        (98, 0.4527, 0.5944),
+        (7, 0.0182, 0.0752),
+        (47, 0.1946, 0.3181),
+        (57, 0.2433, 0.3742),
+        (38, 0.1518, 0.2666),
+        (60, 0.2581, 0.3908),
+        (25, 0.0922, 0.1899),
+    ]:
         close(dpl.wilson(k, 187), [low, high], atol=5e-5)
-        ours, oracle = dpl.wilson(k, 187), scipy.stats.binomtest(k, 187).proportion_ci(method="wilson")
+        ours, oracle = (
+            dpl.wilson(k, 187),
+            scipy.stats.binomtest(k, 187).proportion_ci(method="wilson"),
+        )
         close(ours, [oracle.low, oracle.high], atol=1e-6)
 
 
 # ---- Borda count
 
 
-def preference(a, b, shared=False):
+def preference(env, a, b, shared=False):
     """P(a beats b) by the definition: all outcomes of both coins."""
-    (u_a, q_a), (u_b, q_b) = dpl.environment(a), dpl.environment(b)
+    (u_a, q_a), (u_b, q_b) = dpl.environment(env, a), dpl.environment(env, b)
     v_a, v_b = u_a / q_a, u_b / q_b
+
     def wins(x, y):
         return (x > y) + 0.5 * (x == y)
+
     zero = torch.zeros_like(v_a)
     if shared:
-        both, only_a, only_b = torch.minimum(q_a, q_b), (q_a - q_b).clamp(min=0), (q_b - q_a).clamp(min=0)
-        return both * wins(v_a, v_b) + only_a * wins(v_a, zero) + only_b * wins(zero, v_b) + (
-            1 - torch.maximum(q_a, q_b)) / 2
-    return (q_a * q_b * wins(v_a, v_b) + q_a * (1 - q_b) * wins(v_a, zero) + (1 - q_a) * q_b * wins(zero, v_b)
-            + (1 - q_a) * (1 - q_b) / 2)
+        both, only_a, only_b = (
+            torch.minimum(q_a, q_b),
+            (q_a - q_b).clamp(min=0),
+            (q_b - q_a).clamp(min=0),
+        )
+        return (
+            both * wins(v_a, v_b)
+            + only_a * wins(v_a, zero)
+            + only_b * wins(zero, v_b)
+            + (1 - torch.maximum(q_a, q_b)) / 2
+        )
+    return (
+        q_a * q_b * wins(v_a, v_b)
+        + q_a * (1 - q_b) * wins(v_a, zero)
+        + (1 - q_a) * q_b * wins(zero, v_b)
+        + (1 - q_a) * (1 - q_b) / 2
+    )
 
 
 def test_borda_count_in_closed_form():
     line = ((torch.arange(2000, dtype=torch.float64) + 0.5) / 2000)[:, None]
-    for shared in (False, True):  # the mean over a grid of midpoints: off by a cell at the jump and at ties
-        mean = preference(line[:, None], line[None], shared).mean(1)
-        torch.testing.assert_close(dpl.borda(line, shared), mean, atol=5e-4, rtol=0)
-    close(dpl.borda(double([[0.4], [0.9], [0.799999999]])), [0.5, 0.5, 0.9], atol=1e-8)
-    points = double([[0, 1], [0, .5], [.5, .5], [.9, .9], [.5, 1], [1, .5], [.25, .75], [.9, .3]])
-    close(dpl.borda(points), [0.846574, 0.619399, 0.560310, 0.290770, 0.549283, 0.485787, 0.687220, 0.448219], atol=5e-7)
+    for shared in (
+        False,
+        True,
+    ):  # the mean over a grid of midpoints: off by a cell at the jump and at ties
+        mean = preference("1d", line[:, None], line[None], shared).mean(1)
+        torch.testing.assert_close(dpl.borda("1d", line, shared), mean, atol=5e-4, rtol=0)
+    close(dpl.borda("1d", double([[0.4], [0.9], [0.799999999]])), [0.5, 0.5, 0.9], atol=1e-8)
+    points = double(
+        [[0, 1], [0, 0.5], [0.5, 0.5], [0.9, 0.9], [0.5, 1], [1, 0.5], [0.25, 0.75], [0.9, 0.3]]
+    )
+    exact = [0.846574, 0.619399, 0.560310, 0.290770, 0.549283, 0.485787, 0.687220, 0.448219]
+    close(dpl.borda("2d", points), exact, atol=5e-7)
     side = (torch.arange(300, dtype=torch.float64) + 0.5) / 300
     square = torch.cartesian_prod(side, side)
-    torch.testing.assert_close(preference(points[:, None], square[None]).mean(1), dpl.borda(points), atol=1e-3, rtol=0)
-    assert abs(dpl.borda(square).mean() - 0.5) < 1e-5
+    torch.testing.assert_close(
+        preference("2d", points[:, None], square[None]).mean(1),
+        dpl.borda("2d", points),
+        atol=1e-3,
+        rtol=0,
+    )
+    assert abs(dpl.borda("2d", square).mean() - 0.5) < 1e-5
+
+
+def test_borda_count_of_the_released_code_in_2d():
+    side = (torch.arange(300, dtype=torch.float64) + 0.5) / 300
+    square = torch.cartesian_prod(side, side)
+    error = (released.borda_2d(square) - dpl.borda("2d", square)).abs().max().item()
+    corner = double([[0, 1]])
+    ours, theirs = dpl.borda("2d", corner).item(), released.borda_2d(corner).item()
+    print(
+        f"at (0, 1) exact {ours:.6f}, the released code {theirs:.6f}; its largest error {error:.3f}"
+    )
+    assert abs(ours - 0.846574) < 1e-6 and theirs == 1.0 and error == pytest.approx(0.153, abs=1e-3)
+
+
+def test_ties_of_the_released_code_go_to_the_first():
+    """Both utilities are 0 in 1 % of the 1d pairs: we toss a coin, they take the first side."""
+    u = torch.zeros(2000)
+    assert released.first_wins(u, u).all()
+    sides, wins = dpl.draw_pairs("1d", 200_000, False, torch.Generator().manual_seed(0))
+    first, second = sides.chunk(2)
+    risky = (first[:, 0] >= 0.8) & (second[:, 0] >= 0.8)  # a quarter of them are tied at 0
+    order = first[risky, 0] > second[risky, 0]
+    upset = (wins[risky, 0] != order).double().mean()
+    print(f"lower side wins of risky pairs: {upset:.4f}; exact 3/8")
+    assert abs(upset - 3 / 8) < 0.03  # 8,000 pairs: 5 sd
 
 
 def fit(p, loss, start, lam=0.0):
     """Eq. 6 for a table of alternatives and exact p: minimised to high precision."""
     table = start.double().requires_grad_()
-    optimizer = torch.optim.LBFGS([table], max_iter=2000, tolerance_grad=1e-13, tolerance_change=0,
-                                  line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [table],
+        max_iter=2000,
+        tolerance_grad=1e-13,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
     i, j = torch.triu_indices(len(p), len(p), 1)
+
     def objective():
         optimizer.zero_grad()
         value = (p[i, j] * loss(table[i], table[j]) + p[j, i] * loss(table[j], table[i])).mean()
         value = value + lam / 2 * (table**2).sum()
         value.backward()
         return value
+
     for _ in range(20):
         value = optimizer.step(objective)
     return table.detach(), value.item()
@@ -324,13 +527,15 @@ def exact_p(upper):
 
 
 def test_base_loss_follows_the_borda_count():
-    # Prop. 3.3: every majority agrees with u = 6, 2.8, 2, yet the fit prefers the second, as its Borda count does
-    p = exact_p([[.6, .6], [.9]])
+    # Prop. 3.3: all majorities agree with u = 6, 2.8, 2, yet the fit prefers the second, as Borda
+    p = exact_p([[0.6, 0.6], [0.9]])
     close(p.mean(1), [0.566667, 0.6, 0.333333], atol=5e-7)
     for lam, expected, objective in [
-            (0, (0.29381013, 0.43948234, -0.73329247), 0.6047261292),
-            (0.01, (0.278982, 0.417546, -0.696528), 0.6086064026),
-            (0.1, (0.196629, 0.294816, -0.491445), 0.6318767288), (1, (0.053369, 0.080054, -0.133423), 0.6762525951)]:
+        (0, (0.29381013, 0.43948234, -0.73329247), 0.6047261292),
+        (0.01, (0.278982, 0.417546, -0.696528), 0.6086064026),
+        (0.1, (0.196629, 0.294816, -0.491445), 0.6318767288),
+        (1, (0.053369, 0.080054, -0.133423), 0.6762525951),
+    ]:
         u, value = fit(p, dpl.base_loss, torch.zeros(3, 1), lam)
         u = u[:, 0] - u.mean()
         close(u, expected, atol=1e-7 if lam == 0 else 1e-6)
@@ -339,30 +544,46 @@ def test_base_loss_follows_the_borda_count():
         gap = c * (torch.sigmoid(u[:, None] - u) - p).fill_diagonal_(0).sum(1) + lam * u
         assert gap.abs().max() < 1e-7
         if lam == 0:  # Borda matching
-            torch.testing.assert_close(torch.sigmoid(u[:, None] - u).mean(1), p.mean(1), atol=1e-7, rtol=0)
-    for p_ab, difference in ((.6, 0.4054651081), (.2, -1.3862943611), (.5, 0.0)):  # the last: Thm. 3.4
+            torch.testing.assert_close(
+                torch.sigmoid(u[:, None] - u).mean(1), p.mean(1), atol=1e-7, rtol=0
+            )
+    for p_ab, difference in (
+        (0.6, 0.4054651081),
+        (0.2, -1.3862943611),
+        (0.5, 0.0),
+    ):  # the last: Thm. 3.4
         u, _ = fit(exact_p([[p_ab]]), dpl.base_loss, torch.zeros(2, 1))
         close(u[0, 0] - u[1, 0], difference, atol=1e-7)
-    means = double([0, .5, 1, 2, 4])  # Thm. 3.2: i.i.d. noise keeps the order
+    means = double([0, 0.5, 1, 2, 4])  # Thm. 3.2: i.i.d. noise keeps the order
     p = torch.special.ndtr((means[:, None] - means) / math.sqrt(2))
-    close(p.mean(1), [.23651507, .33021727, .43102212, .62316555, .87907999], atol=5e-9)
+    close(p.mean(1), [0.23651507, 0.33021727, 0.43102212, 0.62316555, 0.87907999], atol=5e-9)
     u, _ = fit(p, dpl.base_loss, torch.zeros(5, 1))
-    close(u[:, 0] - u.mean(), [-1.84187774, -1.25493139, -0.66558848, 0.55878235, 3.20361526], atol=1e-6)
+    close(
+        u[:, 0] - u.mean(),
+        [-1.84187774, -1.25493139, -0.66558848, 0.55878235, 3.20361526],
+        atol=1e-6,
+    )
 
 
 def test_links_recover_the_distribution_up_to_scale():
-    mu, sigma = double([0, .5, 1, 1.5, 2.5, 3]), double([.5, .5, 1, .7, 1.5, 1])
+    mu, sigma = double([0, 0.5, 1, 1.5, 2.5, 3]), double([0.5, 0.5, 1, 0.7, 1.5, 1])
     z = (mu[:, None] - mu) / (sigma[:, None] ** 2 + sigma**2).sqrt()
     start = torch.stack([mu, torch.log(torch.expm1(sigma))], -1)
     close(dpl.r_squared(mu, sigma), 0.5614451109)
-    for link, loss, r2 in (("probit", 0.391242993, 0.56144515), ("logistic", 0.391276106, 0.37366778),
-                           ("logistic_matched", 0.391276106, 0.59547618)):
-        table, value = fit(torch.special.ndtr(z), lambda a, b, link=link: dpl.mean_variance_loss(a, b, link), start)
+    for link, loss, r2 in (
+        ("probit", 0.391242993, 0.56144515),
+        ("logistic", 0.391276106, 0.37366778),
+    ):
+        table, value = fit(
+            torch.special.ndtr(z), lambda a, b, link=link: dpl.mean_variance_loss(a, b, link), start
+        )
         close(value, loss, atol=2e-9)
         got = dpl.r_squared(table[:, 0], F.softplus(table[:, 1]))
         close(got, r2, atol=2e-6)
-        scaled = dpl.r_squared(table[:, 0], dpl.utility(table, "mean_and_variance", "sd", scale=2 / math.pi))
-        if link == "logistic":  # the conversion that summarize prints
+        scaled = dpl.r_squared(
+            table[:, 0], 2 / math.pi * dpl.utility(table, "mean_and_variance", "sd")
+        )
+        if link == "logistic":  # a link with the probit's slope at 0
             close(scaled, 0.59547618, atol=2e-6)
             close(1 / (1 + 4 / math.pi**2 * (1 / got - 1)), scaled.item(), atol=1e-12)
 
@@ -371,14 +592,21 @@ def test_links_recover_the_distribution_up_to_scale():
 
 
 def test_synthetic_1d_shows_hidden_context(tmp_path):
-    """Bounds far from what seeds 0 and 1 gave (0.49 to 0.51, 0.96, ...); the runs themselves are deterministic."""
+    """Bounds far from what seeds 0 and 1 gave (0.49 to 0.51, 0.96, ...); runs are deterministic."""
     table = dpl.main(dpl.SyntheticArgs(out=str(tmp_path / "run")))
-    curves = {name: torch.tensor(x) for name, x in json.loads((tmp_path / "run/curves.json").read_text()).items()}
+    curves = {
+        name: torch.tensor(x)
+        for name, x in json.loads((tmp_path / "run/curves.json").read_text()).items()
+    }
     u, base = curves["u"], curves["base"]
-    assert 0.47 < table["base"]["loss"] < 0.52  # 0.48605 bounds every base model; 50,000 labels, sd 0.002
+    assert (
+        0.47 < table["base"]["loss"] < 0.52
+    )  # 0.48605 bounds every base model; 50,000 labels, sd 0.002
     assert table["base"]["corr. Borda"] > 0.95 > table["base"]["corr. E[u]"] + 0.1
     assert 0.70 <= u[base.argmax()] < 0.80
-    assert base[u.sub(0.6).abs().argmin()] - base[u.sub(0.2).abs().argmin()] == pytest.approx(2.2176, abs=0.3)
+    assert base[u.sub(0.6).abs().argmin()] - base[u.sub(0.2).abs().argmin()] == pytest.approx(
+        2.2176, abs=0.3
+    )
     assert table["mean_and_variance"]["loss"] < 0.30 and table["categorical"]["loss"] < 0.34
     assert curves["sd"][u >= 0.8].median() > 50 * curves["sd"][u < 0.8].median()
     atoms = torch.linspace(0, 1, 20)
@@ -394,34 +622,93 @@ def test_synthetic_2d_follows_the_true_borda_count(tmp_path):
     assert (tmp_path / "run/figures/dpl.png").stat().st_size > 10_000
 
 
+# ---- hidden-context
+
+
+def test_readers_of_the_tiny_world():
+    """Their utilities by the rewards of the world, and the readers measured against themselves."""
+    rows = common.load_pairs("tiny", "test")
+    readers = dpl.ask_readers(rows)
+    for i, row in enumerate(rows):
+        for j, text in enumerate(row["responses"]):
+            expected = common.tiny_reward(row["prompt"], text)
+            assert readers.mean[i, j].item() == pytest.approx(expected)
+            assert readers.divides[i, j] == common.tiny_attributes(text)["monster"]
+    wins = readers.first_wins.view(len(rows), 6)
+    for i, row in enumerate(rows[:20]):
+        first, second = (
+            row["responses"].index(row["chosen"]),
+            row["responses"].index(row["rejected"]),
+        )
+        pair = [(0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3)].index(
+            tuple(sorted((first, second)))
+        )
+        p = row["p_chosen"] if first < second else 1 - row["p_chosen"]
+        assert wins[i, pair].item() == pytest.approx(p, abs=1e-6)
+    column = dpl.compare(readers, readers.mean, readers.sd, readers.worst)
+    assert column["corr. E[u]"] == pytest.approx(1) and column["AUC of sd for monsters"] == 1
+    assert column["worth of a monster / happy end"] == pytest.approx(-0.125, abs=1e-5)
+    assert column["best of 4 by 1 % quantile: monsters"] == 0
+
+
+def test_hidden_context_in_a_few_steps(tmp_path, capsys):
+    """All of the command, too short to learn; a second call with --resume trains nothing again."""
+    options = dict(type="compare", soft_labels=True, batch_size=4, max_steps=2, eval_pairs=8)
+    table = dpl.main(dpl.Args(out=str(tmp_path / "run"), **options))
+    assert list(table) == ["expected u", "base", "mean_and_variance"]
+    assert 0 <= table["base"]["|P(win) - true P(win)|"] < 0.5
+    assert "categorical is not shown" in capsys.readouterr().out
+    curves = json.loads((tmp_path / "run/curves.json").read_text())
+    assert len(curves["mean_and_variance sd"]) == 256
+    assert (tmp_path / "run/figures/dpl.png").stat().st_size > 10_000
+    again = dpl.main(dpl.Args(out=str(tmp_path / "run"), resume=True, **options))
+    for name, column in table.items():
+        assert again[name] == pytest.approx(column, abs=1e-4), name
+    with pytest.raises(SystemExit, match="--data tiny"):
+        dpl.main(dpl.Args(data="hh", **options))
+
+
 # ---- training, scoring, choosing
 
 
 def tiny_args(blank, out, **options):
-    options = dict(model=str(blank / "model"), data=str(blank / "pairs.jsonl"), max_steps=2, batch_size=8) | options
+    options = (
+        dict(model=str(blank / "model"), data=str(blank / "pairs.jsonl"), max_steps=2, batch_size=8)
+        | options
+    )
     return dpl.Args(out=str(out), **options)
 
 
-@pytest.mark.parametrize("type, first", [("base", math.log(2)), ("mean_and_variance", math.log(2)),
-                                         ("categorical", math.log(2))])
+@pytest.mark.parametrize("type, first", [(type, math.log(2)) for type in TYPES])
 def test_a_short_run_of_each_type(blank, tmp_path, type, first):
     history = dpl.main(tiny_args(blank, tmp_path / "run", type=type))
-    assert history[0]["loss"] == pytest.approx(first, abs=2e-3)  # the head's initial weights have sd 2e-4
+    assert history[0]["loss"] == pytest.approx(
+        first, abs=2e-3
+    )  # the head's initial weights have sd 2e-4
     assert {"eval_loss", "eval_accuracy"} <= set(history[-1]) and history[-1]["step"] == 2
     K = {"base": 1, "mean_and_variance": 2, "categorical": 10}[type]
     model, tokenizer, meta = dpl.load_reward_model(tmp_path / "run", "float32")
-    assert meta["type"] == type and meta["K"] == K == len(model.score.weight) and meta["link"] == "logistic"
+    assert (
+        meta["type"] == type
+        and meta["K"] == K == len(model.score.weight)
+        and meta["link"] == "logistic"
+    )
     assert meta["atoms"] == ([i / 9 for i in range(10)] if K == 10 else [])
 
-    # transformers' own sequence classifier reads the folder and gives the same outputs, padded with the end token
+    # transformers' own classifier reads the folder and gives the same outputs, padded with EOS
     from transformers import AutoModelForSequenceClassification
+
     rows = common.load_pairs(str(blank / "pairs.jsonl"), "test") + [
-        dict(prompt="a b", chosen="c", rejected="d e f g h i j k")]
+        dict(prompt="a b", chosen="c", rejected="d e f g h i j k")
+    ]
     ours = torch.cat(dpl.raw_outputs(model, dpl.encode(rows, tokenizer, 512), 8192))
     oracle = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model").eval()
     assert tokenizer.pad_token_id == tokenizer.eos_token_id == oracle.config.pad_token_id
-    texts = [tokenizer(row["prompt"])["input_ids"] + tokenizer(row[key])["input_ids"]
-             for row in rows for key in ("chosen", "rejected")]
+    texts = [
+        tokenizer(row["prompt"])["input_ids"] + tokenizer(row[key])["input_ids"]
+        for row in rows
+        for key in ("chosen", "rejected")
+    ]
     padded = tokenizer.pad({"input_ids": texts}, return_tensors="pt", padding_side="right")
     with torch.no_grad():
         torch.testing.assert_close(ours, oracle(**padded).logits, atol=1e-5, rtol=1e-4)
@@ -438,12 +725,22 @@ def test_zero_head_and_swapped_pairs():
         close(wins + (dpl.pair_losses(rejected, chosen, type) < math.log(2)).double().mean(), 1.0)
 
 
-@pytest.mark.parametrize("type", dpl.TYPES)
+@pytest.mark.parametrize("type", TYPES)
 def test_overfits_eight_pairs(blank, tmp_path, type):
     rows = [json.loads(line) for line in (blank / "pairs.jsonl").read_text().splitlines()[:8]]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    history = dpl.main(tiny_args(blank, tmp_path / "run", type=type, data=str(tmp_path / "test.jsonl"), lr=1e-2,
-                                 max_steps=40, schedule="constant", entropy_coeff=0.0))
+    history = dpl.main(
+        tiny_args(
+            blank,
+            tmp_path / "run",
+            type=type,
+            data=str(tmp_path / "test.jsonl"),
+            lr=1e-2,
+            max_steps=40,
+            schedule="constant",
+            entropy_coeff=0.0,
+        )
+    )
     assert history[-1]["eval_loss"] < 0.05 and history[-1]["eval_accuracy"] == 1.0
 
 
@@ -451,60 +748,105 @@ def test_overfits_eight_pairs(blank, tmp_path, type):
 def test_soft_labels_reach_the_true_probability(blank, tmp_path, p):
     row = json.loads((blank / "pairs.jsonl").read_text().splitlines()[0]) | {"p_chosen": p}
     (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n")
-    history = dpl.main(tiny_args(blank, tmp_path / "run", type="base", data=str(tmp_path / "test.jsonl"), lr=1e-2,
-                                 batch_size=1, max_steps=60, soft_labels=True))
-    assert history[-1]["eval_loss"] == pytest.approx(-math.log(p), abs=0.02)  # exp(-loss) is P(chosen wins)
-    assert history[-2]["loss"] == pytest.approx(-0.7 * math.log(0.7) - 0.3 * math.log(0.3), abs=1e-3)  # its entropy
-    assert history[-2]["accuracy"] == history[-1]["eval_accuracy"] == (p > 0.5)  # whatever the soft loss is
+    history = dpl.main(
+        tiny_args(
+            blank,
+            tmp_path / "run",
+            type="base",
+            data=str(tmp_path / "test.jsonl"),
+            lr=1e-2,
+            batch_size=1,
+            max_steps=60,
+            soft_labels=True,
+        )
+    )
+    assert history[-1]["eval_loss"] == pytest.approx(
+        -math.log(p), abs=0.02
+    )  # exp(-loss) is P(chosen wins)
+    assert history[-2]["loss"] == pytest.approx(
+        -0.7 * math.log(0.7) - 0.3 * math.log(0.3), abs=1e-3
+    )  # its entropy
+    assert (
+        history[-2]["accuracy"] == history[-1]["eval_accuracy"] == (p > 0.5)
+    )  # whatever the soft loss is
 
 
 def test_long_pairs_are_dropped_not_cut(blank):
     tokenizer = common.load_tokenizer(str(blank / "model"))
-    rows = [dict(prompt="a", chosen="b" * n, rejected="c" * m) for n, m in ((9, 9), (10, 9), (9, 10))]
-    lengths = [max(len(tokenizer("a" + r[k])["input_ids"]) for k in ("chosen", "rejected")) for r in rows]
+    rows = [
+        dict(prompt="a", chosen="b" * n, rejected="c" * m) for n, m in ((9, 9), (10, 9), (9, 10))
+    ]
+    lengths = [
+        max(len(tokenizer("a" + r[k])["input_ids"]) for k in ("chosen", "rejected")) for r in rows
+    ]
     kept = dpl.encode(rows, tokenizer, lengths[0])
     assert [row["row"] for row in kept] == [i for i in range(3) if lengths[i] <= lengths[0]]
-    assert kept[0]["responses"][0][-1] != tokenizer.eos_token_id  # no end token, as in the released code
-    longest = max(len(row["prompt_ids"]) + max(map(len, row["responses"])) for row in dpl.encode(rows, tokenizer, 512))
-    assert len(dpl.encode(rows, tokenizer, longest)) == 3 > len(dpl.encode(rows, tokenizer, longest - 1))
+    assert (
+        kept[0]["responses"][0][-1] != tokenizer.eos_token_id
+    )  # no end token, as in the released code
+    longest = max(
+        len(row["prompt_ids"]) + max(map(len, row["responses"]))
+        for row in dpl.encode(rows, tokenizer, 512)
+    )
+    assert (
+        len(dpl.encode(rows, tokenizer, longest))
+        == 3
+        > len(dpl.encode(rows, tokenizer, longest - 1))
+    )
 
 
-@pytest.mark.parametrize("sigma, logistic, matched", [
-    (0.25, 1.394, 0.887), (0.5, 1.421, 0.905), (1.0, 1.475, 0.939), (2.0, 1.531, 0.974)])
-def test_unit_of_the_logistic_links(sigma, logistic, matched):
-    """Means from N(0, 1), the same sigma everywhere: the best sigma under a logistic link is this multiple of the true."""
+@pytest.mark.parametrize(
+    "sigma, logistic, matched",
+    [(0.25, 1.394, 0.887), (0.5, 1.421, 0.905), (1.0, 1.475, 0.939), (2.0, 1.531, 0.974)],
+)
+def test_unit_of_the_logistic_link(sigma, logistic, matched):
+    """Means from N(0, 1), one sigma: the best fitted sigma is this multiple of the true one."""
     d, weight = (double(x) for x in scipy.special.roots_hermitenorm(201))
     means = torch.stack([math.sqrt(2) * d, 0 * d])  # the difference of two means is N(0, 2)
-    p, weight = torch.special.ndtr((means[0] - means[1]) / math.sqrt(2) / sigma), weight / weight.sum()
-    for link, expected in (("logistic", logistic), ("logistic_matched", matched)):
-        def loss(rho, link=link):
-            sides = [torch.stack([m, torch.full_like(m, math.log(math.expm1(rho * sigma)))], -1) for m in means]
-            forth, back = (dpl.mean_variance_loss(*pair, link) for pair in (sides, sides[::-1]))
-            return (weight * (p * forth + (1 - p) * back)).sum().item()
-        found = scipy.optimize.minimize_scalar(loss, bounds=(0.3, 3), method="bounded").x
-        assert found == pytest.approx(expected, abs=6e-4)  # published to three decimals
+    p, weight = (
+        torch.special.ndtr((means[0] - means[1]) / math.sqrt(2) / sigma),
+        weight / weight.sum(),
+    )
+
+    def loss(rho):
+        sides = [
+            torch.stack([m, torch.full_like(m, math.log(math.expm1(rho * sigma)))], -1)
+            for m in means
+        ]
+        forth, back = (dpl.mean_variance_loss(*pair, "logistic") for pair in (sides, sides[::-1]))
+        return (weight * (p * forth + (1 - p) * back)).sum().item()
+
+    found = scipy.optimize.minimize_scalar(loss, bounds=(0.3, 3), method="bounded").x
+    assert found == pytest.approx(logistic, abs=6e-4)  # published to three decimals
+    assert 2 / math.pi * found == pytest.approx(matched, abs=6e-4)  # with the probit's slope at 0
 
 
 def test_one_name_in_two_files(tmp_path):
     for name in "ab":
         (tmp_path / f"{name}.jsonl").write_text('{"reward_outputs_both": [[1], [2]]}\n')
     files = [str(tmp_path / f"{name}.jsonl") for name in "ab"]
-    assert set(dpl.main(dpl.SummarizeArgs(files=tuple(files)))) == {f"{file}: both" for file in files}
+    assert set(dpl.main(dpl.SummarizeArgs(files=tuple(files)))) == {
+        f"{file}: both" for file in files
+    }
 
 
 @pytest.mark.parametrize("n", [2, 4])
 def test_r_squared_within_prompts(tmp_path, n):
-    """Utilities of variance 1 within prompts, sd 1 of each and any offsets between prompts: 1/2, for any n."""
+    """Variance 1 within prompts, sd 1 of each, any offsets between prompts: 1/2, for any n."""
     g = torch.Generator().manual_seed(0)
     mean = torch.randn(8000 // n, n, generator=g) + 10 * torch.randn(8000 // n, 1, generator=g)
     outputs = torch.stack([mean, torch.full_like(mean, math.log(math.e - 1))], -1)  # softplus is 1
     path = tmp_path / "outputs.jsonl"
-    path.write_text("".join(json.dumps({"reward_outputs_both": x}) + "\n" for x in outputs.tolist()))
-    found = dpl.main(dpl.SummarizeArgs(files=(str(path),)))["both"]["r2"][2]
-    assert abs(found - 0.5) < 0.028  # the variance's relative sd is at most sqrt(2 / 4000) = .022, r^2's .0056; 5 sd
+    path.write_text(
+        "".join(json.dumps({"reward_outputs_both": x}) + "\n" for x in outputs.tolist())
+    )
+    found = dpl.main(dpl.SummarizeArgs(files=(str(path),)))["both"].r_squared_within
+    assert (
+        abs(found - 0.5) < 0.028
+    )  # the variance's relative sd is at most sqrt(2 / 4000) = .022, r^2's .0056; 5 sd
 
 
-def test_evaluate_score_choose_and_summarize(blank, tmp_path):
+def test_evaluate_score_and_summarize(blank, tmp_path):
     rows = [json.loads(line) for line in (blank / "pairs.jsonl").read_text().splitlines()]
     folder = tmp_path / "data"
     for subset, part in (("helpful", rows[:24]), ("harmless", rows[24:])):
@@ -512,51 +854,94 @@ def test_evaluate_score_choose_and_summarize(blank, tmp_path):
         for split in ("train", "test"):
             lines = "".join(json.dumps(row | {"data_subset": subset}) + "\n" for row in part)
             (folder / subset / f"{split}.jsonl").write_text(lines)
-    (tmp_path / "test.jsonl").write_text("".join((folder / s / "test.jsonl").read_text() for s in ("helpful", "harmless")))
-    for type in dpl.TYPES:
-        dpl.main(tiny_args(blank, tmp_path / type, type=type, data=str(folder), subset="helpful", lr=1e-2, max_steps=6))
-    runs = tuple(str(tmp_path / type) for type in dpl.TYPES)
+    (tmp_path / "test.jsonl").write_text(
+        "".join((folder / s / "test.jsonl").read_text() for s in ("helpful", "harmless"))
+    )
+    for type in TYPES:
+        dpl.main(
+            tiny_args(
+                blank,
+                tmp_path / type,
+                type=type,
+                data=str(folder),
+                subset="helpful",
+                lr=1e-2,
+                max_steps=6,
+            )
+        )
+    runs = tuple(str(tmp_path / type) for type in TYPES)
 
-    pairs = tmp_path / "pairs.jsonl"
-    found = dpl.main(dpl.ScoreArgs(checkpoints=runs[2:], data=str(tmp_path / "test.jsonl"), out=str(pairs)))
-    assert len(found) == 48 and len(found[0]["reward_output_chosen"]) == 10 and found[0]["p_chosen"] == rows[0]["p_chosen"]
+    # Pairs: the layout of all scored files, and the released code's for one reward model.
+    pairs, old = tmp_path / "pairs.jsonl", tmp_path / "old.jsonl"
+    options = dict(names=("mv", "cat"), data=str(tmp_path / "test.jsonl"), out=str(pairs))
+    found = dpl.main(dpl.ScoreArgs(checkpoints=runs[1:], **options))
+    assert len(found) == 48 and found[0]["p_chosen"] == rows[0]["p_chosen"]
+    assert found[0]["responses"] == [rows[0]["rejected"], rows[0]["chosen"]]
+    rejected, chosen = double([row["reward_outputs_cat"] for row in found]).unbind(1)
+    assert chosen.shape == (48, 10)
     results = dpl.main(dpl.SummarizeArgs(files=(str(pairs),)))
-    assert set(results) == {"both", "helpful", "harmless"}
-    chosen, rejected = (double([row[f"reward_output_{k}"] for row in found]) for k in ("chosen", "rejected"))
+    names = {f"{name}{part}" for name in ("mv", "cat") for part in ("", ", helpful", ", harmless")}
+    assert set(results) == names
     better = dpl.utility(chosen, "categorical") >= dpl.utility(rejected, "categorical")
-    assert results["both"]["counts"]["mean", 0.01, 1.0] == (better.sum(), 0)
-    assert results["helpful"]["counts"]["mean", 0.01, 1.0] == (better[:24].sum(), 0)
+    assert results["cat"].mean == dpl.Rate(better.sum(), 0, 48)
+    assert results["cat, helpful"].mean == dpl.Rate(better[:24].sum(), 0, 24)
     stacked = torch.stack([chosen, rejected])
-    close(results["both"]["r2"][0], dpl.r_squared(
-        dpl.utility(stacked, "categorical"), dpl.utility(stacked, "categorical", "sd")).item(), atol=1e-12)
+    mean, sd = dpl.utility(stacked, "categorical"), dpl.utility(stacked, "categorical", "sd")
+    close(results["cat"].r_squared, dpl.r_squared(mean, sd).item(), atol=1e-12)
+    with old.open("w") as file:
+        for row in found:
+            worse, good = row["reward_outputs_cat"]
+            line = dict(
+                data_subset=row["data_subset"],
+                reward_output_chosen=good,
+                reward_output_rejected=worse,
+            )
+            file.write(json.dumps(line) + "\n")
+    same = dpl.main(dpl.SummarizeArgs(files=(str(old),)))
+    for part in ("", ", helpful", ", harmless"):
+        assert same[f"pairs{part}"] == results[f"cat{part}"]
 
-    samples = tmp_path / "samples.jsonl"  # one line a sample, as generate.py writes
-    samples.write_text("".join(json.dumps(dict(prompt=row["prompt"], response=text, row=i)) + "\n"
-                               for i, row in enumerate(rows[:3]) for text in row["responses"]))
+    # Prompts with four responses each, under three reward models.
+    prompts = tmp_path / "prompts.jsonl"
+    lines = [
+        json.dumps(dict(prompt=row["prompt"], responses=row["responses"])) + "\n"
+        for row in rows[:3]
+    ]
+    prompts.write_text("".join(lines))
     out = tmp_path / "scored.jsonl"
-    scored = dpl.main(dpl.ScoreArgs(checkpoints=runs, names=("b", "m", "c"), data=str(samples), risk="cvar", alpha=0.2,
-                                    out=str(out)))
+    options = dict(names=("b", "m", "c"), data=str(prompts), alpha=0.2, out=str(out))
+    scored = dpl.main(dpl.ScoreArgs(checkpoints=runs, **options))
     assert [json.loads(line) for line in out.read_text().splitlines()] == scored
     assert [len(row["reward_outputs_m"]) for row in scored] == [4, 4, 4]
     for row in scored:
-        for name, type in zip("bmc", dpl.TYPES):
-            values = dpl.utility(torch.tensor(row[f"reward_outputs_{name}"]), type, "cvar", 0.2)
+        for name, type in zip("bmc", TYPES, strict=True):
+            values = dpl.utility(torch.tensor(row[f"reward_outputs_{name}"]), type, "quantile", 0.2)
             torch.testing.assert_close(torch.tensor(row[f"risk_{name}"]), values)
-            assert row[f"best_{name}"] == values.argmax() and row[f"reward_model_{name}"]["type"] == type
-    assert dpl.main(dpl.SummarizeArgs(files=(str(out),)))["m"]["counts"]["mean", 0.01, 1.0][0] <= 3
-    one = dpl.main(dpl.ScoreArgs(checkpoints=runs[1:2], prompt=rows[0]["prompt"], response=rows[0]["responses"][1]))
-    torch.testing.assert_close(one[0]["reward_outputs_both"][0], scored[0]["reward_outputs_m"][1], atol=1e-5, rtol=0)
+            assert row[f"reward_model_{name}"]["type"] == type
+    assert dpl.main(dpl.SummarizeArgs(files=(str(out),)))["m"].mean.hits <= 3
+    one = dpl.main(
+        dpl.ScoreArgs(
+            checkpoints=runs[1:2], prompt=rows[0]["prompt"], response=rows[0]["responses"][1]
+        )
+    )
+    torch.testing.assert_close(
+        one[0]["reward_outputs_both"][0], scored[0]["reward_outputs_m"][1], atol=1e-5, rtol=0
+    )
 
 
 def test_bad_input_ends_in_one_line(blank, tmp_path):
     dpl.main(tiny_args(blank, tmp_path / "run", type="categorical"))
-    (tmp_path / "mixed.jsonl").write_text('{"prompt": "a", "responses": ["b", "c"]}\n{"prompt": "a", "responses": ["b", ""]}\n')
+    (tmp_path / "mixed.jsonl").write_text(
+        '{"prompt": "a", "responses": ["b", "c"]}\n{"prompt": "a", "responses": ["b", ""]}\n'
+    )
     (tmp_path / "other.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "string.jsonl").write_text('{"prompt": "a", "responses": "bc"}\n')
     (tmp_path / "single.jsonl").write_text('{"reward_outputs_x": [[1]]}\n')
     row = json.loads((blank / "pairs.jsonl").read_text().splitlines()[0])
     (tmp_path / "test.jsonl").write_text(json.dumps(row | {"p_chosen": 75}) + "\n")
-    (tmp_path / "ragged.jsonl").write_text('{"reward_outputs_x": [[1], [2]]}\n{"reward_outputs_x": [[1], [2, 3]]}\n')
+    (tmp_path / "ragged.jsonl").write_text(
+        '{"reward_outputs_x": [[1], [2]]}\n{"reward_outputs_x": [[1], [2, 3]]}\n'
+    )
     (tmp_path / "plain").mkdir()
     for file in (blank / "model").iterdir():
         (tmp_path / "plain" / file.name).write_bytes(file.read_bytes())
@@ -564,30 +949,65 @@ def test_bad_input_ends_in_one_line(blank, tmp_path):
     wrong.mkdir()
     for file in (tmp_path / "run" / "model").iterdir():
         (wrong / file.name).write_bytes(file.read_bytes())
-    (wrong / "config.json").write_text((wrong / "config.json").read_text().replace('"K": 10', '"K": 20'))
+    (wrong / "config.json").write_text(
+        (wrong / "config.json").read_text().replace('"K": 10', '"K": 20')
+    )
     run_folder, out = (str(tmp_path / "run"),), str(tmp_path / "out.jsonl")
     for args, message in (
-            (dpl.ScoreArgs(checkpoints=run_folder, data=str(tmp_path / "mixed.jsonl"), out=out), "mixed.jsonl:2: needs"),
-            (dpl.ScoreArgs(checkpoints=run_folder, data=str(tmp_path / "other.jsonl"), out=out), "other.jsonl:1: needs"),
-            (dpl.ScoreArgs(checkpoints=run_folder, data="tiny", alpha=1.0, out=out), "--alpha"),
-            (dpl.ScoreArgs(checkpoints=run_folder, names=("a", "b"), data="tiny", out=out), "--names"),
-            (dpl.ScoreArgs(checkpoints=(str(tmp_path / "plain"),), prompt="a", response="b"), "no entry dpl"),
-            (dpl.ScoreArgs(checkpoints=(str(wrong),), prompt="a", response="b"), "head has 10 outputs"),
-            (dpl.SummarizeArgs(files=(str(tmp_path / "other.jsonl"),)), "other.jsonl:1: no reward_outputs_NAME"),
-            (dpl.SummarizeArgs(files=(str(tmp_path / "ragged.jsonl"),)), "ragged.jsonl:2: reward_outputs_x"),
-            (dpl.SummarizeArgs(files=(str(tmp_path / "ragged.jsonl"),), alpha=0.0), "--alpha"),
-            (tiny_args(blank, tmp_path / "a", max_length=3), "no row is left"),
-            (tiny_args(blank, tmp_path / "b", subset="helpful"), "data_subset helpful"),
-            (tiny_args(blank, tmp_path / "c", type="categorical", num_atoms=1), "--num-atoms 1"),
-            (dpl.ScoreArgs(checkpoints=run_folder, data=str(tmp_path / "string.jsonl"), out=out), "string.jsonl:1: needs"),
-            (dpl.ScoreArgs(checkpoints=run_folder, data="tiny", c=0.0, out=out), "--c"),
-            (dpl.ScoreArgs(checkpoints=run_folder, prompt="a", out=out), "give --data"),
-            (dpl.ScoreArgs(checkpoints=run_folder * 2, names=("a", "a"), data="tiny", out=out), "--names"),
-            (dpl.ScoreArgs(checkpoints=run_folder * 2, names=("a", "b"), data=str(blank / "pairs.jsonl")), "for pairs one"),
-            (dpl.SummarizeArgs(files=(str(tmp_path / "single.jsonl"),)), "nothing to compare"),
-            (tiny_args(blank, tmp_path / "d", eval_pairs=0), "--eval-pairs"),
-            (tiny_args(blank, tmp_path / "e", soft_labels=True, batch_size=1, data=str(tmp_path / "test.jsonl")), "p_chosen"),
-            (dpl.SyntheticArgs(env="2d", shared_context=True), "--shared-context")):
+        (
+            dpl.ScoreArgs(checkpoints=run_folder, data=str(tmp_path / "mixed.jsonl"), out=out),
+            "mixed.jsonl:2: needs",
+        ),
+        (
+            dpl.ScoreArgs(checkpoints=run_folder, data=str(tmp_path / "other.jsonl"), out=out),
+            "other.jsonl:1: needs",
+        ),
+        (dpl.ScoreArgs(checkpoints=run_folder, data="tiny", alpha=1.0, out=out), "--alpha"),
+        (dpl.ScoreArgs(checkpoints=run_folder, names=("a", "b"), data="tiny", out=out), "--names"),
+        (
+            dpl.ScoreArgs(checkpoints=(str(tmp_path / "plain"),), prompt="a", response="b"),
+            "no entry dpl",
+        ),
+        (dpl.ScoreArgs(checkpoints=(str(wrong),), prompt="a", response="b"), "head has 10 outputs"),
+        (
+            dpl.SummarizeArgs(files=(str(tmp_path / "other.jsonl"),)),
+            "other.jsonl:1: no reward_outputs_NAME",
+        ),
+        (
+            dpl.SummarizeArgs(files=(str(tmp_path / "ragged.jsonl"),)),
+            "ragged.jsonl:2: reward_outputs_x",
+        ),
+        (dpl.SummarizeArgs(files=(str(tmp_path / "ragged.jsonl"),), alpha=0.0), "--alpha"),
+        (tiny_args(blank, tmp_path / "a", max_length=3), "no row is left"),
+        (tiny_args(blank, tmp_path / "b", subset="helpful"), "data_subset helpful"),
+        (tiny_args(blank, tmp_path / "c", type="categorical", num_atoms=1), "--num-atoms 1"),
+        (
+            dpl.ScoreArgs(checkpoints=run_folder, data=str(tmp_path / "string.jsonl"), out=out),
+            "string.jsonl:1: needs",
+        ),
+        (dpl.ScoreArgs(checkpoints=run_folder, data="tiny", alpha=math.nan, out=out), "--alpha"),
+        (tiny_args(blank, tmp_path / "f", lr=math.nan), "--lr"),
+        (tiny_args(blank, tmp_path / "g", sigma_floor=-1.0), "--sigma-floor"),
+        (dpl.SummarizeArgs(), "--files"),
+        (dpl.ScoreArgs(checkpoints=run_folder, prompt="a", out=out), "give --data"),
+        (
+            dpl.ScoreArgs(checkpoints=run_folder * 2, names=("a", "a"), data="tiny", out=out),
+            "--names",
+        ),
+        (dpl.SummarizeArgs(files=(str(tmp_path / "single.jsonl"),)), "nothing to compare"),
+        (tiny_args(blank, tmp_path / "d", eval_pairs=0), "--eval-pairs"),
+        (
+            tiny_args(
+                blank,
+                tmp_path / "e",
+                soft_labels=True,
+                batch_size=1,
+                data=str(tmp_path / "test.jsonl"),
+            ),
+            "p_chosen",
+        ),
+        (dpl.SyntheticArgs(env="2d", shared_context=True), "--shared-context"),
+    ):
         with pytest.raises(SystemExit, match=message) as stop:
             dpl.main(args)
         assert "\n" not in str(stop.value.code)
@@ -596,8 +1016,24 @@ def test_bad_input_ends_in_one_line(blank, tmp_path):
 
 def test_two_processes_and_a_resumed_run_equal_one(blank, tmp_path):
     """FSDP over two processes, and steps 0-1 then 2-3, against one process without a stop."""
-    command = [ROOT / "methods/dpl.py", "train", "--model", blank / "model", "--data", blank / "pairs.jsonl", "--batch-size",
-               "8", "--max-steps", "4", "--type", "categorical", "--entropy", "example", "--schedule", "constant"]
+    command = [
+        ROOT / "methods/dpl.py",
+        "train",
+        "--model",
+        blank / "model",
+        "--data",
+        blank / "pairs.jsonl",
+        "--batch-size",
+        "8",
+        "--max-steps",
+        "4",
+        "--type",
+        "categorical",
+        "--entropy",
+        "example",
+        "--schedule",
+        "constant",
+    ]
     run(*command, "--out", tmp_path / "one")
     run(*command, "--out", tmp_path / "two", processes=2)
     run(*command, "--save-every", "16", "--max-steps", "2", "--out", tmp_path / "stopped")
@@ -611,7 +1047,8 @@ def test_two_processes_and_a_resumed_run_equal_one(blank, tmp_path):
         for key in {"loss", "eval_loss", "grad_norm"} & line.keys():
             assert line[key] == pytest.approx(other[key], rel=1e-4), key  # sums in another order
     assert [line.get("loss", line.get("eval_loss")) for line in one] == [
-        line.get("loss", line.get("eval_loss")) for line in stopped]  # bit for bit
+        line.get("loss", line.get("eval_loss")) for line in stopped
+    ]  # bit for bit
 
 
 def test_help_is_instant_and_lists_the_commands():

@@ -7,7 +7,6 @@ import generate as method
 import numpy as np
 import pytest
 import torch
-from common import load_tokenizer
 from conftest import ROOT, run
 from generate import Args, compare, main, respond, sampler, scores, summarise, wilson
 from scipy.stats import binomtest
@@ -19,11 +18,18 @@ from transformers import (
     LlamaConfig,
 )
 
+from common import load_tokenizer
+
 V, END = 61, 0
 PROMPTS = [[5, 9, 2], [7], [11, 3, 8, 40, 22, 1, 60], [4, 4, 4, 30], [9, 9]]
-SHAPE = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
-CONFIGS = {"neox": GPTNeoXConfig(**SHAPE), "llama": LlamaConfig(**SHAPE, num_key_value_heads=2),
-           "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64)}
+SHAPE = dict(
+    vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+)
+CONFIGS = {
+    "neox": GPTNeoXConfig(**SHAPE),
+    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2),
+    "gpt2": GPT2Config(vocab_size=V, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+}
 
 
 @pytest.fixture(params=CONFIGS)
@@ -37,14 +43,14 @@ def model(request):
 
 @torch.no_grad()
 def naive(model, prompt, uniforms, adapt):
-    """One response by full forward passes without padding or cache, by the definition of the inverse CDF."""
+    """One response by full forward passes without padding or cache, by the inverse CDF."""
     ids = list(prompt)
     for u in uniforms.tolist():
         p = adapt(model(torch.tensor([ids]), use_cache=False).logits[:, -1]).double().softmax(-1)[0]
         ids.append(int((p.cumsum(0) <= u).sum()))
         if ids[-1] == END:
             break
-    return ids[len(prompt):]
+    return ids[len(prompt) :]
 
 
 def test_left_padded_greedy_equals_unpadded_greedy(model):
@@ -53,16 +59,23 @@ def test_left_padded_greedy_equals_unpadded_greedy(model):
     assert found == [naive(model, prompt, torch.zeros(12), greedy) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.9, "min_p": 0.02}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.9, "min_p": 0.02}]
+)
 def test_a_response_depends_on_its_own_prompt_and_uniforms(model, options):
-    # 40 responses, of which most end early, against one by one: the last one ends long after the others left
+    # 40 responses, of which most end early, against one by one: the last one is alone at the end
     prompts, adapt = PROMPTS * 8, sampler(**options)
     u = torch.rand(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     found = respond(model, prompts, u, lambda z: adapt(boost(z)), END, V)
-    assert found == [naive(model, prompt, row, lambda z: adapt(boost(z))) for prompt, row in zip(prompts, u)]
+    assert found == [
+        naive(model, prompt, row, lambda z: adapt(boost(z))) for prompt, row in zip(prompts, u)
+    ]
     ended = [ids for ids in found if END in ids]
-    assert len(ended) > 5 and len({len(ids) for ids in found}) > 5 and \
-        all(ids.index(END) == len(ids) - 1 for ids in ended)
+    assert (
+        len(ended) > 5
+        and len({len(ids) for ids in found}) > 5
+        and all(ids.index(END) == len(ids) - 1 for ids in ended)
+    )
     assert all(len(ids) == 24 for ids in found if END not in ids)
     part = respond(model, prompts[3:9], u[3:9], lambda z: adapt(boost(z)), END, V)
     assert part == found[3:9]
@@ -75,14 +88,23 @@ def boost(logits):
 
 def test_no_token_above_the_tokenizer_is_drawn(model):
     u = torch.rand(400, 5, generator=torch.Generator().manual_seed(0))
-    found = respond(model, PROMPTS[:1] * 400, u, sampler(), -1, 50)  # an embedding of 61 rows, a tokenizer of 50
+    found = respond(
+        model, PROMPTS[:1] * 400, u, sampler(), -1, 50
+    )  # an embedding of 61 rows, a tokenizer of 50
     assert max(map(max, found)) < 50 and len(set(sum(found, []))) > 10
 
 
 def test_filters_keep_the_sets_of_their_definitions():
     p = torch.tensor([[0.4, 0.3, 0.15, 0.1, 0.05]])
-    kept = {(): 5, (("top_k", 2),): 2, (("top_p", 0.6),): 2, (("top_p", 0.9),): 4, (("min_p", 0.3),): 3,
-            (("temperature", 0),): 1, (("temperature", 0), ("top_p", 0.9)): 1}
+    kept = {
+        (): 5,
+        (("top_k", 2),): 2,
+        (("top_p", 0.6),): 2,
+        (("top_p", 0.9),): 4,
+        (("min_p", 0.3),): 3,
+        (("temperature", 0),): 1,
+        (("temperature", 0), ("top_p", 0.9)): 1,
+    }
     for options, n in kept.items():
         assert sampler(**dict(options))(p.log()).isfinite().sum() == n, options
     hot = sampler(temperature=2.0)(p.log()).softmax(-1)  # proportional to the square root
@@ -101,12 +123,17 @@ def test_wilson_interval():
 
 
 def response_rows(n=6):
-    return [{"row": i // 2, "prompt": f"p{i}", "response": "x" * (i % 3 + 1), "chosen": "xx"} for i in range(n)]
+    return [
+        {"row": i // 2, "prompt": f"p{i}", "response": "x" * (i % 3 + 1), "chosen": "xx"}
+        for i in range(n)
+    ]
 
 
 def judge_command(tmp_path, body):
     path = tmp_path / "judge.py"
-    path.write_text("import json, sys\nfor line in sys.stdin:\n    q = json.loads(line)\n    " + body + "\n")
+    path.write_text(
+        "import json, sys\nfor line in sys.stdin:\n    q = json.loads(line)\n    " + body + "\n"
+    )
     return f"{sys.executable} {path}"
 
 
@@ -118,18 +145,20 @@ def test_command_judge_is_symmetric_under_swap(tmp_path):
     args = Args(judge_command=judge_command(tmp_path, LONGER))
     rows = compare(args, response_rows())
     assert [row["outcome"] for row in rows] == [-1, 0, 1] * 2
-    swapped = compare(args, [row | {"response": row["other"], "chosen": row["response"]} for row in rows])
+    swapped = compare(
+        args, [row | {"response": row["other"], "chosen": row["response"]} for row in rows]
+    )
     assert [row["outcome"] for row in swapped] == [1, 0, -1] * 2
     here, there = summarise(rows), summarise(swapped)
-    assert here["win_rate"] + there["win_rate"] == pytest.approx(1) and here["ties"] == there["ties"] == 2
-    assert here["low"] + there["high"] == pytest.approx(1)
+    assert here.win_rate + there.win_rate == pytest.approx(1) and here.ties == there.ties == 2
+    assert here.low + there.high == pytest.approx(1)
 
 
 def test_a_judge_that_prefers_a_place_makes_ties(tmp_path):
     method.setup(0)
     rows = compare(Args(judge_command=judge_command(tmp_path, 'print("A")')), response_rows())
     summary = summarise(rows)
-    assert summary["ties"] == 6 and summary["win_rate"] == 0.5
+    assert summary.ties == 6 and summary.win_rate == 0.5
     # "A" in one order and "tie" in the other: half an answer for the response, so a win
     body = 'print("A" if q["a"] == "x" else "tie")'
     rows = compare(Args(judge_command=judge_command(tmp_path, body)), response_rows())
@@ -137,15 +166,24 @@ def test_a_judge_that_prefers_a_place_makes_ties(tmp_path):
 
 
 def test_summary_counts_prompts_not_samples():
-    rows = [{"row": i // 4, "outcome": [1, 1, 0, -1][i % 4], "score": 1.0, "other_score": 0.0} for i in range(40)]
+    rows = [
+        {"row": i // 4, "outcome": [1, 1, 0, -1][i % 4], "score": 1.0, "other_score": 0.0}
+        for i in range(40)
+    ]
     summary = summarise(rows)
-    assert (summary["wins"], summary["ties"], summary["losses"], summary["prompts"]) == (20, 10, 10, 10)
-    assert summary["win_rate"] == 0.625 and (summary["low"], summary["high"]) == wilson(6.25, 10)
+    assert (summary.wins, summary.ties, summary.losses, summary.prompts) == (20, 10, 10, 10)
+    assert summary.win_rate == 0.625 and (summary.low, summary.high) == wilson(6.25, 10)
 
 
 @pytest.fixture
 def options(blank):
-    return dict(model=str(blank / "model"), data=str(blank / "pairs.jsonl"), max_new_tokens=8, batch_size=7, seed=3)
+    return dict(
+        model=str(blank / "model"),
+        data=str(blank / "pairs.jsonl"),
+        max_new_tokens=8,
+        batch_size=7,
+        seed=3,
+    )
 
 
 def lines(path):
@@ -155,19 +193,40 @@ def lines(path):
 def test_run_writes_responses_verdicts_and_figure(options, tmp_path):
     summary = main(Args(**options, samples=2, out=str(tmp_path / "a")))
     rows, data = lines(tmp_path / "a" / "responses.jsonl"), lines(ROOT / options["data"])
-    data = data[-(len(data) // 20):]  # the test split of a file alone
-    assert [(row["row"], row["sample"]) for row in rows] == [(i, k) for i in range(len(data)) for k in (0, 1)]
-    assert all(rows[2 * i]["prompt"] == row["prompt"] and rows[2 * i]["chosen"] == row["chosen"]
-               for i, row in enumerate(data))
+    data = data[-(len(data) // 20) :]  # the test split of a file alone
+    assert [(row["row"], row["sample"]) for row in rows] == [
+        (i, k) for i in range(len(data)) for k in (0, 1)
+    ]
+    assert all(
+        rows[2 * i]["prompt"] == row["prompt"] and rows[2 * i]["chosen"] == row["chosen"]
+        for i, row in enumerate(data)
+    )
     assert rows[0]["response"] != rows[1]["response"] and all(row["tokens"] <= 8 for row in rows)
-    assert summary["wins"] + summary["ties"] + summary["losses"] == len(rows) == 2 * summary["prompts"]
+    assert summary.wins + summary.ties + summary.losses == len(rows) == 2 * summary.prompts
     assert len(lines(tmp_path / "a" / "judged.jsonl")) == len(rows)
-    assert (tmp_path / "a" / "figures" / "scores.png").stat().st_size > 5000 and not (tmp_path / "a/parts").exists()
+    assert (tmp_path / "a" / "figures" / "scores.png").stat().st_size > 5000 and not (
+        tmp_path / "a/parts"
+    ).exists()
 
-    same = main(Args(**options, samples=2, out=str(tmp_path / "b"), against=str(tmp_path / "a/responses.jsonl")))
-    assert same["ties"] == len(rows) and same["win_rate"] == 0.5  # the same seed: the same responses
-    again = main(Args(out=str(tmp_path / "a"), responses=str(tmp_path / "a" / "responses.jsonl"), overwrite=True))
-    assert again == summary and lines(tmp_path / "a" / "responses.jsonl") == rows  # judging deletes nothing
+    same = main(
+        Args(
+            **options,
+            samples=2,
+            out=str(tmp_path / "b"),
+            against=str(tmp_path / "a/responses.jsonl"),
+        )
+    )
+    assert same.ties == len(rows) and same.win_rate == 0.5  # the same seed: the same responses
+    again = main(
+        Args(
+            out=str(tmp_path / "a"),
+            responses=str(tmp_path / "a" / "responses.jsonl"),
+            overwrite=True,
+        )
+    )
+    assert (
+        again == summary and lines(tmp_path / "a" / "responses.jsonl") == rows
+    )  # judging deletes nothing
 
 
 @pytest.fixture
@@ -224,31 +283,50 @@ def classifier(folder, blank, labels=1):
 def test_classifier_scores_the_last_token_of_each_text(blank, tmp_path):
     method.setup(0)
     folder = classifier(tmp_path / "reward", blank)
-    questions = [(row["prompt"], row["chosen"][:10 * i], "") for i, row in enumerate(lines(blank / "pairs.jsonl")[:9])]
+    questions = [
+        (row["prompt"], row["chosen"][: 10 * i], "")
+        for i, row in enumerate(lines(blank / "pairs.jsonl")[:9])
+    ]
     found = scores(Args(judge=str(folder), batch_size=4), questions)
-    model, tokenizer = GPTNeoXForSequenceClassification.from_pretrained(folder).eval(), load_tokenizer(folder)
+    model, tokenizer = (
+        GPTNeoXForSequenceClassification.from_pretrained(folder).eval(),
+        load_tokenizer(folder),
+    )
     for (prompt, response, _), score in zip(questions, found):
-        hidden = model.gpt_neox(torch.tensor([tokenizer(prompt + (response or " ")).input_ids])).last_hidden_state
-        assert model.score(hidden[0, -1]).item() == pytest.approx(score, abs=1e-5)  # without any padding
+        hidden = model.gpt_neox(
+            torch.tensor([tokenizer(prompt + (response or " ")).input_ids])
+        ).last_hidden_state
+        assert model.score(hidden[0, -1]).item() == pytest.approx(
+            score, abs=1e-5
+        )  # without any padding
     assert len(set(found)) == 9
 
 
 def test_distributional_reward_model_scores_by_its_mean(blank, tmp_path):
-    options = dict(model=str(blank / "model"), data=str(blank / "pairs.jsonl"), max_steps=2, batch_size=4)
+    options = dict(
+        model=str(blank / "model"), data=str(blank / "pairs.jsonl"), max_steps=2, batch_size=4
+    )
     dpl.main(dpl.Args(type="mean_and_variance", **options, out=str(tmp_path / "dpl")))
     row = lines(blank / "pairs.jsonl")[0]
-    found = scores(Args(judge=str(tmp_path / "dpl")), [(row["prompt"], row["chosen"], ""), (row["prompt"], "", "")])
+    found = scores(
+        Args(judge=str(tmp_path / "dpl")),
+        [(row["prompt"], row["chosen"], ""), (row["prompt"], "", "")],
+    )
     model, tokenizer, _ = dpl.load_reward_model(str(tmp_path / "dpl"), "float32")
-    hidden = model.base_model(torch.tensor([tokenizer(row["prompt"] + row["chosen"]).input_ids])).last_hidden_state
+    hidden = model.base_model(
+        torch.tensor([tokenizer(row["prompt"] + row["chosen"]).input_ids])
+    ).last_hidden_state
     assert found[0] == pytest.approx(model.score(hidden[0, -1])[0].item(), abs=1e-5)
     assert np.isfinite(found).all()
 
 
 def test_tiny_model_earns_the_known_mean_reward(tmp_path):
-    # the grammar's mean reward is 0.125 and its standard deviation below 2: 128 responses, four standard errors
+    # the grammar's mean reward is 0.125, its standard deviation below 2; four standard errors
     summary = main(Args(max_new_tokens=64, prompts=128, out=str(tmp_path / "tiny")))
-    assert abs(summary["score"] - 0.125) < 4 * 2 / 128**0.5
-    assert summary["other_score"] > summary["score"] and summary["win_rate"] < 0.5  # readers chose the others
+    assert abs(summary.score - 0.125) < 4 * 2 / 128**0.5
+    assert (
+        summary.other_score > summary.score and summary.win_rate < 0.5
+    )  # readers chose the others
 
 
 def refused(args, *words):
@@ -272,9 +350,15 @@ def test_bad_input_ends_in_one_line(options, blank, tmp_path):
     refused(Args(**out | {"max_new_tokens": 0}), "--max-new-tokens", "at least 1")
 
     (tmp_path / "empty.jsonl").write_text("")
-    refused(Args(responses=str(tmp_path / "empty.jsonl"), out=str(tmp_path / "e")), "empty.jsonl", "no rows")
+    refused(
+        Args(responses=str(tmp_path / "empty.jsonl"), out=str(tmp_path / "e")),
+        "empty.jsonl",
+        "no rows",
+    )
     (tmp_path / "bad.jsonl").write_text('{"prompt": "p", "response": "r"}\n{"prompt": "p"}\n')
-    refused(Args(responses=str(tmp_path / "bad.jsonl"), out=str(tmp_path / "e")), "bad.jsonl", "row 2")
+    refused(
+        Args(responses=str(tmp_path / "bad.jsonl"), out=str(tmp_path / "e")), "bad.jsonl", "row 2"
+    )
     refused(Args(responses=str(tmp_path / "none.jsonl"), out=str(tmp_path / "e")), "none.jsonl")
     assert not (tmp_path / "e").exists()
 
@@ -295,6 +379,17 @@ def test_bad_input_ends_in_one_line(options, blank, tmp_path):
 
 def test_command_line(tmp_path):
     done = run("methods/generate.py", "nonsense", check=False)
-    assert done.returncode == 1 and "choose one of tiny, hh, tldr" in done.stderr and done.stderr.count("\n") == 1
-    done = run("methods/generate.py", "--responses", tmp_path / "x.jsonl", "--out", tmp_path / "o", check=False)
+    assert (
+        done.returncode == 1
+        and "choose one of tiny, hh, tldr" in done.stderr
+        and done.stderr.count("\n") == 1
+    )
+    done = run(
+        "methods/generate.py",
+        "--responses",
+        tmp_path / "x.jsonl",
+        "--out",
+        tmp_path / "o",
+        check=False,
+    )
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "x.jsonl" in done.stderr
