@@ -1,14 +1,13 @@
 """Pages with the paper on the left and the code on the right: of each method, and of common.py.
 
-    python docs/build.py            make docs/*.html and docs/equations.md
-    python docs/build.py --check    exit code 1 if one of them is not what would be made
+    python docs/build.py               make docs/*.html and docs/equations.md
+    python docs/build.py --check       exit code 1 if one of them is not what would be made
     python docs/build.py --pictures    first copy the pictures that run_all.sh has left in results/
 
 Equations come from equations/*.toml, pictures from pictures.toml, differences to released code from
 released.md, benchmarks from README.md, looks from template.html and style.css.  The right column is
 the file, byte for byte; the left one has what its comments and docstrings say, and the equations
-that they cite.  A fault in any of these is one line with its place, exit code 1, and no page is
-written.
+that they cite.  A fault in any of these is one line, exit code 1, and no page is written.
 """
 
 import re
@@ -46,7 +45,7 @@ def prose(text, without_columns=False):
             if not without_columns:
                 parts.append(f"<pre>{escape(chunk)}</pre>")
             continue
-        # A line after an indented one starts a new paragraph, and so does a list item.
+        # Where lines hang, as those of parameters do, each that does not starts a paragraph.
         hanging = any(line.startswith("  ") for line in lines)
         for i, line in enumerate(lines):
             if i == 0 or line.startswith("- ") or (hanging and not line.startswith(" ")):
@@ -59,7 +58,9 @@ def prose(text, without_columns=False):
 def equation(entry):
     """An equation under its number, with a link to its paper."""
     paper = entry["paper"]
-    number = f"our {entry['number']}" if "ours" in paper and entry["number"] else entry["number"]
+    number = entry["number"]
+    if number and "ours" in paper:
+        number = f"our {number}"
     label = ", ".join(x for x in (paper["name"], number, entry.get("section")) if x)
     title = f'<a href="{paper["link"]}">{escape(label)}</a>: {escape(entry["name"])}'
     note = f"<p>{escape(entry['note'])}</p>" if "note" in entry else ""
@@ -67,7 +68,7 @@ def equation(entry):
 
 
 def notes(source, block):
-    """The left side of a paragraph."""
+    """The left side of a paragraph: its comment or docstring, else what its lines' comments say."""
     parts = []
     if block.heading:
         parts.append(f"<h2>{escape(block.heading)}</h2>")
@@ -88,43 +89,42 @@ def notes(source, block):
 # ---- The right column
 
 
+def tags(kind, value, is_call, links):
+    """What stands before and after a token: a link for a call, a class for a colour, or nothing."""
+    if is_call and kind in Token.Name and value in links:
+        return f'<a href="{links[value]}">', "</a>"
+    for name, coloured in COLOURS.items():
+        if kind in coloured and value.strip():
+            return f'<span class="{name}">', "</span>"
+    return "", ""
+
+
 def code_of_blocks(source, links):
     """The code of each paragraph as HTML; calls of the functions in links lead to them."""
     text = "".join(source.lines)
-    ends = []  # offsets
+    ends = []  # offsets of the paragraphs' ends
     for block in source.blocks:
-        ends.append(len("".join(source.lines[: block.end - 1])))
+        length = sum(map(len, source.lines[block.first - 1 : block.end - 1]))
+        ends.append(length + (ends[-1] if ends else 0))
     parts = [""] * len(ends)
     i = 0
     before = ""
     for offset, kind, value in PythonLexer().get_tokens_unprocessed(text):
-        is_call = text[offset + len(value) :].startswith("(") and before not in ("def", "class", ".")
-        if kind in Token.Name and is_call and value in links:
-            start, stop = f'<a href="{links[value]}">', "</a>"
-        else:
-            start, stop = "", ""
-            for name, coloured in COLOURS.items():
-                if kind in coloured and value.strip():
-                    start, stop = f'<span class="{name}">', "</span>"
-                    break
+        is_call = text.startswith("(", offset + len(value)) and before not in ("def", "class", ".")
+        start, stop = tags(kind, value, is_call, links)
+        before = value if value.strip() else before
         # A token may go on in the next paragraph, as white space does.
         while offset + len(value) > ends[i]:
             cut = ends[i] - offset
             parts[i] += start + escape(value[:cut], quote=False) + stop
-            offset, value = ends[i], value[cut:]
+            offset = ends[i]
+            value = value[cut:]
             i += 1
         parts[i] += start + escape(value, quote=False) + stop
-        before = value if value.strip() else before
     return parts
 
 
 # ---- Pages
-
-
-def first_line(note):
-    """What a docstring says first."""
-    line = note.partition("\n")[0].partition(".  ")[0]
-    return escape(line.removesuffix(".") + (" ..." if line[-1:] not in ".)" else ""))
 
 
 def contents(source):
@@ -134,7 +134,9 @@ def contents(source):
         if block.heading:
             parts.append(f"</ul>\n<p>{escape(block.heading)}</p>\n<ul>")
         elif block.id in source.spans and "." not in block.id and not block.id.isupper():
-            parts.append(f'<li><a href="#{block.id}">{block.id}</a> {first_line(block.note)}</li>')
+            line = block.note.partition("\n")[0].partition(".  ")[0]
+            end = "" if line.endswith((".", ")")) else " ..."
+            parts.append(f'<li><a href="#{block.id}">{block.id}</a> {escape(line)}{end}</li>')
     return "\n".join(parts) + "\n</ul>"
 
 
@@ -145,7 +147,7 @@ def figure(picture):
 
 
 def top(source, pictures):
-    """Above the two columns: the paper, the commands, the picture, the functions."""
+    """Above the two columns: the papers, the commands, the picture, the functions."""
     parts = []
     for paper in source.papers:
         parts.append(f'<p><a href="{paper["link"]}">{escape(paper["title"])}</a><br>')
@@ -162,22 +164,19 @@ def top(source, pictures):
 
 def page(source, pictures, common):
     """The body of a file's page."""
-    links = {}
-    for name in common.spans:
-        links[name] = f"common.html#{name}"
-    for name in source.spans:
-        links[name] = f"#{name}"
+    links = {name: f"common.html#{name}" for name in common.spans}
+    links |= {name: f"#{name}" for name in source.spans}
     rows = []
     for block, code in zip(source.blocks, code_of_blocks(source, links)):
         anchor = f'<a class="line" href="#{block.id}">{block.first}</a>'
         left = f'<div class="notes">{anchor}\n{notes(source, block)}</div>'
-        row = f'<div class="row" id="{block.id}">{left}\n<pre><code>{code}</code></pre></div>'
-        rows.append(row)
+        right = f"<pre><code>{code}</code></pre>"
+        rows.append(f'<div class="row" id="{block.id}">{left}\n{right}</div>')
     return f"{top(source, pictures)}\n<main>\n" + "\n".join(rows) + "\n</main>"
 
 
 def equation_map(papers, for_page):
-    """The table of all equations, in Markdown: links to paragraphs of pages, or to lines of files."""
+    """All equations as tables in Markdown, with links to paragraphs of pages or lines of files."""
     parts = []
     for paper in papers:
         parts.append(f"\n### [{paper['title']}]({paper['link']})\n\n{paper['note']}\n")
@@ -185,9 +184,9 @@ def equation_map(papers, for_page):
         for entry in paper["entry"]:
             where = []
             for source, line in entry["lines"]:
-                block = [b for b in source.blocks if b.first <= line < b.end][0]
                 target = f"../{source.path}#L{line}"
                 if for_page:
+                    block = [b for b in source.blocks if b.first <= line < b.end][0]
                     target = f"{Path(source.path).stem}.html#{block.id}"
                 where.append(f"[{source.path}:{line}]({target})")
             place = ", ".join(where) or f"Not here. {entry['reason']}"
@@ -205,10 +204,9 @@ def index(sources, papers, pictures):
         parts.append(f'<h3><a href="{name}.html">{source.path}</a></h3>\n<p>{first}</p>')
         if name in pictures:
             parts.append(figure(pictures[name]))
-    readme = (ROOT / "README.md").read_text()
-    speed = re.search(r"^## Speed.*?(?=^## )", readme, re.M | re.S)
+    speed = re.search(r"^## Speed.*?(?=^## )", (ROOT / "README.md").read_text(), re.M | re.S)
     if speed is None:
-        fail("README.md", "there is no section Speed")
+        fail("README.md", "there is no section Speed, whose tables the first page shows")
     released = (DOCS / "released.md").read_text()
     text = f"## Equations\n{equation_map(papers, True)}\n{released}\n{speed[0]}"
     parts.append(MarkdownIt("commonmark").enable("table").render(text))
@@ -216,22 +214,22 @@ def index(sources, papers, pictures):
 
 
 def build():
-    """Everything that is made: {path: text}."""
+    """Everything that is made: {name of the file in docs/: text}."""
     papers = [read_paper(path) for path in sorted((DOCS / "equations").glob("*.toml"))]
     pictures = tomllib.loads((DOCS / "pictures.toml").read_text())
     paths = [f"methods/{name}.py" for name in pictures] + ["common.py"]
     sources = [read_source(path, papers) for path in paths]
     check_citations(sources, papers)
-    template = Template((DOCS / "template.html").read_text())
-    style = (DOCS / "style.css").read_text()
 
-    made = {"equations.md": f"# Equations\n\nMade by build.py.\n{equation_map(papers, False)}"}
-    body = index(sources, papers, pictures)
-    made["index.html"] = template.substitute(title="Paper and code", style=style, body=body)
+    bodies = {"index": ("Paper and code", index(sources, papers, pictures))}
     for source in sources:
         body = page(source, pictures, sources[-1])
-        name = f"{Path(source.path).stem}.html"
-        made[name] = template.substitute(title=source.path, style=style, body=body)
+        bodies[Path(source.path).stem] = (source.path, body)
+    template = Template((DOCS / "template.html").read_text())
+    style = (DOCS / "style.css").read_text()
+    made = {"equations.md": f"# Equations\n\nMade by build.py.\n{equation_map(papers, False)}"}
+    for name, (title, body) in bodies.items():
+        made[f"{name}.html"] = template.substitute(title=title, style=style, body=body)
     return made
 
 
@@ -239,8 +237,7 @@ def main():
     if "--pictures" in sys.argv:
         for picture in tomllib.loads((DOCS / "pictures.toml").read_text()).values():
             shutil.copy(ROOT / picture["from"], DOCS / picture["file"])
-    made = build()
-    for name, text in made.items():
+    for name, text in build().items():
         path = DOCS / name
         if "--check" not in sys.argv:
             path.write_text(text)

@@ -94,6 +94,14 @@ def read_paper(path):
     return paper
 
 
+def all_entries(papers):
+    """The entries of several papers, in one list."""
+    entries = []
+    for paper in papers:
+        entries += paper["entry"]
+    return entries
+
+
 # ---- Citations
 
 
@@ -110,18 +118,18 @@ def cited(text):
 
 
 def cited_entries(source, block):
-    """The entries that a paragraph cites: by number, or those without one in their function."""
+    """The entries that a paragraph cites, and those that have their place in it."""
     text = "".join(source.lines[block.first - 1 : block.end - 1])
     found = []
     for _, number in cited(text):
         for paper in source.papers:
             same = [entry for entry in paper["entry"] if entry["number"] == number]
+            found += [entry for entry in same if entry not in found]
             if same:
-                found += [entry for entry in same if entry not in found]
                 break
-    for paper in source.papers:
-        for entry in paper["entry"]:
-            here = [n for s, n in entry["lines"] if s is source and block.first <= n < block.end]
+    for entry in all_entries(source.papers):
+        for its_source, line in entry["lines"]:
+            here = its_source is source and block.first <= line < block.end
             if here and entry not in found:
                 found.append(entry)
     return found
@@ -146,16 +154,18 @@ def check_citations(sources, papers):
     """Every number that is cited has an entry; every entry is cited at its places."""
     for source in sources:
         text = "".join(source.lines)
-        known = {entry["number"] for paper in source.papers for entry in paper["entry"]}
+        known = {entry["number"] for entry in all_entries(source.papers)}
         for offset, number in cited(text):
             if number not in known and source.papers:
                 line = text.count("\n", 0, offset) + 1
                 fail(f"{source.path}:{line}", f"{number} has no entry in docs/equations")
     modules = {Path(source.path).stem: source for source in sources}
-    for entry in [entry for paper in papers for entry in paper["entry"]]:
+    for entry in all_entries(papers):
         for place in entry.get("place", []):
             module, _, name = place.partition(".")
-            line = module in modules and line_citing(modules[module], name, entry["key"])
+            line = 0
+            if module in modules:
+                line = line_citing(modules[module], name, entry["key"])
             if not line:
                 fail(entry["from"], f"{entry['name']}: {place} does not cite {entry['key']!r}")
             entry["lines"].append((modules[module], line))

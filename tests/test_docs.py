@@ -21,7 +21,6 @@ pytest.importorskip("markdown_it", reason="docs/requirements.txt is not installe
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 sys.path.insert(1, str(DOCS))
-import build  # noqa: E402
 import sources  # noqa: E402
 
 PAGES = sorted(path for path in DOCS.glob("*.html") if path.name != "template.html")
@@ -38,7 +37,7 @@ def file_of(page):
 
 
 class Reader(html.parser.HTMLParser):
-    """What a page holds: the text of its right column, its anchors, links, pictures and headings."""
+    """What a page holds: the text of its right column, anchors, links, pictures, headings."""
 
     def __init__(self, page):
         super().__init__(convert_charrefs=True)
@@ -155,7 +154,8 @@ def test_the_map_has_a_row_for_every_entry():
 
 
 def test_lists_and_ranges_of_numbers_are_citations():
-    numbers = [number for _, number in sources.cited("By Eq. 2 and 3, Tables 2,\n# 3 and Eq. 21-23.")]
+    found = sources.cited("By Eq. 2 and 3, Tables 2,\n# 3 and Eq. 21-23.")
+    numbers = [number for _, number in found]
     assert numbers == ["Eq. 2", "Eq. 3", "Table 2", "Table 3", "Eq. 21", "Eq. 23", "Eq. 22"]
     assert sources.cited("Figure 3, Prop. A.7")[1][1] == "Prop. A.7"
     assert sources.cited("Prop. A.7 of Sec. 3") == [(0, "Prop. A.7")]
