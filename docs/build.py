@@ -134,9 +134,8 @@ def contents(source):
         if block.heading:
             parts.append(f"</ul>\n<p>{escape(block.heading)}</p>\n<ul>")
         elif block.id in source.spans and "." not in block.id and not block.id.isupper():
-            line = block.note.partition("\n")[0].partition(".  ")[0]
-            end = "" if line.endswith((".", ")")) else " ..."
-            parts.append(f'<li><a href="#{block.id}">{block.id}</a> {escape(line)}{end}</li>')
+            line = block.note.partition("\n")[0].partition(".  ")[0].rstrip(".")
+            parts.append(f'<li><a href="#{block.id}">{block.id}</a> {escape(line)}</li>')
     return "\n".join(parts) + "\n</ul>"
 
 
