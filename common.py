@@ -181,6 +181,7 @@ class HeadLogps(torch.autograd.Function):
         logps = torch.empty(len(hidden), device=hidden.device)
         log_norms = torch.empty(len(hidden), device=hidden.device)
         logits = None
+        # One matrix product a chunk; what walks the vocabulary goes block by block.
         for start in range(0, len(hidden), ctx.rows):
             chunk = slice(start, start + ctx.rows)
             logits = None  # the last chunk's memory is free before this one's is taken
@@ -300,6 +301,7 @@ def _padded_token_logps(model, batch):
         for response in row["responses"]:
             texts.append(torch.tensor(row["prompt_ids"] + response))
             starts.append(len(row["prompt_ids"]))
+    # Which columns are real, and which of them belong to a response?
     ids = pad_sequence(texts, batch_first=True).to(model.device)
     starts = torch.tensor(starts, device=model.device)[:, None]
     ends = torch.tensor([len(text) for text in texts], device=model.device)[:, None]
@@ -351,6 +353,7 @@ def _packing_problem(model):
         if getattr(config, field, None) not in (None, 1, 1.0):
             return f"its logits pass through {field}"
 
+    # The packed row must give what the padded rows gave.
     implementation = model.config._attn_implementation
     try:
         model.set_attn_implementation("packed")
@@ -378,6 +381,7 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
     if on_rank0(path.exists, path):
         return torch.from_numpy(np.load(path))
 
+    # Every process scores its share.
     model = load_model(name, dtype)
     sums = torch.zeros(len(rows), len(rows[0]["responses"]), device=model.device)
     for batch in pack_pairs(rows, 2 * tokens_per_microbatch):
@@ -508,6 +512,7 @@ def decode_step(model, cache, tokens):
         mask["attention_mask"] = (at >= 0).long()
         mask["position_ids"] = at[:, start:].clamp(0)
 
+    # What the output matrix is given: the hidden states after the final norm.
     hidden = []
 
     def catch(_, inputs):
@@ -753,6 +758,7 @@ def pack_pairs(rows, tokens_per_microbatch=8192, rank=None, world=None):
         len(rows) >= world,
         f"{len(rows)} rows for {world} processes: every process needs at least one",
     )
+    # As few micro-batches as the budget allows; more where the bins do not fit it.
     sizes = [len(row["prompt_ids"]) + sum(map(len, row["responses"])) for row in rows]
     per_process = max(1, math.ceil(sum(sizes) / (tokens_per_microbatch * world)))
     most = len(rows) // world
@@ -857,6 +863,7 @@ def load_pairs(name, split, pairs=True):
     "responses" alone.  Unusable rows are dropped and counted.
     SystemExit: no such file, not JSON, missing column, hub not reachable, no row left.
     """
+    # The rows of the source, then the layout that their columns show.
     rows, note = _source_rows(name, split)
     require(rows, f"{name}: no {split} rows; a folder needs {split}.jsonl, .json, .csv or .parquet")
     layout = _layout(rows[0])
@@ -1121,6 +1128,7 @@ def words(value):
         return value
     if not isinstance(value, list):
         return ""
+    # All messages must hold text.
     texts = []
     for part in value:
         if not isinstance(part, dict) or not isinstance(part.get("content"), str):
@@ -1419,6 +1427,7 @@ def tiny_row(rng):
         p_by_group.append(1 / (1 + math.exp(-margin)))
     p_a = sum(share * p for (share, _), p in zip(TINY_GROUPS, p_by_group))  # over all readers
 
+    # One reader of one group decides the label, five readers of all groups vote.
     group = int(rng.random() < TINY_GROUPS[1][0])
     chosen, rejected = a, b
     p_chosen = p_a
@@ -1452,6 +1461,7 @@ def build_tiny(folder, steps=400):
     for _ in range(32 * steps):
         prompt = tiny_text("PROMPT", rng)
         texts.append(prompt + tiny_story(prompt, rng) + "<|endoftext|>")
+    # A small model learns them in one pass.
     tokenizer = _train_tokenizer(texts[:2000])
     model = GPTNeoXForCausalLM(
         GPTNeoXConfig(
@@ -1482,6 +1492,7 @@ def build_tiny(folder, steps=400):
 def _train_tokenizer(texts):
     """A byte-level BPE of 512 entries."""
     end, pad = "<|endoftext|>", "<|padding|>"
+    # All bytes are in the alphabet, so that any text has ids.
     byte_level = tokenizers.pre_tokenizers.ByteLevel
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = byte_level(add_prefix_space=False)
@@ -1672,6 +1683,7 @@ def start_run(args, method):
     SystemExit: a flag out of range; a folder that holds a run, without --resume or --overwrite; a
     run to resume that is not there, is finished, or had other flags.
     """
+    # Flags as they will stand in config.json, counts within their range.
     flags = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     out = Path(flags.get("out") or f"results/{method}")
     for name in sorted(LEAST.keys() & flags.keys()):
@@ -1732,6 +1744,7 @@ def log(out, step, /, **values):
     values: floats, or tensors of this rank's items (any number, even none).  The first six are
     printed.
     """
+    # A mean over all ranks is a sum of sums over a sum of counts.
     sums_and_counts = []
     for value in values.values():
         items = torch.as_tensor(value, dtype=torch.float64, device=DEVICE).detach()
@@ -1769,6 +1782,7 @@ def speed(rows, seconds):
 
     A prompt counts once per response, padding never.
     """
+    # What the rows hold, whatever the layout in which they were computed.
     tokens = 0
     for row in rows:
         for response in row["responses"]:
@@ -1823,6 +1837,7 @@ def save_checkpoint(out, step, model, optimizer, keep=2, **extra):
     """
     folder = out / f"step-{step}"
     tmp = out / f"step-{step}.tmp"
+    # All ranks write their slices; the random states of all go into one file.
     rng = [None] * dist.get_world_size()
     dist.all_gather_object(rng, [module.get_rng_state() for module in RANDOM])
     model_state, optim_state = dsd.get_state_dict(model, optimizer)
@@ -1867,6 +1882,7 @@ def load_checkpoint(out, model, optimizer):
     step, folder = on_rank0(choose, f"{out}: cannot resume")
     if folder is None:
         return 0, {}
+    # Weights and optimiser in place, on any number of ranks; then the random states.
     model_state, optim_state = dsd.get_state_dict(model, optimizer)
     state = {"model_state_dict": model_state, "optim_state_dict": optim_state}
     dcp.load(state, checkpoint_id=folder)
@@ -1928,6 +1944,7 @@ def plot_curves(out, panels, caption):
         return records
     from matplotlib.figure import Figure
 
+    # One axis a panel, a colour a metric.
     figure = Figure((5 * len(panels), 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, (title, unit, names) in zip(axes, panels):

@@ -48,9 +48,7 @@ class Args:
     sample: int = 0  # items, drawn as in the released code; 0: all
     lists: bool = False  # where a row has a pair and a list of responses, take the list
     max_length: int = 0  # tokens of prompt and response, cut at the end; 0: the model's context
-    separator: str = (
-        "auto"  # between prompt and response; auto: a space unless there is one already
-    )
+    separator: str = "auto"  # between prompt and response; auto: a space unless there is one
     append_eos: bool = False  # score the end of the response too, as DPO training does
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: near ties again in float32
@@ -93,9 +91,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from transformers import AutoConfig
 
-sys.path.insert(
-    1, str(Path(__file__).resolve().parents[1])
-)  # common.py: beside this file or one up
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import token_logps  # log-probabilities
 from common import pack_pairs, row_texts  # tokenization

@@ -218,9 +218,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-sys.path.insert(
-    1, str(Path(__file__).resolve().parents[1])
-)  # common.py: beside this file or one up
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import prefill, decode_step, reorder, stay_in_place, sample_tokens  # sampling
 from common import load_model, load_tokenizer, model_folder  # models

@@ -551,7 +551,8 @@ def test_dropped_rows_are_reported(capsys):
     ]
     assert capsys.readouterr().out == (
         "train: kept 2, dropped 5 (contains the end-of-text token: 2, "
-        "contains the begin-of-text token: 1, empty response: 1, empty prompt: 1); prompts cut 1, responses cut 1\n"
+        "contains the begin-of-text token: 1, empty response: 1, empty prompt: 1); "
+        "prompts cut 1, responses cut 1\n"
     )
     assert tokenize_pair(integers(), rows[1]) is None
     assert tokenize_pairs(rows[5:6], integers(True))[0]["prompt_ids"] == [
