@@ -10,6 +10,7 @@ run methods/sft.py --overwrite
 run methods/dpo.py --overwrite
 run methods/cal_dpo.py --overwrite
 run methods/dpo_gamma.py --overwrite
+run studies/dpo_gamma_figures.py
 run methods/ranking_accuracy.py --overwrite
 run methods/generate.py --model results/dpo --overwrite
 run methods/dpl.py --overwrite

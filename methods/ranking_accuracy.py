@@ -427,6 +427,7 @@ def read_records(path):
 
 
 def append_records(path, records):
+    """A line for each record, after those that are there."""
     with open(path, "a") as file:
         for record in records:
             file.write(json.dumps(dataclasses.asdict(record)) + "\n")
@@ -853,6 +854,7 @@ def show_ideal(line, args):
 
 
 def percent(values, width=7):
+    """Shares as percent, in columns."""
     return "".join(f"{100 * value:{width}.1f}" for value in values)
 
 
@@ -978,6 +980,7 @@ def plot_losses(axis, line):
 
 
 def check(args):
+    """Leave with one line if a number is out of its range."""
     betas = (args.beta, *args.betas)
     require(args.betas and all(beta > 0 for beta in betas), "--beta, --betas: above 0")
     require(0 < args.epsilon < 0.5, "--epsilon: in (0, 0.5)")

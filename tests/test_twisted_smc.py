@@ -433,7 +433,7 @@ def test_resampling_law(scheme):
 
 
 # Runs of every number of particles: as many as make a bias of 1 % six standard errors.
-RUNS = {2: 40_000, 4: 20_000, 8: 10_000, 16: 5_000}
+RUNS = {2: 44_000, 4: 23_000, 8: 11_500, 16: 6_000}
 SCALE = {"twist": 2.0, "base": 1.5}  # of the twists, so that weights are uneven
 
 
