@@ -35,14 +35,16 @@ COLOURS = {  # the class of a type of tokens
 # ---- The left column
 
 
-def prose(text, without_columns=False):
-    """A comment or a docstring as paragraphs; what is set in columns stays so, or is left out."""
+def prose(text, is_top=False):
+    """A comment or a docstring as paragraphs; what is set in columns stays so."""
     parts = []
     for chunk in re.split(r"\n\s*\n", text):
         lines = chunk.splitlines()
         in_columns = len(lines) > 1 and re.search(r"[^.:;)\s] {2,}\S", chunk)
         if in_columns or all(line.startswith("    ") for line in lines):
-            if not without_columns:
+            # At the top of a page commands and equations are there already.
+            is_there = re.search(r"^ *(python|torchrun) |Eq\. \d", chunk, re.M)
+            if not (is_top and is_there):
                 parts.append(f"<pre>{escape(chunk)}</pre>")
             continue
         # Where lines hang, as those of parameters do, each that does not starts a paragraph.
