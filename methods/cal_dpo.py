@@ -150,7 +150,7 @@ def preference_loss(r_w, r_l, target, contrast):
     if contrast == "dpo":
         return -F.logsigmoid(r_w - r_l)  # no beta in the sigmoid
     if contrast == "ipo":
-        return (r_w - r_l - target) ** 2  # Azar et al. 2023, Eq. 17
+        return (r_w - r_l - target) ** 2  # the loss of Azar et al. 2023
     if contrast == "slic":
         return F.relu(1 - (r_w - r_l))  # Zhao et al. 2023, with margin 1
     raise ValueError(f"unknown contrast {contrast!r}: it is dpo, ipo or slic")
