@@ -144,8 +144,8 @@ def cal_dpo_loss(
 def preference_loss(r_w, r_l, target, contrast):
     """The first term of Eq. 10.  Log-ratios (B,), (B,) -> (B,)
 
-    contrast: "dpo" in the paper's main results; "ipo" and "slic" are the other losses that it
-    calibrates.  Raises ValueError for any other.
+    contrast: "dpo" in the paper's main results; "ipo" (IPO) and "slic" (SLiC) are the other losses
+    that it calibrates.  Raises ValueError for any other.
     """
     if contrast == "dpo":
         return -F.logsigmoid(r_w - r_l)  # no beta in the sigmoid

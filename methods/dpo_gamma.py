@@ -23,7 +23,7 @@ reference ranks wrong and the policy right (fixed) or wrong (missed). It also lo
 distance of the weights from their start, for Fig. 4. --resume goes on with a whole sweep, and
 studies/dpo_gamma_figures.py draws Fig. 3 and Fig. 4 of it.
 
-Differs from the paper: a tie counts as wrong here, and as right in Def. 2.3.
+Differs from the paper: a tie counts as wrong here, and as right in Eq. 1.
 Differs from the released code: it calls gamma alpha, its own --gamma does nothing, and its default
 loss is DPO; its learning rate decays; it logs the norm of the weights, not of their change.
 """
