@@ -46,9 +46,10 @@ class Args:
         "\n\nAssistant: Fine. Once a fox lived in a cave. It"
     )
     T: int = 5  # tokens generated; the end token is a token like others
-    # phi: tiny:monster, tiny:polite, tiny:happy, tiny:reward; class:LABEL, threshold:ETA, reward of
-    # a --classifier; infilling, continuation: p0 of what follows; FILE.py:FUNCTION, a log phi of
-    # yours
+    # phi is one of: tiny:monster, tiny:polite, tiny:happy, tiny:reward (the tiny world);
+    # class:LABEL, threshold:ETA, reward (of --classifier);
+    # infilling, continuation (p0 of the tokens that follow);
+    # FILE.py:FUNCTION (your own log phi)
     potential: str = "tiny:monster"
     beta: float = 1.0  # phi^beta; the inverse of DPO's beta
     classifier: str = ""  # sequence classification model of the potentials class, threshold, reward
@@ -59,8 +60,10 @@ class Args:
     policy: str = ""  # for --learner policy: a causal LM with the vocabulary of --model
     twist: Literal["linear", "mlp", "body", "body-mlp"] = "mlp"  # head on p0 or on a trained copy
     K: int = 64  # particles of an update, or per condition
-    conditions: int = 1  # infilling: CTL takes so many of K particles, others conditions * K of one
-    train_on_exact: bool = False  # positives are exact samples (Tables 9 and 10)
+    # infilling, per update: CTL draws this many conditions with K particles each; the other
+    # learners draw conditions * K conditions with one particle each
+    conditions: int = 1
+    train_on_exact: bool = False  # positives are exact samples (Tables 9, 10); not of FUDGE and PPO
     lr: float = 0.0  # Adam's rate for every learner; 0: each its own, from the row --rates
     rates: str = "tiny"  # a row of the table LR: tiny, toxicity, sentiment, infilling, ...
     max_steps: int = 96  # updates
@@ -211,6 +214,7 @@ import importlib.util
 import json
 import math
 import shutil
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -251,7 +255,7 @@ class Particles:
     log_q: torch.Tensor  # (N, K, T)
     log_psi: torch.Tensor  # (N, K, T)
     log_norm: torch.Tensor  # (N, K, T)
-    lineage: torch.Tensor  # (N, K, T), the slot that it, or its ancestor, stood in
+    lineage: torch.Tensor  # (N, K, T), the slot in which final particle k's ancestor stood at t
     log_phi: torch.Tensor | None = None  # (N, K)
     log_w: torch.Tensor | None = None  # (N, K), since the last resampling
     log_Z: torch.Tensor | None = None  # (N,), log Z-hat
@@ -271,30 +275,42 @@ def reweigh(log_w, increment):
     return torch.where(log_w == -torch.inf, log_w, log_w + increment)
 
 
+def retained_shift(w, cdf, slot, u):
+    """Shift (N, 1) of systematic resampling's grid that gives the retained particle an offspring.
+
+    w, cdf (N, K): weights and their sums.  slot (N, 1): the retained particle.  u (N, 1): uniforms.
+    -> shift, and home (N, 1), the grid point that hits that particle.
+    """
+    K = w.shape[1]
+    # x is drawn uniformly from the stretch of the cdf that belongs to the retained particle.
+    x = cdf.gather(1, slot) - w.gather(1, slot) * u
+    # The K grid points are (i + shift) / K.  The one that hits x has i = home, which fixes shift.
+    home = (K * x).ceil().long().clamp(1, K) - 1
+    return K * x - home, home
+
+
 def resample(log_w, u, scheme="systematic", slot=None):
     """Draw ancestors for N runs: particle k has K w_k offspring on average.
 
     log_w (N, K): log-weights.  u (N, K + 1): uniforms.  -> ancestors (N, K), home (N, 1).
-    slot (N, 1): the retained particle.  It has an offspring for certain, in the slot `home`; the
-    others follow the scheme's law given that, as Prop. 5.1 needs.  Without it, home is None.
+    slot (N, 1): where the retained particle stands.  Exactly one of its offspring is retained
+    again; home (N, 1) is that offspring's place among the K.  The law of the other K - 1 is the
+    scheme's, given that, as Prop. 5.1 needs.  Without a retained particle both are None.
     """
     K = log_w.shape[1]
     w = log_w.softmax(-1)
     cdf = w.cumsum(-1)
-    u = 1 - u  # in (0, 1]: never hits a particle without weight
-    shift = u[:, :1]
+    u_right = 1 - u  # in (0, 1]: never hits a particle without weight
     home = slot
 
-    if scheme == "systematic" and slot is not None:
-        # Fix one grid point: x is uniform on the stretch of the cdf of the retained particle.
-        x = cdf.gather(1, slot) - w.gather(1, slot) * (1 - u[:, K:])
-        home = (K * x).ceil().long().clamp(1, K) - 1
-        shift = K * x - home
-
+    # K points in (0, 1]; each one draws the particle on whose stretch of the cdf it lies.
     if scheme == "systematic":
+        shift = u_right[:, :1]
+        if slot is not None:
+            shift, home = retained_shift(w, cdf, slot, u[:, K:])
         points = (torch.arange(K, device=w.device) + shift) / K
     elif scheme == "multinomial":
-        points = u[:, :K]
+        points = u_right[:, :K]
     else:
         raise ValueError(f"unknown resampling scheme {scheme!r}")
 
@@ -307,12 +323,17 @@ def resample(log_w, u, scheme="systematic", slot=None):
 def follow(slot, home, parents, moved):
     """Where the retained particle's offspring stands after stay_in_place has permuted them all.
 
-    slot (N, 1): the retained particle.  home (N, 1): its offspring among `parents` (N, K).
-    moved (N, K): the same offspring, permuted.  The r-th offspring of a particle stays its r-th.
+    slot (N, 1): the retained particle.  home (N, 1): its retained offspring among `parents` (N, K).
+    moved (N, K): the same parents, permuted.  -> (N, 1)
+    If `home` is the r-th of the offspring it stays the r-th: always taking the first would not do,
+    since under the systematic scheme the slots are not alike.
     """
+    # rank: home is the r-th of the offspring (1, 2, ...).
     rank = (parents == slot).cumsum(-1).gather(1, home)
+    # The r-th of them in the permuted order is the one child that has this rank.
     child = moved == slot
-    return (child & (child.cumsum(-1) == rank)).int().argmax(-1, keepdim=True)
+    is_rth = child & (child.cumsum(-1) == rank)
+    return is_rth.int().argmax(-1, keepdim=True)
 
 
 def log_sum_exp(x):
@@ -343,15 +364,21 @@ def propose(logits, log_psi, proposal, forced=None):
     if proposal == "twist":
         log_q = log_p_psi  # Eq. 14
 
-    # The draw gives log q of the token; so the norm of q needs no other pass over the vocabulary.
+    # sample_tokens returns log q of the drawn token: its score less that is the log-normaliser of
+    # q, which so needs no other pass over the vocabulary.
     uniforms = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
     tokens, log_q_of_token = sample_tokens(log_q, uniforms)
     norm_q = pick(log_q, tokens) - log_q_of_token
-    norm_p = norm_q
-    if log_q is not logits:
+
+    # The log-normalisers of p0 and of p0 psi_t: at least one of the two is q.
+    if log_psi is None:  # both are
+        norm_p = norm_q
+        norm_p_psi = norm_q
+    elif proposal == "twist":
         norm_p = log_sum_exp(logits)
-    norm_p_psi = norm_q
-    if log_q is not log_p_psi:
+        norm_p_psi = norm_q
+    else:
+        norm_p = norm_q
         norm_p_psi = log_sum_exp(log_p_psi)
 
     # Retained particles take their own token, which has its own probability.
@@ -372,24 +399,29 @@ def propose(logits, log_psi, proposal, forced=None):
 def draw_ancestors(log_w, low, scheme, slot):
     """Resample the runs that are `low` (N,) -> ancestors (N K,), moved (N, K), slot.
 
-    log_w (N, K): log-weights.  slot (N, 1) or None: the retained particle.
-    ancestors: where each slot continues from, counted over all runs; moved: within its run.
-    Survivors keep their slots, so that only the slots of dead particles are overwritten.
+    log_w (N, K): log-weights.  slot (N, 1) or None: the retained particle, before and after.
+    moved[n, k]: the slot of run n from which slot k goes on; ancestors: the same, of all N K slots.
     """
     if slot is not None and slot.shape[1] != 1:
         raise ValueError(
             "resampling takes one retained particle; for several of them tau must be 0"
         )
     N, K = log_w.shape
-    own = torch.arange(K, device=log_w.device).repeat(N, 1)
-    offset = K * torch.arange(N, device=log_w.device)[:, None]
+    # Draw parents (N, K), counted within their run.
     uniforms = torch.rand(N, K + 1, dtype=torch.float64, device=log_w.device)
     parents, home = resample(log_w, uniforms, scheme, slot)
-    parents = torch.where(low[:, None], parents, own)  # elsewhere each particle goes on as it is
-    ancestors = stay_in_place((offset + parents).view(-1))
-    moved = ancestors.view(N, K) - offset
+
+    # In the runs that are not low every particle goes on as it is.
+    own = torch.arange(K, device=log_w.device).repeat(N, 1)
+    parents = torch.where(low[:, None], parents, own)
     if slot is not None:
         home = torch.where(low[:, None], home, slot)
+
+    # Survivors keep their slots, so that only the slots of dead particles are overwritten.
+    first_row = K * torch.arange(N, device=log_w.device)[:, None]  # of each run, among all N K
+    ancestors = stay_in_place((first_row + parents).view(-1))
+    moved = ancestors.view(N, K) - first_row
+    if slot is not None:
         slot = follow(slot, home, parents, moved)
     return ancestors, moved, slot
 
@@ -400,19 +432,20 @@ def log_mean(log_w):
 
 
 def along_ancestry(path, moves, own):
-    """The particles at T with what each one and its ancestors went through -> Particles.
+    """The Steps of every particle at T, each step taken from the ancestor it had then -> Particles.
 
-    path: the T Steps.  moves: for every t < T the slots (N, K) that particles came from.
-    own (N, K): their slots at T.
+    path: the T Steps.  moves: for every t < T `moved` (N, K), the slots at t that the slots at
+    t + 1 went on from.  own (N, K): the slots at T, 0 to K - 1.
+    lineage[n, k, t]: the slot in which the ancestor at t of final particle k stood.
     """
-    # From the last slots back to the first: where did each particle stand?
+    # Backwards from T: slots[t] = moved_t[slots[t + 1]].
     slots = [own]
     for moved in reversed(moves):
         slots.append(moved.gather(1, slots[-1]))
     slots.reverse()
     lineage = torch.stack(slots, -1)
 
-    # (N K, T) of the slots, then (N, K, T) of the lineages.
+    # What happened in each slot, (N, K, T); then the same along the lineages.
     shape = lineage.shape
     tokens = torch.stack([step.tokens for step in path], -1).view(shape)
     log_p = torch.stack([step.log_p for step in path], -1).view(shape)
@@ -481,13 +514,15 @@ def smc(
         # becomes a factor of Z-hat (Eq. 8), and weights start again.  Not after t = 1 under the
         # twist proposal, where w_1 = Z^pi_1 is one number for all particles.
         last = step.tokens
-        ancestors, moved = None, own
+        ancestors = None
+        moved = own
+        # A run whose particles are all dead (ESS 0) is left alone.
         low = (ess_of[-1] < tau * K) & (ess_of[-1] > 0)
         if low.any() and (t > 0 or proposal == "base"):
             ancestors, moved, slot = draw_ancestors(log_w, low, scheme, slot)
             log_Z = log_Z + torch.where(low, log_mean(log_w), 0.0)
             log_w = torch.where(low[:, None], 0.0, log_w)
-            psi = psi.gather(1, moved)
+            psi = psi.gather(1, moved)  # of the parents, as the last tokens are
             last = last[ancestors]
         moves.append(moved)
         psi_before = psi
@@ -506,18 +541,21 @@ def smc(
 def log_Z_bounds(run, exact, K):
     """Stochastic bounds on log Z (Prop. 5.1, Eq. 24) of R runs with K particles each.
 
-    run(K, N, tau=..., retained=...) calls smc.
-    exact (R, T): exact samples of sigma (others would void the upper bounds); R: lower bounds only.
+    run(K, N, tau=..., retained=...): a function that returns smc's N runs of K particles, on a
+    target and with a twist of the caller's; without tau it resamples as the caller does.
+    exact: R exact samples of sigma, (R, T); any others would void the upper bounds.  If it is a
+    number, which is R, there are lower bounds only.
     -> {name: (R,)}, and the Particles of the lower bounds, without and with resampling.
     smc_*: as `run` resamples.  sis_*: never, which is IWAE; for K = 1 these are F_q = E_q log w and
     G_q = E_sigma log w.
     """
-    R = exact if isinstance(exact, int) else len(exact)
+    has_upper = not isinstance(exact, int)
+    R = len(exact) if has_upper else exact
     sis = run(K, R, tau=0.0)
     twisted = run(K, R)
     bounds = {"sis_lower": sis.log_Z, "smc_lower": twisted.log_Z}
-    if not isinstance(exact, int):
-        retained = exact[:, None]
+    if has_upper:
+        retained = exact[:, None]  # one particle of each run
         bounds["sis_upper"] = run(K, R, tau=0.0, retained=retained).log_Z
         bounds["smc_upper"] = run(K, R, retained=retained).log_Z
     return bounds, sis, twisted
@@ -574,8 +612,11 @@ def gae(rewards, values, lam=0.95):
 
 
 def ppo_loss(log_q, old_log_q, advantages, values, old_values, returns, clip=0.2, vf=0.1):
-    """App. E.2: clipped policy and value losses.  Rewards (log phi - log q / p0) / beta make it
-    KL(q | sigma)."""
+    """App. E.2: clipped policy and value losses.
+
+    With the rewards r_t = (log p0 - log q) / beta, plus log phi / beta at T, its minimum is that of
+    KL(q | sigma).
+    """
     ratio = (log_q - old_log_q).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)
     policy = torch.maximum(-advantages * ratio, -advantages * clipped)
@@ -658,7 +699,7 @@ class Policy:
 
 
 def make_twist(args, learner, world, model):
-    """The twist of args for a learner; None, which means psi = 1, for "none"; else a Policy."""
+    """The twist that a learner trains.  None for "none" (psi = 1).  A Policy for "policy"."""
     if learner == "none":
         return None
     if learner == "policy":
@@ -682,9 +723,11 @@ def make_twist(args, learner, world, model):
     body = None
     if args.twist in ("body", "body-mlp"):
         body = copy.deepcopy(model).float().requires_grad_(True)
+        # The body's output head is not used.  If it is tied to the embeddings it stays trainable.
         head = body.get_output_embeddings()
-        if head.weight is not body.get_input_embeddings().weight:
-            head.requires_grad_(False)  # the twist has a head of its own
+        tied = head.weight is body.get_input_embeddings().weight
+        if not tied:
+            head.requires_grad_(False)
     twist = Twist(world.d, world.V, layers, world.conditional, body, learner == "fudge")
     twist.critic.requires_grad_(learner == "ppo")
     return twist.to(model.device)
@@ -694,16 +737,20 @@ def make_twist(args, learner, world, model):
 
 # Each has log_phi(tokens (M, T), texts) -> (M,), and log_bound >= log phi, or None if unbounded.
 
-FLOOR = 1e-16  # of the threshold's phi outside the set, as in the released code
-
 
 class TinyPotential:
-    """(0.98 if the story is polite, happy, has a monster, else 0.02)^beta; reward: exp(beta r)."""
+    """phi^beta of a story of the tiny world.
+
+    tiny:polite, tiny:happy, tiny:monster: phi is 0.98 for a story with that attribute, else 0.02.
+    tiny:reward: phi = exp(r).
+    """
 
     def __init__(self, what, beta):
         self.what = what
         self.beta = beta
-        best = 3.0 if what == "reward" else math.log(0.98)
+        best = math.log(0.98)
+        if what == "reward":
+            best = 3.0  # tiny_reward is at most 3
         self.log_bound = beta * best
 
     def log_phi(self, tokens, texts):
@@ -713,8 +760,10 @@ class TinyPotential:
             story = text.rpartition("Assistant:")[2]
             if self.what == "reward":
                 value = tiny_reward("", story)
+            elif tiny_attributes(story)[self.what]:
+                value = math.log(0.98)
             else:
-                value = math.log(0.98 if tiny_attributes(story)[self.what] else 0.02)
+                value = math.log(0.02)
             values.append(self.beta * value)
         return values
 
@@ -740,12 +789,18 @@ class FilePotential:
         return self.beta * torch.as_tensor(self.function(tokens, texts), dtype=torch.float64)
 
 
+FLOOR = 1e-16  # of the threshold's phi outside the set, as in the released code
+
+
 class ClassifierPotential:
     """What a sequence classification model says of a text.
 
-    class:LABEL is p(label | text)^beta.  reward is exp(beta score), of a single logit.
-    threshold:ETA is 1[score < eta] + floor, whose score is the single logit, or logit 1 less logit
-    0.  A single logit has the classes 0, of sigmoid(-logit), and 1, of sigmoid(logit).
+    score: the log odds of class 1.  A model with one logit has score = logit, p(1) =
+    sigmoid(score) and p(0) = sigmoid(-score); one with two has score = logit 1 - logit 0.
+
+    class:LABEL    phi^beta = p(label | text)^beta
+    threshold:ETA  phi = 1[score < eta] + FLOOR, whatever beta is
+    reward         phi^beta = exp(beta score), of a model with one logit
     """
 
     def __init__(self, kind, what, classifier, beta, device):
@@ -805,9 +860,13 @@ class ClassifierPotential:
             return ((score < self.eta) + FLOOR).log()
         if self.kind == "reward":
             return self.beta * score
-        if single:
-            return self.beta * F.logsigmoid(score if self.label == 1 else -score)
-        return self.beta * logits.log_softmax(-1)[:, self.label]
+
+        # A class: the two of a single logit, or those of a softmax.
+        if not single:
+            return self.beta * logits.log_softmax(-1)[:, self.label]
+        if self.label == 1:
+            return self.beta * F.logsigmoid(score)
+        return self.beta * F.logsigmoid(-score)
 
 
 def text_potential(args, device):
@@ -881,11 +940,12 @@ class LMWorld:
         if args.potential.startswith("threshold:"):
             self.log_floor = math.log(2 * FLOOR)
 
-        # The tokens that follow s_{1:T}: c unknown ones, or those of --continuation.
+        # The tokens that follow s_{1:T}: those of --continuation, or c that are drawn (infilling,
+        # where a --continuation is only shown).
         self.continuation = []
-        self.c = args.c
         if args.continuation:
             self.continuation = tokenizer(args.continuation, add_special_tokens=False).input_ids
+        self.c = args.c
         if self.continuation and not self.conditional:
             self.c = len(self.continuation)
         self.check_lengths(args)
@@ -906,7 +966,11 @@ class LMWorld:
         require(1 <= len(self.prompt) <= room, problem)
 
     def decoder(self, n, o=None, body=None):
-        """n slots at the prompt, of p0 or of a twist's body."""
+        """n slots at the prompt, of p0 or of a twist's body.
+
+        o (N, c): not needed here, since p0 does not depend on the condition.  Scores gives it for
+        worlds whose hidden states do, such as those of the tests.
+        """
         return Decoder(body or self.model, self.prompt, n, self.T + self.c, self.V)
 
     def head(self, hidden):
@@ -978,7 +1042,10 @@ class LMWorld:
 
 
 def lm_world(model, tokenizer, args):
-    """The world of a causal LM, its tokenizer, and the prompt and potential of args."""
+    """The world of a causal LM, its tokenizer, and the prompt and potential of args.
+
+    Callers outside this file use it, whatever class a world may be.
+    """
     return LMWorld(model, tokenizer, args)
 
 
@@ -1023,18 +1090,9 @@ class Scores:
         return logits, self.twist(hidden, self.e)
 
 
-class TerminalPotential:
-    """log phi of whole sequences under conditions o; 0 for another length, as BDMC draws."""
-
-    def __init__(self, world, o, T):
-        self.world = world
-        self.o = o
-        self.T = T
-
-    def __call__(self, tokens):
-        if self.T != self.world.T:
-            return tokens.new_zeros(tokens.shape[:2])
-        return self.world.log_phi(tokens, self.o)
+def no_potential(tokens):
+    """log phi = 0, (N, K), of sequences (N, K, T): the target is p0 itself."""
+    return tokens.new_zeros(tokens.shape[:2])
 
 
 def states_along(states, lineage):
@@ -1050,15 +1108,19 @@ def states_along(states, lineage):
 def sample(world, twist, K, N=1, o=None, T=None, **options):
     """smc on a world -> Particles: N runs, or one for each row of o (N, c).
 
-    twist: a Twist, a Policy, or None for psi = 1.  options: those of smc.  The hidden states of p0
-    (states) and of the twist's body (z) are kept: a head trains on them without another pass.
+    twist: a Twist, a Policy, or None for psi = 1.  options: those of smc.  T: another length than
+    the world's, for draws of p0 alone (BDMC).  The hidden states of p0 (states) and of the twist's
+    body (z) are kept: a head trains on them without another pass.
     """
+    log_phi = partial(world.log_phi, o=o)
     if T is None:
         T = world.T
+    elif T != world.T:
+        log_phi = no_potential
     if o is not None:
         N = len(o)
     scores = Scores(world, twist, N, K, o)
-    particles = smc(scores, TerminalPotential(world, o, T), T, K, N, **options)
+    particles = smc(scores, log_phi, T, K, N, **options)
     particles.o = o
     particles.states = states_along(scores.states, particles.lineage)
     particles.z = particles.states
@@ -1105,12 +1167,10 @@ class Batch:
 
     samples: Particles  # K own draws: p0's for SIXO and FUDGE, q's for the others
     positives: Particles  # particles that stand for sigma; may be the samples again
-    W: torch.Tensor  # (N, K'), weights of the positives, which sum to 1
-    hit: torch.Tensor  # (N,), 1 if some positive has weight, else 0: it says nothing of sigma
+    W: torch.Tensor  # (N, K'), weights of the positives, which sum to 1; all 0 if none has any
+    hit: torch.Tensor  # (N,), 1 if some positive has weight; 0 drops the run from the loss
     w_neg: torch.Tensor | None = None  # CTL: (N, K, T), weights of the samples' prefixes under pi_t
-    targets: torch.Tensor | None = (
-        None  # RL, FUDGE: (N, K, T or 1), what the samples' psi should be
-    )
+    targets: torch.Tensor | None = None  # RL, FUDGE: (N, K, T or 1), for the samples' psi
     positive_targets: torch.Tensor | None = None  # the same for exact positives, if there are any
     advantages: torch.Tensor | None = None  # PPO: (N, K, T), whitened
     returns: torch.Tensor | None = None  # PPO: (N, K, T)
@@ -1118,10 +1178,11 @@ class Batch:
 
 
 def draw_positives(learner, world, twist, samples, exact, scheme):
-    """Particles that stand for sigma, and their weights W (N, K'), not yet normalised.
+    """Particles that stand for sigma, and their weights W (N, K').
 
-    As in the released code, resampling serves only SIXO's positives and those of conditional CTL,
-    which retain their one exact sample.  exact (N, n, T): exact samples, or None.
+    W sums to 1 over the positives, or is 0 where all weights are 0.  Resampling is used, as in the
+    released code, only by SIXO and by CTL under conditions; the latter is conditional SMC with its
+    one exact sample.  exact (N, n, T): exact samples, or None.
     """
     N, K, _ = samples.tokens.shape
     o = samples.o
@@ -1130,8 +1191,10 @@ def draw_positives(learner, world, twist, samples, exact, scheme):
     if exact is not None and learner == "ctl" and world.conditional:
         positives = sample(world, twist, K, N, o, scheme=scheme, retained=exact)
     elif exact is not None:
-        positives = sample(world, twist, exact.shape[1], N, o, tau=0.0, retained=exact)
-        return positives, torch.zeros_like(positives.log_w).softmax(-1)
+        # All particles are forced: this only scores the exact samples.
+        n = exact.shape[1]
+        positives = sample(world, twist, n, N, o, tau=0.0, retained=exact)
+        return positives, torch.full_like(positives.log_w, 1 / n)
     elif learner == "sixo":
         positives = sample(world, twist, K, N, o, scheme=scheme)
     else:
@@ -1146,12 +1209,13 @@ def soft_values(particles):
 
 def fudge_labels(world, exact, o=None):
     """phi (N, T) of a continuation by p0 of every prefix s_{1:t} of exact samples (N, T)."""
-    # Row t N + n keeps the first t tokens of sample n; -1 leaves the others to p0.
+    # Every prefix of every sample, (T, N, T); -1 leaves what follows it to p0.
     N, T = exact.shape
-    prefixes = exact.repeat(T, 1)
-    t = torch.arange(T, device=exact.device)
-    after = t > t.repeat_interleave(N)[:, None]
-    prefixes = prefixes.masked_fill(after, -1)[:, None]
+    keep = torch.ones(T, T, dtype=torch.bool, device=exact.device).tril()  # row t: s_{1:t+1}
+    prefixes = torch.where(keep[:, None], exact, -1)
+
+    # One run of one particle for each prefix.
+    prefixes = prefixes.reshape(T * N, 1, T)
     if o is not None:
         o = o.repeat(T, 1)
     particles = sample(world, None, 1, N * T, o, proposal="base", tau=0.0, retained=prefixes)
@@ -1189,7 +1253,8 @@ def draw_batch(learner, world, twist, K, exact=None, o=None, beta=1.0, scheme="s
             batch.positive_targets = soft_values(positives)
     elif learner == "fudge":
         batch.targets = (samples.log_phi - world.log_bound).exp()[..., None]  # psi is phi / bound
-        if exact is not None and world.conditional:  # half of the loss is on prefixes that matter
+        # Samples of p0 hardly ever fit their condition; exact prefixes, continued by p0, do.
+        if exact is not None and world.conditional:
             batch.positive_targets = fudge_labels(world, exact[:, 0], o)[:, None]
     elif learner == "ppo":
         # The reward at T is log phi, and log q / p0 is the cost of every token.
@@ -1256,7 +1321,8 @@ def exact_samples(world, n, batch=1000, patience=1000):
     """n exact samples of sigma -> Exact.
 
     Infilling: T + c tokens of p0, cut in two (BDMC, Sec. 3.3).  Otherwise rejection: draws of p0
-    are kept with chance phi / bound; exits after `patience` batches for each sample found.
+    are kept with chance phi / bound; it gives up when fewer than one sample is found in `patience`
+    batches, on average.
     """
     if world.conditional:
         T = world.T + world.c
@@ -1360,36 +1426,6 @@ def interval(x):
     return 1.96 * x.std().item() / math.sqrt(len(x))
 
 
-@dataclass
-class Runs:
-    """Runs of smc on one world with one twist: what log_Z_bounds calls."""
-
-    world: object
-    twist: object
-    o: torch.Tensor | None  # (M, c), the conditions of the exact samples; run n takes the n-th
-    proposal: str
-    scheme: str
-    tau: float
-
-    def __call__(self, K, N, tau=None, retained=None, proposal=None):
-        o = self.o
-        if o is not None:
-            o = o[:N]
-        if tau is None:
-            tau = self.tau
-        return sample(
-            self.world,
-            self.twist,
-            K,
-            N,
-            o,
-            proposal=proposal or self.proposal,
-            scheme=self.scheme,
-            tau=tau,
-            retained=retained,
-        )
-
-
 def midpoint(bounds):
     """log Z (R,) as released: the middle of the tighter of two pairs of bounds, and its gap."""
     sis_gap = (bounds["sis_upper"] - bounds["sis_lower"]).mean().item()
@@ -1403,23 +1439,29 @@ def kl_estimates(run, exact, bounds, log_w):
     """Both KLs of the proposal q to sigma, and log Z, with half widths -> {name: value}.
 
     bounds {name: (R,)}: those of log_Z_bounds.  log_w (R, K): log p0 phi / q of q's samples.
+    KL(sigma | q) takes all exact samples; under conditions only the R that have a log Z.
     """
     conditional = exact.o is not None
-    log_Z, gap = midpoint(bounds)
+    log_Z, gap = midpoint(bounds)  # (R,)
     record = {"log_Z": log_Z.mean().item(), "log_Z_ci": interval(log_Z), "gap": gap}
 
-    # KL(sigma | q) from exact samples, each a particle of its own run.
-    M = len(log_Z) if conditional else len(exact.tokens)
+    # log w of exact samples, each a particle of its own run.
+    M = len(exact.tokens)
+    if conditional:
+        M = len(log_Z)
     retained = exact.tokens[:M, None]
     G_q = run(1, M, tau=0.0, retained=retained, proposal="twist").log_w[:, 0]
+
+    # Both KLs (Eq. 23).  `error` is what log Z adds to their half widths.
     if conditional:  # every condition has its own log Z, whose error is in the spread
         kl_q_sigma = log_Z - log_w.mean(1)
+        kl_sigma_q = G_q - log_Z
         error = 0.0
     else:
+        log_Z_mean = log_Z.mean()
+        kl_q_sigma = (log_Z_mean - log_w).flatten()
+        kl_sigma_q = G_q - log_Z_mean
         error = interval(log_Z)
-        log_Z = log_Z.mean()
-        kl_q_sigma = (log_Z - log_w).flatten()  # Eq. 23
-    kl_sigma_q = G_q - log_Z  # Eq. 23
     record["kl_q_sigma"] = kl_q_sigma.mean().item()
     record["kl_q_sigma_ci"] = math.hypot(interval(kl_q_sigma), error)
     record["kl_sigma_q"] = kl_sigma_q.mean().item()
@@ -1433,16 +1475,19 @@ def evaluate(args, world, twist, exact):
 
     Without exact samples there are lower bounds only.  Under conditions each has its own log Z.
     """
-    o = None
+    # R runs, each with an exact sample and under that sample's condition if there are any.
     R = args.runs
-    retained = R
+    o = None
+    retained = R  # without exact samples
     if exact is not None:
-        o = exact.o
         R = min(R, len(exact.tokens))
         retained = exact.tokens[:R]
-    run = Runs(world, twist, o, args.proposal, args.scheme, args.tau)
+        if exact.o is not None:
+            o = exact.o[:R]
+    options = {"proposal": args.proposal, "scheme": args.scheme, "tau": args.tau}
+    run = partial(sample, world, twist, o=o, **options)
 
-    # The bounds (Eq. 24).
+    # The bounds (Eq. 24); what follows reads those of the last K.
     record = {}
     for K in args.bound_K:
         bounds, sis, twisted = log_Z_bounds(run, retained, K)
@@ -1452,27 +1497,33 @@ def evaluate(args, world, twist, exact):
     for t, value in enumerate(twisted.ess.mean(0).tolist(), 1):
         record[f"ess_{t}"] = value
 
-    # Samples of the twist-induced proposal q, without resampling.
+    # Samples of the twist-induced proposal q, without resampling: the bounds have them, unless
+    # their proposal is p0.
+    q_samples = sis
     if args.proposal != "twist":
-        sis = run(args.bound_K[-1], R, tau=0.0, proposal="twist")
-    record["kl_prior"] = (sis.log_q - sis.log_p).sum(-1).mean().item()
-    record["reward"] = sis.log_phi.mean().item() / args.beta
-    record["hits"] = (sis.log_phi > world.log_floor).double().mean().item()
-    record["F_q"] = sis.log_w.mean().item()
-    record["conditional"] = float(o is not None)
+        q_samples = run(args.bound_K[-1], R, tau=0.0, proposal="twist")
+    log_phi = q_samples.log_phi
     problem = (
-        f"potential {args.potential}: zero on all {sis.log_phi.numel()} samples, so log Z-hat = "
+        f"potential {args.potential}: zero on all {log_phi.numel()} samples, so log Z-hat = "
         "-inf; choose one that p0 reaches"
     )
-    require(sis.log_phi.max() > -math.inf, problem)
+    require(log_phi.max() > -math.inf, problem)
+    record["kl_prior"] = (q_samples.log_q - q_samples.log_p).sum(-1).mean().item()
+    record["reward"] = log_phi.mean().item() / args.beta
+    record["hits"] = (log_phi > world.log_floor).double().mean().item()
+    record["F_q"] = q_samples.log_w.mean().item()
+    record["conditional"] = float(o is not None)
 
     if exact is None:
         record["lower"] = max(bounds["sis_lower"].mean(), bounds["smc_lower"].mean()).item()
         return record
-    record.update(kl_estimates(run, exact, bounds, sis.log_w))
+    record.update(kl_estimates(run, exact, bounds, q_samples.log_w))
     return record
 
 
+# What is printed, and the columns of the table.  lower: the larger lower bound on log Z, where
+# there are no exact samples.  hits: the share of q's samples whose phi is above 0, or above a
+# threshold's floor.
 SHOWN = ("kl_q_sigma", "kl_sigma_q", "log_Z", "gap", "lower", "kl_prior", "reward", "hits")
 
 
@@ -1499,23 +1550,30 @@ def is_due(step, eval_every):
     return power_of_two and step != 1
 
 
+def draw_exact(args, learner, world, exact):
+    """What an update's batch starts from -> K, retained, o.
+
+    K: particles of each of the N runs.  retained (N, n, T): exact samples, which are the positives,
+    or None.  o (N, c): conditions, or None.
+    """
+    if world.conditional and learner == "ctl":
+        # K particles for each new condition, with the exact sample that BDMC draws with it.
+        fresh = exact_samples(world, args.conditions)
+        return args.K, fresh.tokens[:, None], fresh.o
+    if world.conditional:
+        # The same number of particles, but each has a condition of its own.
+        fresh = exact_samples(world, args.conditions * args.K)
+        return 1, fresh.tokens[:, None], fresh.o
+    if args.train_on_exact:
+        # K of the exact samples that are there.
+        chosen = torch.randint(len(exact.tokens), (args.K,), device=exact.tokens.device)
+        return args.K, exact.tokens[chosen][None], None
+    return args.K, None, None
+
+
 def update(args, learner, world, twist, exact, optimizer, step):
     """One update of a learner's twist, of every process's own batch with the mean gradient."""
-    # Exact samples as positives: with every condition that BDMC draws, or if asked for.
-    K = args.K
-    retained = None
-    o = None
-    if world.conditional:
-        conditions = args.conditions
-        if learner != "ctl":
-            conditions = args.conditions * K
-            K = 1
-        fresh = exact_samples(world, conditions)
-        retained = fresh.tokens[:, None]
-        o = fresh.o
-    elif args.train_on_exact:
-        chosen = torch.randint(len(exact.tokens), (K,), device=exact.tokens.device)
-        retained = exact.tokens[chosen][None]
+    K, retained, o = draw_exact(args, learner, world, exact)
     batch = draw_batch(learner, world, twist, K, retained, o, args.beta, args.scheme)
 
     # One step of Adam, with the mean gradient of all processes; PPO uses its batch four times.
@@ -1556,18 +1614,19 @@ def train(args, learner, seed, world, model, exact, out):
         optimizer = torch.optim.Adam(weights, lr=rate)
         if args.resume:
             step, _ = load_checkpoint(out, twist, optimizer)
-    saved = step
+    begun = step  # this run starts here: 0, or the checkpoint that it resumes
 
     while True:
-        # Save and evaluate; leave between two updates when asked to stop.
-        stop = stop_requested() and step < updates
-        due = step >= updates or is_due(step, args.eval_every)
-        if step > saved and (stop or due):
-            save_checkpoint(out, step, twist, optimizer)
-            saved = step
-        if stop:
+        # When asked to stop, save and leave between two updates.
+        if stop_requested() and step < updates:
+            if step > begun:
+                save_checkpoint(out, step, twist, optimizer)
             sys.exit(143)
-        if due:
+
+        # Save and evaluate when that is due, and after the last update.
+        if is_due(step, args.eval_every) or step >= updates:
+            if step > begun:
+                save_checkpoint(out, step, twist, optimizer)
             evaluate_and_log(args, world, twist, exact, out, step)
         if step >= updates:
             return twist
@@ -1613,10 +1672,20 @@ def values_over_seeds(name, records, log_Z):
     return torch.tensor(values)
 
 
+# Titles of the figure's panels; the table has those of the KLs too.
+TITLES = {
+    "kl_q_sigma": "KL(q ‖ σ)",
+    "kl_sigma_q": "KL(σ ‖ q)",
+    "kl_prior": "KL(q ‖ p0)",
+    "reward": "mean log φ / β of q",
+}
+
+
 def pretty(name):
-    """A column's title, as the paper writes it."""
-    titles = {"kl_q_sigma": "KL(q ‖ σ)", "kl_sigma_q": "KL(σ ‖ q)", "kl_prior": "KL(q ‖ p0)"}
-    return titles.get(name, name.replace("_", " "))
+    """A column's title: KLs as the paper writes them, others by their name."""
+    if name.startswith("kl"):
+        return TITLES[name]
+    return name.replace("_", " ")
 
 
 def table_rows(finals, names, log_Z):
@@ -1639,7 +1708,8 @@ def table_rows(finals, names, log_Z):
                 cell = f"{cell} ± {width:.3f}"
             row.append(cell)
 
-            # A gap between the bounds hides a KL, unless it is within the KL's own noise.
+            # A gap between the bounds hides a KL, unless it is within the KL's own noise.  The gap
+            # is that of the first seed.
             gap = records[0].get("gap", 0.0)
             hidden = gap > max(0.0, mean) and not gap < width
             if name in ("kl_q_sigma", "kl_sigma_q") and hidden:
@@ -1684,12 +1754,6 @@ def write_table(out, records):
 
 COLOURS = {"ctl": "C0", "rl": "C1", "sixo": "C2", "fudge": "C3", "dpg": "C4", "ppo": "C5"}
 MARKERS = {"ctl": "o", "rl": "s", "sixo": "D", "fudge": "^", "dpg": "v", "ppo": "P"}
-TITLES = {
-    "kl_q_sigma": "KL(q ‖ σ)",
-    "kl_sigma_q": "KL(σ ‖ q)",
-    "kl_prior": "KL(q ‖ p0)",
-    "reward": "mean log φ / β of q",
-}
 
 
 def style_of(learner, seed, args):
@@ -1831,18 +1895,22 @@ def check_potential(args):
         fits = args.continuation
         problem = "give its text with --continuation"
     elif kind == "tiny":
-        fits = what in ("reward", *tiny_attributes(""))
-        problem = f"choose tiny:reward, or one of {', '.join(tiny_attributes(''))} after tiny:"
+        attributes = list(tiny_attributes(""))  # the names of those that any story has or lacks
+        fits = what == "reward" or what in attributes
+        problem = f"choose tiny:reward, or one of {', '.join(attributes)} after tiny:"
     elif kind.endswith(".py"):
         fits = Path(kind).is_file()
         problem = f"there is no file {kind}"
     elif name == "reward":
         fits = args.classifier
         problem = "name its --classifier"
-    elif kind in ("class", "threshold"):
-        number = what.removeprefix("-").replace(".", "", 1) if kind == "threshold" else what
-        fits = args.classifier and number.isdecimal()
-        problem = "give a label after class:, a number after threshold:, and a --classifier"
+    elif kind == "class":
+        fits = args.classifier and what.isdecimal()
+        problem = "give a label (0, 1, ...) after class:, and a --classifier"
+    elif kind == "threshold":
+        digits = what.removeprefix("-").replace(".", "", 1)  # of a number such as -1.5
+        fits = args.classifier and digits.isdecimal()
+        problem = "give a number after threshold:, and a --classifier"
     else:
         fits = False
         problem = (
@@ -1864,13 +1932,12 @@ def check(args):
     require(known, f"unknown learner {args.learner!r}: choose one of {', '.join(LEARNERS)}, all")
     check_potential(args)
 
-    # One particle of a run has weight 1 whatever it is.
-    if args.K == 1 and (args.conditions == 1 or args.learner in ("all", "ctl")):
-        alone = args.learner in ("all", "ctl", "sixo", "dpg")
-        problem = (
-            "--K 1: the weight of one particle is always 1, so nothing is learned; take 2 or more"
-        )
-        require(not alone, problem)
+    # Learners that compare particles by weight; with several conditions only CTL does so within K.
+    compared = ("all", "ctl", "sixo", "dpg")
+    if args.conditions > 1:
+        compared = ("all", "ctl")
+    problem = "--K 1: the weight of one particle is always 1, so nothing is learned; take 2 or more"
+    require(args.K > 1 or args.learner not in compared, problem)
 
 
 def choose_learners(args, world):
