@@ -22,7 +22,8 @@ numbers of the equations are ours)
                                                    the authors' scored corpora, by their columns
 
 The trade-off: by Eq. 1, corpora of typical mean log p_+ share the sum of mean log p and mean
-r / beta.  The default run shows it where p_+ is exact, then after IMH from the prior to Eq. 1.
+r / beta.  The default run shows this twice: on a p_+ whose probabilities are known exactly, and on
+draws of the prior that IMH turns into draws of Eq. 1.
 
 In the released code the accept test is a one-element tuple, so that every proposal is accepted; the
 implicit reward is log p - log p_+, the negative of Eq. 1's; the prior does not see the prompt; and
@@ -39,7 +40,7 @@ import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import tyro
 
@@ -59,12 +60,12 @@ class Args:
     temperatures: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)  # each with each type but greedy
     prompts: int = 1000  # distinct prompts of the test split, drawn at random
     samples: int = 2  # responses per prompt and setting
-    template: str = "{}"  # around the prompt; if not {}: around its first turn, to a blank line
+    template: str = "{}"  # {}: the prompt as it is; other text goes around its first human turn
     reward: str = "tiny"  # tiny (the known one), implicit, or a sequence classification model
     beta: float = 0.5  # KL weight of Eq. 1: of the implicit reward and of --target posterior
 
     target: Literal["global", "aligned", "posterior"] = "global"  # of IMH, see Eq. 5
-    pooled: bool = False  # one chain over all prompts, as released: for two draws a prompt
+    pooled: bool = False  # one chain over all prompts, as released (two draws a prompt there)
     chain_length: int = 1000  # proposals per chain, drawn with replacement from the stored draws
     burn_in: int = 100  # steps left out
     corpus_size: int = 200  # strings of a corpus, for the figures and the typicality filter
@@ -74,8 +75,8 @@ class Args:
     model: str = "tiny"  # aligned model p_+: a run folder, a local folder or a hub id
     ref_model: str = "tiny"  # prior p: the model p_+ was trained from
     data: str = "tiny"  # prompts: tiny, hh, a file, a folder or a hub id
-    max_length: int = 256  # of the longest prompt in a batch and a response, in tokens
-    max_prompt_length: int = 255  # tokens; longer prompts are left out
+    max_length: int = 256  # tokens of a prompt (the longest of its batch) and its response
+    max_prompt_length: int = 255  # tokens of a prompt; longer ones are left out
     batch_size: int = 64  # responses sampled side by side
     tokens_per_microbatch: int = 8192  # memory knob of scoring: packed tokens per forward pass
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 may move a kept set's edge
@@ -194,19 +195,17 @@ def check_adaptor(name, value, vocabulary):
     known = name == "temperature" or name in ORDER
     require(known, f"adaptor: no {name!r}: use temperature, {', '.join(ORDER)}")
 
-    # Up to where the value means something: a temperature, a number of tokens, or a probability.
+    # The values that mean something: a temperature, a number of tokens, or a probability.
     if name == "temperature":
-        highest = math.inf
+        good = 0 < value <= math.inf
+        rule = "must be above 0"
     elif name == "top_k":
-        highest = vocabulary
+        good = value % 1 == 0 and 0 <= value <= vocabulary
+        rule = f"must be a whole number of tokens, 0 < top_k <= {vocabulary}, or 0 (off)"
     else:
-        highest = 1
-    if name == "top_k":  # 0: off
-        good = value % 1 == 0 and 0 <= value <= highest
-    else:
-        good = 0 < value <= highest
-    problem = f"adaptor: {name}={value:g} keeps nothing, or is not a number of tokens: "
-    require(good, problem + f"0 < {name} <= {highest}")
+        good = 0 < value <= 1
+        rule = f"keeps nothing, or is no probability; choose 0 < {name} <= 1"
+    require(good, f"adaptor: {name}={value:g} {rule}")
 
 
 def entropy(log_pi):
@@ -214,10 +213,13 @@ def entropy(log_pi):
     return torch.special.entr(log_pi.exp()).sum(-1, keepdim=True)
 
 
+INDEX_BITS = 32  # the low half of a sort key is the token's index
+
+
 def sort_keys(cost):
     """Costs >= 0 (..., V) -> int64 that sort by cost, then by index, so that no two are equal."""
     keys = cost.float().view(torch.int32).long()  # bits of floats >= 0 sort as the floats do
-    keys.bitwise_left_shift_(32)
+    keys.bitwise_left_shift_(INDEX_BITS)
     return keys.bitwise_or_(torch.arange(cost.shape[-1], device=cost.device))
 
 
@@ -235,7 +237,7 @@ def least_with_mass(log_pi, keys, x):
     V = keys.shape[-1]
     for n in (min(1024, V), V):  # all are sorted only where the first 1024 hold too little
         first = smallest(keys, n)
-        tokens = first & 0xFFFFFFFF
+        tokens = first & (2**INDEX_BITS - 1)
         mass = log_pi.gather(-1, tokens).exp().cumsum(-1, dtype=torch.float64)
         if (mass[..., -1] >= reached).all():
             break
@@ -274,7 +276,8 @@ def kept_set(log_pi, name, x):
 def adapt(logits, adaptor):
     """One step of the sampler, Eq. 2 and 3.  Logits (..., V) -> log_q (..., V), log_kept_mass (...)
 
-    log q = log a - log Z, and log_kept_mass = log Z = log sum a, at T = 1 of the kept part of p_+.
+    log_q: log probabilities of the sampler, -inf outside S.  log_kept_mass: log Z_t of Eq. 2, the
+    log of sum_v a_t(v); at T = 1 this is the mass of p_+ that is kept.
     S is taken from softmax(logits / T), adaptor after adaptor in the library's order.
     Raises SystemExit where nothing is kept, as of logits that are all -inf, or nan.
     """
@@ -293,13 +296,13 @@ def adapt(logits, adaptor):
             log_a = log_a.masked_fill(~kept, -math.inf)
             log_q = log_a.log_softmax(-1)  # Eq. 3
 
-    # log Z = log a - log q of any kept token: the likeliest; logsumexp is slow where there is -inf.
-    log_Z = log_a.amax(-1) - log_q.amax(-1)
-    lost = int((~log_Z.isfinite()).sum())
-    problem = f"adaptor {adaptor} keeps nothing at {lost} of {log_Z.numel()} positions: "
+    # log Z_t = log a - log q of any kept token, so of the likeliest.  logsumexp is slow with -inf.
+    log_kept_mass = log_a.amax(-1) - log_q.amax(-1)
+    lost = int((~log_kept_mass.isfinite()).sum())
+    problem = f"adaptor {adaptor} keeps nothing at {lost} of {log_kept_mass.numel()} positions: "
     problem += "the logits there are -inf or nan; check the model and --dtype"
     require(lost == 0, problem)
-    return log_q, log_Z
+    return log_q, log_kept_mass
 
 
 def listed_law(ids, weights, adaptor, vocabulary):
@@ -312,16 +315,19 @@ def listed_law(ids, weights, adaptor, vocabulary):
     log_kept = torch.zeros_like(weights)
     node = torch.zeros(len(ids), dtype=torch.long)  # the number of each string's prefix y_<t
     for token in ids.T:
-        # p_+(. | y_<t) of every prefix, up to a factor: the weights of the strings that go on so.
+        # A node is a prefix.  mass[node, v]: what p_+ gives to its strings that go on with v.
         mass = weights.new_zeros(node.max() + 1, vocabulary)
         mass.index_put_((node, token), weights, accumulate=True)
         step_q = torch.zeros_like(mass)
-        step_Z = torch.zeros_like(mass[:, 0])
+        step_kept_mass = torch.zeros_like(mass[:, 0])
+
+        # adapt normalises, so the logs of masses serve as logits.
         fork = (mass > 0).sum(1) > 1  # elsewhere the next token is certain
-        step_q[fork], step_Z[fork] = adapt(mass[fork].log(), adaptor)
+        step_q[fork], step_kept_mass[fork] = adapt(mass[fork].log(), adaptor)
 
         log_q = log_q + step_q[node, token]
-        log_kept = log_kept + step_Z[node]
+        log_kept = log_kept + step_kept_mass[node]
+        # Prefixes one token longer get numbers: the same prefix and token, the same number.
         node = (node * vocabulary + token).unique(return_inverse=True)[1]
     return log_q, log_kept
 
@@ -345,7 +351,11 @@ def imh_chain(log_w, log_u):
     accept = torch.empty_like(log_w[0])
     steps = torch.arange(len(log_w)).to(log_w)
     for i in range(1, len(log_w)):
-        # Eq. 5: u < w(y') / w(y).  A choice without branches: a random mask costs a CPU dearly.
+        # Eq. 5: u < w(y') / w(y).  In plain form, with log_w[i] as log_w_proposed:
+        #     accept = log_u[i] < log_w_proposed - log_w_held
+        #     log_w_held = where(accept, log_w_proposed, log_w_held)
+        #     state = where(accept, i, state)
+        # lerp_ by 1.0 or 0.0 is the same choice without branches, which cost a CPU dearly.
         proposed = log_w[i].clamp(min=lowest)
         torch.lt(log_u[i].clamp(min=lowest / 2), proposed - log_w_held, out=accept)  # 1.0 or 0.0
         log_w_held.lerp_(proposed, accept)
@@ -370,6 +380,8 @@ def pool_limit(log_w):
     # Of all pairs, state i and proposal j: w_i q_j min(1, w_j / w_i) is the smaller of the two.
     weights = torch.as_tensor(log_w).softmax(0).numpy()
     sorted_weights = np.sort(weights)[::-1]
+    # The i-th largest (i = 0, 1, ...) is the smaller of 2 i + 1 pairs: one with itself, and two
+    # with each larger one.
     pairs = sorted_weights @ (2 * np.arange(N) + 1)  # sum_ij min(w_i, w_j)
     return PoolLimit(
         weights=weights,
@@ -419,6 +431,64 @@ def correlations(x, y):
     return [float(pearson), float(spearman)]
 
 
+# Figures: points against points.
+
+
+@dataclass
+class Panel:
+    """One panel of a scatter plot."""
+
+    title: str
+    xlabel: str
+    ylabel: str
+    series: dict = field(default_factory=dict)  # {label: (n, 2) points}
+
+
+MARKERS = "osv^D"  # of the temperatures, the lowest first
+
+
+def scatter(path, panels, caption):
+    """Draw panels with the same labels side by side into a PNG file.
+
+    A label of the form kind,temperature=T gets its colour by kind and its marker by T.
+    """
+    # Four panels make a square, fewer a row.
+    columns = len(panels)
+    if columns == 4:
+        columns = 2
+    lines = math.ceil(len(panels) / columns)
+    figure = Figure((4.5 * columns + 2.2, 3.9 * lines + 0.7), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).ravel()
+
+    # Colours go by adaptor and markers by temperature.
+    labels = list(panels[0].series)
+    kinds = list(dict.fromkeys(label.partition(",temperature=")[0] for label in labels))
+    heats = sorted({label.partition(",temperature=")[2] for label in labels})
+    for axis, panel in zip(axes, panels):
+        for label, points in panel.series.items():
+            kind, _, heat = label.partition(",temperature=")
+            marker = MARKERS[heats.index(heat) % len(MARKERS)]
+            color = f"C{kinds.index(kind)}"
+            x, y = np.reshape(points, (-1, 2)).T
+            axis.plot(x, y, marker, color=color, ms=2.5, alpha=0.7, mew=0)
+        axis.set_title(panel.title, fontsize=10)
+        axis.set_xlabel(panel.xlabel)
+        axis.set_ylabel(panel.ylabel)
+
+    # One legend for all panels: first the colours, then the markers.
+    if len(labels) > 1:
+        for i, kind in enumerate(kinds):
+            axes[-1].plot([], [], "o", color=f"C{i}", label=kind)
+        for heat, marker in zip(heats, MARKERS):
+            if heat:
+                axes[-1].plot([], [], marker, color="grey", label=f"T = {heat}")
+        handles, names = axes[-1].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside right center", fontsize=8)
+    figure.suptitle(caption, fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)
+
+
 # The toy experiment: a thousand strings with probabilities, no model.
 
 
@@ -443,6 +513,7 @@ def toy_corpora(p_plus, log_p, r):
     cdf = p_plus.cumsum() / p_plus.sum()
     for c in range(1000):
         u = np.sort(np.random.RandomState(c).random_sample(100_000))
+        # How many of the uniforms fall on each string's stretch of the cdf.
         counts = np.diff(u.searchsorted(cdf), prepend=0)
         means.append([counts @ log_p / len(u), counts @ r / len(u)])
     return np.array(means)
@@ -481,32 +552,39 @@ def toy(args):
         pearson, spearman = correlations(points[:, 0], points[:, 1])
         found[name] = (len(points), pearson, spearman)
         title = f"{name}: Pearson {pearson:+.2f}"
-        panels[name] = Panel(title, "mean log p (nats)", "mean r (nats)")
-        panels[name].series["one each"] = points
+        panels[name] = Panel(title, "mean log p (nats)", "mean r (nats)", {"": points})
         print(f"  {name:20s} n {len(points):5d}  Pearson {pearson:+.4f}  Spearman {spearman:+.4f}")
 
-    # Three figures under the names of the notebook's.
-    folder = Path(f"{args.out}-toy", "figures")
-    strings = np.arange(1000)
-    bars = []
-    for title, values, ylabel in (
-        ("p_+", p_plus, "probability"),
-        ("p", np.exp(log_p), "probability"),
-        ("r", r, "r (nats)"),
-    ):
-        bars.append(Panel(title, "string", ylabel))
-        bars[-1].series["one each"] = np.stack([strings, values], 1)
-    one = panels.pop("strings")
-    one.xlabel = "log p (nats)"
-    one.ylabel = "r (nats)"
-    caption = "{} of the authors' repository; a toy of 1000 strings, no language model"
-    for name, drawn in (
-        ("toy-distributions", bars),
-        ("toy-string-correlation", [one]),
-        ("toy-correlations", list(panels.values())),
-    ):
-        scatter(folder / f"{name}.png", drawn, caption.format(f"As {name}.png"))
+    draw_toy(
+        Path(f"{args.out}-toy", "figures"), {"p_+": p_plus, "p": np.exp(log_p), "r": r}, panels
+    )
     return found
+
+
+def draw_toy(folder, columns, panels):
+    """Three figures under the names of the notebook's.  {name: (1000,)}, {name of points: Panel}"""
+    caption = "of the authors' repository; a toy of 1000 strings, no language model"
+
+    # The two distributions and the reward, string by string.
+    bars = []
+    for title, values in columns.items():
+        ylabel = "probability"
+        if title == "r":
+            ylabel = "r (nats)"
+        points = np.stack([np.arange(1000), values], 1)
+        bars.append(Panel(title, "string", ylabel, {"": points}))
+    name = "toy-distributions.png"
+    scatter(folder / name, bars, f"As {name} {caption}")
+
+    # Each string's reward against its log p.
+    strings = replace(panels["strings"], xlabel="log p (nats)", ylabel="r (nats)")
+    name = "toy-string-correlation.png"
+    scatter(folder / name, [strings], f"As {name} {caption}")
+
+    # The same means over corpora.
+    corpora = [panel for key, panel in panels.items() if key != "strings"]
+    name = "toy-correlations.png"
+    scatter(folder / name, corpora, f"As {name} {caption}")
 
 
 # The exact posterior: p_+ of Eq. 1 over listed strings of a real language model.
@@ -596,7 +674,8 @@ def exact_values(world, adaptor, beta, vocabulary):
     values.globally = [(g @ world.log_p).item(), (g @ world.reward).item()]
     values.log_Z_g = (log_q + log_kept).logsumexp(0).item()
 
-    # Eq. 5 with w = g / q: from string i, propose and accept string j, itself included.
+    # Eq. 5 with w = g / q.  move[i, j]: propose j and accept it, from i.  Strings outside the
+    # support are never proposed nor left, so that any finite weight will do for them.
     log_w = log_kept.masked_fill(log_q == -math.inf, 0)
     move = q * (log_w - log_w[:, None]).clamp(max=0).exp()
     values.accept = (g @ move.sum(1)).item()
@@ -670,12 +749,13 @@ def mean_values(values):
 # Generation and scoring, in chunks that a killed run keeps.
 
 
-class Response(NamedTuple):
-    """One response, as drawn."""
+@dataclass
+class Response:
+    """One response, token by token as it is drawn."""
 
-    ids: list  # token ids, end-of-text included
-    log_q: list  # of every token, from the scores it was drawn from
-    log_kept: list  # log Z_t of every step
+    ids: list = field(default_factory=list)  # token ids, end-of-text included
+    log_q: list = field(default_factory=list)  # of every token, from the scores it was drawn from
+    log_kept: list = field(default_factory=list)  # log Z_t of every step
 
 
 def all_settings(sampling_types, temperatures):
@@ -696,6 +776,22 @@ def rows_in_cache(vocabulary):
     return 1 + 2**19 // vocabulary
 
 
+def draw_tokens(logits, uniforms, adaptor):
+    """One token for each row by Eq. 3.  (R, V), (R,) -> tokens, their log q, log Z_t, (R,) each"""
+    # A block of rows at a time, small enough for the cache.
+    n = rows_in_cache(logits.shape[1])
+    tokens = []
+    log_q_drawn = []
+    log_kept_mass = []
+    for block, u in zip(logits.split(n), uniforms.split(n)):
+        log_q, block_mass = adapt(block, adaptor)
+        block_tokens, block_log_q = sample_tokens(log_q, u)
+        tokens.append(block_tokens)
+        log_q_drawn.append(block_log_q)
+        log_kept_mass.append(block_mass)
+    return torch.cat(tokens), torch.cat(log_q_drawn), torch.cat(log_kept_mass)
+
+
 @torch.no_grad()
 def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
     """`copies` responses to each of P id lists, drawn by Eq. 3 -> P copies Responses
@@ -703,28 +799,22 @@ def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
     uniforms: (P copies, max_new_tokens).  A response depends on its own prompt and uniforms only.
     """
     # The prompts are run once; then one step of the cache for each token.
-    found = [Response([], [], []) for _ in uniforms]
+    found = [Response() for _ in uniforms]
     rows = torch.arange(len(uniforms), device=uniforms.device)  # of each slot, its response
     last = uniforms.shape[1] - 1
-    n = rows_in_cache(len(tokenizer))
     cache, _, logits = prefill(model, prompts, uniforms.shape[1], copies)
     for t in range(uniforms.shape[1]):
-        # One token for each response that goes on, block of rows after block of rows.
-        step = []
+        # One token for each response that goes on.
         logits = logits[:, : len(tokenizer)].float()
-        for block, u in zip(logits.split(n), uniforms[rows, t].split(n)):
-            log_q, log_kept = adapt(block, adaptor)
-            tokens, log_q_drawn = sample_tokens(log_q, u)
-            step.append((tokens, log_q_drawn, log_kept))
-        tokens = torch.cat([tokens for tokens, _, _ in step])
-        log_q = torch.cat([log_q for _, log_q, _ in step]).tolist()
-        log_kept = torch.cat([log_kept for _, _, log_kept in step]).tolist()
+        tokens, log_q_drawn, log_kept_mass = draw_tokens(logits, uniforms[rows, t], adaptor)
+        log_q = log_q_drawn.tolist()
+        log_kept = log_kept_mass.tolist()
         for slot, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist())):
             found[row].ids.append(token)
             found[row].log_q.append(log_q[slot])
             found[row].log_kept.append(log_kept[slot])
 
-        # Finished responses leave the batch.
+        # The responses that go on, in as few slots; those that can stay where they are do.
         slots = stay_in_place((tokens != tokenizer.eos_token_id).nonzero()[:, 0])
         if t == last or len(slots) == 0:
             break
@@ -785,12 +875,13 @@ def load_prompts(args, tokenizer):
         ids = tokenizer(text).input_ids
         if 0 < len(ids) <= longest:
             prompts.append((ids, text))
-    problem = f"{args.data}: no prompt of up to {longest} tokens; --max-prompt-length, --max-length"
+    problem = f"{args.data}: no prompt of up to {longest} tokens; "
+    problem += "raise --max-prompt-length or --max-length"
     require(prompts, problem)
 
     order = np.random.default_rng(args.seed).permutation(len(prompts))
     chosen = [prompts[i] for i in order[: args.prompts]]
-    return sorted(chosen, key=prompt_length)  # about equal lengths share a chunk
+    return sorted(chosen, key=prompt_length)  # prompts of about equal length share a chunk
 
 
 def prompt_length(prompt):
@@ -865,7 +956,8 @@ def adaptor_logps(model, batch, adaptors, vocabulary):
     output = model(
         input_ids=ids,
         position_ids=positions,
-        attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),  # taken as ready
+        # A 4-d mask is taken as it is; the attention reads `segments` instead.
+        attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
         segments=batch["segments"],
         logits_to_keep=score_at,
         use_cache=False,
@@ -945,6 +1037,7 @@ def score_chunk(args, path, model, prior, judge, vocabulary):
     # Eq. 1's ingredients: log p, log p_+ and the reward; log q is as it was when drawn.
     found = []
     for batch in pack_pairs(packed, args.tokens_per_microbatch, rank=0, world=1):
+        # pack_pairs numbers the responses in the order of its rows.
         rows = []
         for i in batch["index"]:
             rows += groups[i][1]
@@ -1062,16 +1155,16 @@ def read_released(folder, beta):
     # Three files a setting, each with a part of the columns, are joined by prompt and text.
     joined = {}
     for path in sorted(Path(folder).glob("*numgenerations*_t*_scored*.csv")):
-        name = RELEASED_NAME.search(path.name)
-        if name is None or name[3] not in RELEASED:
+        match = RELEASED_NAME.search(path.name)
+        if match is None or match[3] not in RELEASED:
             continue  # another file of theirs
-        kind, T, end = name.groups()
+        kind, T, end = match.groups()
         setting_rows = joined.setdefault(f"{kind},temperature={T}", {})
-        sign = 1 if end == "scoredreward" else -1  # their log-probs are negative
+        sign = 1 if end == "scoredreward" else -1  # they store negative log-probs
         for number, row in enumerate(read_rows(path), 2):
-            for name in ("prompt", "generated_text", *RELEASED[end].values()):
-                problem = f"{path}:{number}: no column {name!r} in {', '.join(row)}"
-                require(row.get(name) is not None, problem)
+            for column in ("prompt", "generated_text", *RELEASED[end].values()):
+                problem = f"{path}:{number}: no column {column!r} in {', '.join(row)}"
+                require(row.get(column) is not None, problem)
             scores = setting_rows.setdefault((row["prompt"], row["generated_text"]), {})
             for ours, theirs in RELEASED[end].items():
                 scores[ours] = sign * float(row[theirs] or "nan")
@@ -1136,9 +1229,10 @@ def pools_of(prompts, pooled):
     """The draws that share a chain: arrays of indices, one per prompt, or all together."""
     if pooled:
         return [np.arange(len(prompts))]
-    numbers = np.unique(prompts, return_inverse=True)[1]
-    ends = np.bincount(numbers).cumsum()[:-1]
-    return np.split(numbers.argsort(kind="stable"), ends)
+    pools = {}
+    for i, prompt in enumerate(prompts):
+        pools.setdefault(prompt, []).append(i)
+    return [np.array(pools[prompt]) for prompt in sorted(pools)]
 
 
 def corpus_means(values, n, rng):
@@ -1149,6 +1243,7 @@ def corpus_means(values, n, rng):
 def typical_corpora(means, log_p_plus, n, eps):
     """The corpora whose mean log p_+ is within eps standard errors of its expectation.
 
+    The expectation is over the strings that the corpora are drawn from.
     (B, 4) means of corpora of n strings, (N,) log p_+ of the strings -> (at most B, 4)
     """
     distance = abs(means[:, 3] - log_p_plus.mean())
@@ -1182,7 +1277,8 @@ def imh_setting(args, spec, corpus, rng):
     record.ess = float(np.mean([limit.ess for limit in limits]))
     record.log_Z = float(np.mean([limit.log_Z for limit in limits]))
 
-    # Corpora as drawn and after IMH; the typical ones among those that come from p_+.
+    # Corpora as drawn and after IMH.  The typical ones are chosen among those as drawn (as
+    # released); under posterior the draws are the prior's, so among those of the chains' states.
     local = corpus_means(values, record.n, rng)
     chain = corpus_means(after, record.n, rng)
     if args.target == "posterior":
@@ -1250,61 +1346,6 @@ def what_is_seen(records):
     return f"{seen}:\nnot the paper's trade-off, which needs p_+ to be Eq. 1 for this very reward."
 
 
-@dataclass
-class Panel:
-    """One panel of a scatter plot."""
-
-    title: str
-    xlabel: str
-    ylabel: str
-    series: dict = field(default_factory=dict)  # {label: (n, 2) points}
-
-
-MARKERS = "osv^D"  # of the temperatures, the lowest first
-
-
-def scatter(path, panels, caption):
-    """Draw panels with the same labels side by side into a PNG file.
-
-    A label of the form kind,temperature=T gets its colour by kind and its marker by T.
-    """
-    # Four panels make a square, fewer a row.
-    columns = len(panels)
-    if columns == 4:
-        columns = 2
-    lines = math.ceil(len(panels) / columns)
-    figure = Figure((4.5 * columns + 2.2, 3.9 * lines + 0.7), layout="constrained")
-    axes = figure.subplots(lines, columns, squeeze=False).ravel()
-
-    # Colours go by adaptor and markers by temperature.
-    labels = list(panels[0].series)
-    kinds = list(dict.fromkeys(label.partition(",temperature=")[0] for label in labels))
-    heats = sorted({label.partition(",temperature=")[2] for label in labels})
-    for axis, panel in zip(axes, panels):
-        for label, points in panel.series.items():
-            kind, _, heat = label.partition(",temperature=")
-            marker = MARKERS[heats.index(heat) % len(MARKERS)]
-            color = f"C{kinds.index(kind)}"
-            x, y = np.reshape(points, (-1, 2)).T
-            axis.plot(x, y, marker, color=color, ms=2.5, alpha=0.7, mew=0)
-        axis.set_title(panel.title, fontsize=10)
-        axis.set_xlabel(panel.xlabel)
-        axis.set_ylabel(panel.ylabel)
-
-    # One legend for all panels: first the colours, then the markers.
-    if len(labels) > 1:
-        for i, kind in enumerate(kinds):
-            axes[-1].plot([], [], "o", color=f"C{i}", label=kind)
-        for heat, marker in zip(heats, MARKERS):
-            if heat:
-                axes[-1].plot([], [], marker, color="grey", label=f"T = {heat}")
-        handles, names = axes[-1].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center", fontsize=8)
-    figure.suptitle(caption, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
 def reward_panels(records, corpora, column, ylabel):
     """Strings, and corpora of each setting: as drawn, after IMH, and typical -> four Panels
 
@@ -1318,7 +1359,7 @@ def reward_panels(records, corpora, column, ylabel):
         strings.series[spec] = np.stack([corpus.log_prior, reward], 1)
     panels = [strings]
 
-    # The typical ones are chosen among the corpora that come from p_+.
+    # The typical ones are chosen among the corpora as drawn; under posterior, after IMH.
     typical = "as drawn, typical"
     if records[0].target == "posterior":
         typical = "after IMH, typical"
@@ -1389,6 +1430,7 @@ def main(args, command="all"):
     tiny = args.data == "tiny" and args.reward == "tiny"
     wanted = command == "exact" or (command == "all" and tiny)
     if wanted and first:
+        # The model is no file here: it is the name in captions.
         known = replace(args, model="exact posterior", target="global", out=f"{args.out}-exact")
         exact(known)
         imh(known)
