@@ -108,7 +108,8 @@ def packed_attention(
     query, key, value (1, heads, N, d) -> (1, N, heads, d), None
 
     segments lists each row's lengths: (prompt, response 1, response 2, ...).  It travels as a
-    keyword through the model, so that gradient checkpointing recomputes with its own batch's table.
+    keyword through the model, not in a global, since gradient checkpointing recomputes a layer when
+    another batch may have been packed.
     Without it: the library's attention.  No row is longer than a sliding window (see `packs`).
     """
     if segments is None:
@@ -205,8 +206,9 @@ class HeadLogps(torch.autograd.Function):
         d_bias = None
         if bias is not None:
             d_bias = torch.zeros_like(bias, dtype=torch.float32)
-        d_weight = None  # of one chunk: the product itself, without an fp32 copy of (V, d)
-        if len(hidden) > ctx.rows:  # of several: their sum, in fp32
+        # The weight's gradient: one chunk gives the product itself, several are added up in fp32.
+        d_weight = None
+        if len(hidden) > ctx.rows:
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         for start in range(0, len(hidden), ctx.rows):
             chunk = slice(start, start + ctx.rows)
@@ -349,6 +351,8 @@ def _probe_packing(model):
 def _packing_problem(model):
     """Why the packed row is wrong for this model, from three short rows; "" if it is exact.
 
+    If it is exact, the model stays on packed attention.
+
     Wrong it is, for example, for position biases outside the library's attention interface (BLOOM),
     recurrent layers (Mamba) and logits scaled or capped after the head (Gemma 2, Cohere).
     """
@@ -392,7 +396,7 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
     why = "and the policy have different vocabularies: choose models with the same tokenizer"
     require(same, f"{name} {why}")
     path = CACHE / "reference" / f"{_reference_key(name, rows, dtype)}.npy"
-    if on_rank0(path.exists, path):
+    if on_rank0(path.exists, f"{path}: cannot be read"):
         return torch.from_numpy(np.load(path))
 
     # Every process scores its share; without gradients twice the tokens fit.
@@ -469,8 +473,8 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
 class Slab(DynamicLayer):
     """A layer's keys and values, preallocated: (slots, heads, columns, head_dim) each.
 
-    layer: the cache layer of the prompts.  prompt_of_slot (slots,): which of them each slot goes on
-    from.  room: columns to come.
+    layer: the cache layer of the prompts.  prompt_of_slot (slots,): the prompt that each slot goes
+    on from.  room: empty columns to append.
     """
 
     def __init__(self, layer, prompt_of_slot, room):
@@ -483,7 +487,10 @@ class Slab(DynamicLayer):
         self.is_initialized = True
 
     def update(self, keys, values, *args, **kwargs):
-        """Write the new columns; what attention sees are views of the slabs, no copies."""
+        """Write the new columns; what attention sees are views of the slabs, no copies.
+
+        There may be fewer slots than at first: `reorder` leaves as many as it has ancestors.
+        """
         start = self.keys.shape[2]
         end = start + keys.shape[2]
         self.keys = self.key_slab[: len(keys), :, :end]
@@ -664,7 +671,7 @@ def reorder(cache, ancestors):
 
 
 def _reorder_cache(cache, ancestors):
-    """Columns before `start` are the prompt's, equal in all its slots: they need not move."""
+    """With keys and values: where every slot keeps its prompt, only later columns move."""
     n = len(ancestors)
     slots = torch.arange(n, device=ancestors.device)
     moved = (ancestors != slots).nonzero()[:, 0]
@@ -1135,7 +1142,7 @@ def _json_rows(path, text):
         try:
             found = json.loads(line)
         except json.JSONDecodeError as error:
-            place = number + error.lineno  # one of the two is that of the file, the other 0 or 1
+            place = number + error.lineno  # a list: 0 + its line; JSON lines: the number + 1
             raise SystemExit(f"{path}:{place}: not JSON rows: {error.msg}") from None
         except ValueError as error:  # a number too long to be one
             raise SystemExit(f"{path}: cannot be read: {error}") from None
@@ -1177,11 +1184,9 @@ def pair_rows(row):
     # Where does the prompt end?
     first = answers[0]
     if isinstance(first, list):  # as in UltraFeedback, all messages but the last are the prompt
-        if isinstance(prompt, list):
-            pass
-        elif len(first) > 1:
+        if not isinstance(prompt, list) and len(first) > 1:
             prompt = first[:-1]
-        else:  # a prompt of text, and one message as the answer
+        elif not isinstance(prompt, list):  # a prompt of text, and one message as the answer
             prompt = [{"role": "user", "content": prompt}]
     elif _is_transcript(first, prompt):  # it ends with the cue of the last turn
         prompt = first[: first.rindex(ASSISTANT) + len(ASSISTANT)]
@@ -1469,7 +1474,7 @@ def _read_model(folder, config, dtype):
 
 
 def _empty_model(config, dtype):
-    """The model without values: it takes no memory before rank 0's are broadcast into it."""
+    """The model without values: in no memory before rank 0's are broadcast into it."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.to_empty(device="cpu").tie_weights()

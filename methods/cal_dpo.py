@@ -14,14 +14,15 @@ at beta = 1, plus a calibration that pulls r_w to 1/(2 beta) and r_l to -1/(2 be
 Presets: tiny (default) | hh, tldr: Pythia-2.8B on Anthropic HH, TL;DR | ultrafeedback: Zephyr-7B.
 
 Does r_w stay positive? It cannot exceed -log pi_ref(y_w|x). If its target is below that ceiling,
-one pair alone has its minimum at r_w > 0. Two things pull it down: pairs that disagree, and that
-all probabilities add up to 1. In the tiny world r_w ends near 0, where DPO loses 11 nats. If the
-target is above the ceiling (logged as "unreachable"), as at beta = 0.001, r_w can fall as in DPO:
-while |r| is far below 1/(2 beta), the calibration pushes y_w up and y_l down with nearly the same
-force 1/beta. At beta = 0.001 the sigmoid is 0.05 % of that, and every step is clipped.
+one pair alone has its minimum at r_w > 0. Two things pull it down: pairs that want the opposite,
+and that all probabilities add up to 1. In the tiny world r_w ends near 0, where DPO loses 11 nats.
+If the target is above the ceiling (logged as "unreachable"), as at beta = 0.001, r_w can fall as
+in DPO: while |r| is far below 1/(2 beta), the calibration pushes y_w up and y_l down with nearly
+the same force 1/beta. At beta = 0.001 that is 1000 and the sigmoid adds 0.5: every step is clipped.
 
 Differences from the paper's text and the released code:
-- The commands of the released README say loss=dpo and run DPO. The last release has lam = 0.5.
+- The released README's commands set loss=dpo, which runs DPO; here the default is Eq. 10.
+- The last release has lam = 0.5; the paper, and this file, have 1.
 - Algorithm 1 in App. B.1 misprints the target as 0.5 beta. The authors confirm 1/(2 beta).
 - The logged calibration_part leaves out its value at the start, lam/(2 beta^2).
 - The paper names IPO and SLiC without their formulas; those here are of their own papers.
@@ -150,7 +151,7 @@ def preference_loss(r_w, r_l, target, contrast):
     if contrast == "dpo":
         return -F.logsigmoid(r_w - r_l)  # no beta in the sigmoid
     if contrast == "ipo":
-        return (r_w - r_l - target) ** 2  # the loss of Azar et al. 2023
+        return (r_w - r_l - target) ** 2  # the loss of Azar et al. 2023, with margin 1/(2 beta)
     if contrast == "slic":
         return F.relu(1 - (r_w - r_l))  # Zhao et al. 2023, with margin 1
     raise ValueError(f"unknown contrast {contrast!r}: it is dpo, ipo or slic")
@@ -185,7 +186,8 @@ def pair_losses(model, batch, reference, args):
     reference = reference[batch["index"]].to(policy.device)
     ref_chosen_logps, ref_rejected_logps = reference.unbind(1)
 
-    # The loss, in float64: its constant, 5e5 at beta = 0.001, would round the rest away.
+    # cal_dpo_loss in its two parts, since both are logged.  In float64, since its constant, 5e5 at
+    # beta = 0.001, would round the rest away.
     target = 1 / (2 * args.beta)
     r_w = chosen_logps.double() - ref_chosen_logps.double()
     r_l = rejected_logps.double() - ref_rejected_logps.double()
@@ -243,7 +245,8 @@ def main(args):
     steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
-    # The run folder: refused here, before anything expensive.
+
+    # The run folder: one that holds a run, or a flag out of range, ends the program here.
     out = start_run(args, "cal_dpo")
 
     # Reference: it never changes, and neither do its log-probs.

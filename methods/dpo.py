@@ -189,7 +189,8 @@ def main(args):
     steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
-    # The run folder: refused here, before anything expensive.
+
+    # The run folder: one that holds a run, or a flag out of range, ends the program here.
     out = start_run(args, "dpo")
 
     # Reference: it never changes, and neither do its log-probs.

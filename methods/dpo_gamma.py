@@ -23,9 +23,9 @@ reference ranks wrong and the policy right (fixed) or wrong (missed). It also lo
 distance of the weights from their start, for Fig. 4. --resume goes on with a whole sweep, and
 studies/dpo_gamma_figures.py draws Fig. 3 and Fig. 4 of it.
 
-Differs from the paper: a tie counts as wrong here, and as right in Eq. 1.
-Differs from the released code: it calls gamma alpha, its own --gamma does nothing, and its default
-loss is DPO; its learning rate decays; it logs the norm of the weights, not of their change.
+Differs from the paper: a tie counts as wrong here; its ranking accuracy has >=.
+Differs from the released code: there this gamma is called --alpha, --gamma is unused, the default
+loss is DPO, the learning rate decays, and the norm of the weights is logged, not of their change.
 """
 
 import sys
@@ -159,7 +159,7 @@ def pair_losses(model, batch, reference, args):
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     losses = dpo_gamma_loss(*logps, args.beta, args.gamma[0])  # a run has one, see runs_of_sweep
     metrics = {"loss": losses.detach()}
-    metrics.update(pair_metrics(*logps, args.beta))
+    metrics.update(pair_metrics(*logps, args.beta))  # rewards as in DPO, whatever gamma is
     metrics["c"] = ref_rejected_logps - ref_chosen_logps  # of Theorem 4.1
     return losses, metrics
 
@@ -214,7 +214,8 @@ def train_one(args):
     steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
-    # The run folder: refused here, before anything expensive.
+
+    # The run folder: one that holds a run, or a flag out of range, ends the program here.
     out = start_run(args, "dpo_gamma")
 
     # Reference: it never changes, and neither do its log-probs.
@@ -301,8 +302,9 @@ def runs_of_sweep(args):
             folder = folder / f"gamma-{gamma:g}"
         run = replace(args, gamma=(gamma,), out=str(folder))
 
-        # A sweep that was stopped: some of its runs are finished, and some have not begun.  If the
-        # first has not, or the last is finished, start_run has a line for that.
+        # Of a sweep that was stopped, finished runs are skipped and those not begun start afresh.
+        # Two cases are left to start_run, which has a line for each: a first run that never began,
+        # and a sweep that is all finished, of which the last run is kept.
         finished = args.resume and (folder / "model").is_dir()
         if gamma != args.gamma[0]:
             run.resume = args.resume and (folder / "config.json").is_file()

@@ -393,8 +393,9 @@ def join(out):
 
 
 def clear(out):
-    """Delete the responses of an earlier run."""
+    """Delete the responses and the verdicts of an earlier run."""
     (out / "responses.jsonl").unlink(missing_ok=True)
+    (out / "judged.jsonl").unlink(missing_ok=True)
     shutil.rmtree(out / "parts", ignore_errors=True)
 
 
@@ -570,7 +571,8 @@ def main(args):
     check(args)
     setup(args.seed)
 
-    # Responses: read, or generated unless an earlier run has finished them.
+    # Responses: read (first, since --overwrite may delete the folder that they are in), or
+    # generated unless an earlier run has finished them.
     if args.responses:
         path = Path(args.responses)
         rows = read_responses(path)
@@ -595,7 +597,10 @@ def main(args):
     if dist.get_rank() == 0:
         write_rows(out / "judged.jsonl", rows)
         print_table(summary, title, comparisons=len(rows))
-        draw_scores(rows, summary, f"{title}\n{setting(args)}", out / "figures" / "scores.png")
+        caption = title
+        if not args.responses:  # else neither --model nor --data made them
+            caption = f"{title}\n{setting(args)}"
+        draw_scores(rows, summary, caption, out / "figures" / "scores.png")
     return summary
 
 

@@ -1,4 +1,4 @@
-"""Ranking accuracy: how often does a language model give the response that people prefer more mass?
+"""Ranking accuracy: how often is the response that people prefer the likelier one of a model?
 
 Chen, Malladi, Zhang, Chen, Zhang, Ranganath, Cho 2024, https://arxiv.org/abs/2405.19534
 
@@ -174,7 +174,8 @@ def correlation(a, b):
 
 def rank_correlations(x, y):
     """Pearson's r, Spearman's rho, Kendall's tau-b of two lists; None if one is constant."""
-    # Signs of all differences: their row sums are centred ranks with ties averaged.
+    # Signs of all differences.  A row sum is 2 rank - n - 1, ties averaged, so the correlation of
+    # row sums is Spearman's, and that of the signs themselves Kendall's.
     signs_x = np.sign(np.subtract.outer(x, x))
     signs_y = np.sign(np.subtract.outer(y, y))
     if not signs_x.any() or not signs_y.any():
@@ -347,7 +348,9 @@ def shp_items(rows):
             answers[row["human_ref_" + side]] = score
     found = []
     for (_, prompt), answers in posts.items():
-        ranks = competition_ranks(list(answers.values()))  # of score and time
+        ranks = competition_ranks(
+            list(answers.values())
+        )  # of (score, time): its negative serves as the score
         found.append(Judged(prompt, list(answers), [-rank for rank in ranks]))
     return found
 
@@ -396,7 +399,8 @@ def encode(tokenizer, item, args, limit):
         if n >= len(ids):
             return "empty response"
 
-        # The end of what is too long goes; responses of the same prompt share a row.
+        # What is too long loses its end (`cut`: text is lost, not only the EOS); responses to the
+        # same prompt ids share a row.
         cut = len(ids) > limit
         if args.append_eos:
             ids = ids + [tokenizer.eos_token_id]
@@ -585,7 +589,7 @@ class Accuracy:
     interval: list  # 95 %, bootstrap over items
     delta: np.ndarray  # (pairs,) of y_w less that of y_l
     ties: int  # pairs with delta 0
-    with_ties: float  # Eq. 14: over all pairs, a human tie is right where the model's are near
+    with_ties: float  # Eq. 14: of all pairs; on a human tie, right if the model's two are near
     exact: float | None = None  # Eq. 11, 12: share of lists of n > 2 in the human order
     exact_interval: list | None = None
     correlations: list | None = None  # of ranks in those lists: Pearson, Spearman, Kendall
@@ -646,9 +650,9 @@ def measure(items, records, args):
     excess = side * (pairs.tokens[0] - pairs.tokens[1])  # tokens of y_w beyond those of y_l
 
     # R from log-likelihoods, R~ from log-likelihoods per token.
-    raw = measure_form(pairs, side, pairs.logps, pairs.logps, args.seed)
+    raw = measure_form(pairs, side, pairs.logps, nearness=pairs.logps, seed=args.seed)
     per_token = pairs.logps / pairs.tokens
-    normalised = measure_form(pairs, side, per_token, np.exp(per_token), args.seed)
+    normalised = measure_form(pairs, side, per_token, nearness=np.exp(per_token), seed=args.seed)
 
     # Lists of more than two responses have a ranking as a whole.
     lists = [(items[i].ranks, found) for i, found in records.items() if len(found) > 2]
@@ -859,13 +863,13 @@ def show_theorem(line, args):
     reach = -math.log(math.expm1(0.01)) / args.beta
     limit = reach / args.gamma if args.gamma else math.inf
     stuck = (ipo_threshold(-c, args.beta) < 0).double().mean()
-    gamma = reach / max(c.max(), 1e-9)
+    gamma_enough = reach / max(c.max(), 1e-9)
     print(f"\n{line.data}: {measured.items} items, {measured.pairs} pairs and {measured.ties} ties")
     right = f"{np.mean(c <= 0):.1%}"
     print(f"reference right (c <= 0): {right}, surely at a loss below log 2 (Prop. 2.6)")
     print(
         f"beta = {args.beta}, gamma = {args.gamma}: {np.mean(c > limit):.1%} need a loss below "
-        f"0.01 to flip (c > {limit:.1f}), none with gamma <= {gamma:.3g}"
+        f"0.01 to flip (c > {limit:.1f}), none with gamma <= {gamma_enough:.3g}"
     )
     print(f"IPO, tau = beta: for {stuck:.1%} even loss 0 is a wrong ranking (Prop. A.7)")
 
