@@ -12,7 +12,8 @@ P(a beats b) = P(u_a > u_b) + P(u_a = u_b) / 2, where u_a and u_b are independen
     categorical        softmax over K atoms          -log sum_ij p_i(a) p_j(b) M_ij
 
     python methods/dpl.py                hidden-context: two reward types in the tiny world
-    python methods/dpl.py synthetic 1d   Figure 3 in seconds; figure3: in full; 2d: another world
+    python methods/dpl.py synthetic 1d   a small Figure 3, in seconds (figure3: as released)
+    python methods/dpl.py synthetic 2d   the released code's second world
     python methods/dpl.py train --type categorical --model gpt2 --data pairs.jsonl --lr 1e-5
     python methods/dpl.py evaluate --data pairs.jsonl --out eval.jsonl     rows: chosen, rejected
     python methods/dpl.py score --data prompts.jsonl --out outputs.jsonl   rows: prompt, responses
@@ -29,9 +30,9 @@ has no dropout, and a coin breaks synthetic ties.
 
 Found by hidden-context, seeds 0, 1, 2: base follows Borda count (correlation .95 to .97) and rates
 up the monsters that a quarter of the readers hate; the sd of mean_and_variance finds what divides
-the readers (AUC .84 to 1.00). categorical is not shown: its optimum finds it too, but as many
-updates do not reliably (AUC .55 to .65 with --entropy batch; .91 and .72, seeds 0 and 1, at
---lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03).
+the readers (AUC .84 to 1.00). categorical is not shown, since it learns more slowly. Its optimum
+finds it too, but after as many updates its AUC is .55 to .65 with --entropy batch. At --lr 1e-3
+--head-lr 3e-3 --entropy-coeff 0.03 it is .91 and .72 (seeds 0 and 1).
 """
 
 import json
@@ -59,7 +60,9 @@ class Args:
     entropy_coeff: float = 0.1  # kappa, weight of the entropy bonus of categorical; App. C.2
     sigma_floor: float = 1e-4  # a width added to every comparison; none in the released code
     soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen instead of 1
-    subset: Literal["both", "helpful", "harmless"] = "both"  # sub-folder, or data_subset of a row
+    subset: Literal["both", "helpful", "harmless"] = (
+        "both"  # a sub-folder of --data, or a row's data_subset
+    )
     lora: bool = False  # train rank 8, alpha 32 (App. C.2) and merge it at the end; needs peft
 
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
@@ -150,8 +153,10 @@ PRESETS = {
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    first = "".join(sys.argv[1:2])
-    if first not in ("-h", "--help") and (first == "" or first.startswith("-")):
+    given = sys.argv[1:]
+    if not given:
+        sys.argv.insert(1, "hidden-context")
+    elif given[0].startswith("-") and given[0] not in ("-h", "--help"):
         sys.argv.insert(1, "hidden-context")
     command = tyro.extras.subcommand_type_from_defaults(PRESETS, prefix_names=False)
     args = tyro.cli(command, description=__doc__)
@@ -177,7 +182,8 @@ from common import save_checkpoint, say, setting, setup, speed, start_run  # pro
 from common import stop_requested, stop_unless_finite, write  # processes
 # isort: on
 
-SHOWN = ("base", "mean_and_variance")  # of hidden-context, which learn in its time
+SHOWN = ("base", "mean_and_variance")  # what hidden-context trains: they learn in its few updates
+# Levels of the quantiles in summarize's table.
 ALPHAS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 0.9, 0.99)
 
 # ---- the paper: losses
@@ -542,6 +548,7 @@ def batch_losses(model, batch, args):
 
     Accuracy is the share of pairs with P(chosen wins) > 1/2, whatever the soft labels are.
     """
+    # The responses of a batch are chosen, rejected, chosen, rejected, ...
     outputs = head_outputs(model, batch)
     chosen = outputs[0::2]
     rejected = outputs[1::2]
@@ -661,7 +668,7 @@ def train(args):
         values = {**merge(metrics), "lr": lr, "grad_norm": grad_norm, **speed(batch_rows, seconds)}
         history.append(log(out, step, **values))
         stop = stop_requested()
-        if stop or args.save_every and (step + 1) % save_steps == 0:
+        if stop or (args.save_every > 0 and (step + 1) % save_steps == 0):
             save_checkpoint(out, step + 1, model, optimizer)
         if stop:
             raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
@@ -863,7 +870,8 @@ def summary_of(scored, alpha):
 
     # Comparisons within prompts say nothing about the differences between prompts.
     n = mean.shape[1]
-    within = (mean - mean.mean(1, keepdim=True)) * math.sqrt(n / (n - 1))  # unbiased for any n
+    # Each prompt's own mean is taken off; n / (n - 1) makes up for the variance that this removes.
+    within = (mean - mean.mean(1, keepdim=True)) * math.sqrt(n / (n - 1))
 
     # How much risk aversion does it take to refuse the jailbreaks?
     quantiles = {}
@@ -1175,6 +1183,8 @@ def ask_readers(rows):
             of_group.append([tiny_reward(row["prompt"], text, group) for text in row["responses"]])
         group_utilities.append(of_group)
     u = torch.tensor(group_utilities)  # (groups, prompts, 4)
+
+    # TINY_GROUPS holds (share of the readers, worth of a monster to them) of each group.
     share = torch.tensor([share for share, _ in TINY_GROUPS])[:, None, None]
     mean = (share * u).sum(0)
     sd = (share * (u - mean) ** 2).sum(0).sqrt()
@@ -1184,6 +1194,8 @@ def ask_readers(rows):
     for (weight, _), of_group in zip(TINY_GROUPS, u, strict=True):
         first, second = pairs_of_four(of_group)
         first_wins = first_wins + weight * torch.sigmoid(first - second)
+
+    # beats[i, j]: the probability that response i wins over j, of any two prompts.
     flat = u.flatten(1)
     beats = (share * torch.sigmoid(flat[:, :, None] - flat[:, None])).sum(0)
 
@@ -1206,9 +1218,11 @@ def ask_readers(rows):
 
 def compare(readers, mean, sd, careful):
     """Learned mean, sd and risk-averse utility (prompts, 4) beside the readers' -> {row: number}"""
-    # Worth of each attribute by least squares, in units of a happy end.
+    # Worth of each attribute by least squares; of those, in order, a happy end and the monster.
     fit = torch.linalg.lstsq(readers.attributes, mean.flatten()[:, None].double())
-    _, _, happy, _, monster = fit.solution[:, 0]
+    worth = fit.solution[:, 0]
+    happy = worth[2]
+    monster = worth[4]
 
     # The AUC: how often sd is larger where readers disagree than where they do not.
     divided = sd[readers.divides == 1]
