@@ -514,7 +514,7 @@ def no_adaptor(logits):
 @torch.no_grad()
 def generate(rounds=1, new=32, n=32):
     """14M shape, no adaptor: n prompts at once, against the library's batch and one by one."""
-    model = frozen("14m")
+    model = pythia("14m").eval()  # not frozen, which would slow the library down
     prompts = short_prompts(n)
     settings = dict(do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
 
