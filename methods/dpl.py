@@ -61,7 +61,7 @@ class Args:
     sigma_floor: float = 1e-4  # a width added to every comparison; none in the released code
     soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen instead of 1
     subset: Literal["both", "helpful", "harmless"] = (
-        "both"  # part of --data: a sub-folder, or rows by data_subset
+        "both"  # a sub-folder of --data, or its data_subset
     )
     lora: bool = False  # train rank 8, alpha 32 (App. C.2) and merge it at the end; needs peft
 
@@ -183,9 +183,6 @@ from common import start_run, stop_requested, stop_unless_finite, write  # proce
 from common import log, merge, progress, say, setting, speed  # logging
 # isort: on
 
-# Added to sigma where no floor is given, only to keep z finite. Training has --sigma-floor 1e-4.
-TINY_SIGMA = 1e-12
-
 NO_LIMIT = 2**40  # tokens
 
 # ---- the paper: losses
@@ -196,12 +193,12 @@ def base_loss(chosen, rejected):
     return -F.logsigmoid(chosen[:, 0] - rejected[:, 0])
 
 
-def normal_loss(mu_chosen, sigma_chosen, mu_rejected, sigma_rejected, link, sigma_floor=TINY_SIGMA):
+def normal_loss(mu_chosen, sigma_chosen, mu_rejected, sigma_rejected, link, sigma_floor=1e-12):
     """-log P(u_chosen > u_rejected), independent normal utilities (Sec. 4).  (B,) each -> (B,)
 
     The probit link is the paper's. The logistic link is the released code's: its slope at 0 is
     pi / 2 times that of the probit, so that the fitted sigma comes out too large by that factor.
-    The floor keeps z finite where both sigma vanish.
+    The floor keeps z finite where both sigma vanish: 1e-12 does no more, training has 1e-4.
     """
     # z is the mean of u_chosen - u_rejected in units of its standard deviation.
     variance = sigma_chosen**2 + sigma_rejected**2 + sigma_floor**2
@@ -213,7 +210,7 @@ def normal_loss(mu_chosen, sigma_chosen, mu_rejected, sigma_rejected, link, sigm
     raise ValueError(f"unknown link {link!r}")
 
 
-def mean_variance_loss(chosen, rejected, link="logistic", sigma_floor=TINY_SIGMA):
+def mean_variance_loss(chosen, rejected, link="logistic", sigma_floor=1e-12):
     """The normal loss with sigma = softplus(f) (App. C.2).  (B, 2) of mu and f, twice -> (B,)"""
     mu_chosen, f_chosen = chosen.unbind(-1)
     mu_rejected, f_rejected = rejected.unbind(-1)
@@ -241,7 +238,6 @@ def entropy(chosen, rejected, over="example"):
     """The entropy H of App. C.2.  (B, K) logits, twice -> ()
 
     The objective is the mean loss - kappa H.
-
     "example" is the paper's, the mean of each alternative's H(p). "batch" is the released code's, H
     of the mean p: it asks the batch to use all atoms, and lets single predictions collapse.
     """
@@ -253,7 +249,7 @@ def entropy(chosen, rejected, over="example"):
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
-def pair_losses(chosen, rejected, reward_type, link="logistic", sigma_floor=TINY_SIGMA):
+def pair_losses(chosen, rejected, reward_type, link="logistic", sigma_floor=1e-12):
     """The loss of each pair; exp(-loss) is the model's P(chosen wins).  (B, K), twice -> (B,)"""
     if reward_type == "base":
         return base_loss(chosen, rejected)
