@@ -61,7 +61,7 @@ class Args:
     sigma_floor: float = 1e-4  # a width added to every comparison; none in the released code
     soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen instead of 1
     subset: Literal["both", "helpful", "harmless"] = (
-        "both"  # a sub-folder of --data, or its data_subset
+        "both"  # sub-folder of --data, or rows by data_subset
     )
     lora: bool = False  # train rank 8, alpha 32 (App. C.2) and merge it at the end; needs peft
 
