@@ -60,9 +60,7 @@ class Args:
     entropy_coeff: float = 0.1  # kappa, weight of the entropy bonus of categorical; App. C.2
     sigma_floor: float = 1e-4  # a width added to every comparison; none in the released code
     soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen instead of 1
-    subset: Literal["both", "helpful", "harmless"] = (
-        "both"  # sub-folder of --data, or rows by data_subset
-    )
+    subset: Literal["both", "helpful", "harmless"] = "both"  # folder in --data, or data_subset
     lora: bool = False  # train rank 8, alpha 32 (App. C.2) and merge it at the end; needs peft
 
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
