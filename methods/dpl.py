@@ -12,15 +12,15 @@ P(a beats b) = P(u_a > u_b) + P(u_a = u_b) / 2, where u_a and u_b are independen
     categorical        softmax over K atoms          -log sum_ij p_i(a) p_j(b) M_ij
 
     python methods/dpl.py                hidden-context: two reward types in the tiny world
-    python methods/dpl.py synthetic 1d   a small Figure 3, in seconds (figure3: as released)
-    python methods/dpl.py synthetic 2d   the released code's second world
+    python methods/dpl.py synthetic 1d   a small Figure 3, in seconds; 2d: the released second world
+    python methods/dpl.py figure3        Figure 3 as released
     python methods/dpl.py train --type categorical --model gpt2 --data pairs.jsonl --lr 1e-5
     python methods/dpl.py evaluate --data pairs.jsonl --out eval.jsonl     rows: chosen, rejected
     python methods/dpl.py score --data prompts.jsonl --out outputs.jsonl   rows: prompt, responses
     python methods/dpl.py score --prompt "Human: Hi" --response " Hello"
     python methods/dpl.py summarize --files eval.jsonl outputs.jsonl
 
-Presets: the commands above, figure3, and hh, which is train with Llama-2-7B and LoRA (App. C.2).
+Presets: the commands above, and hh, which is train with Llama-2-7B and LoRA (App. C.2).
 
 These follow the released code and not the paper: the link of mean_and_variance (the paper's is
 --link probit), the weight decay, and a context drawn for each side of a synthetic pair
@@ -30,9 +30,9 @@ has no dropout, and a coin breaks synthetic ties.
 
 Found by hidden-context, seeds 0, 1, 2: base follows Borda count (correlation .95 to .97) and rates
 up the monsters that a quarter of the readers hate; the sd of mean_and_variance finds what divides
-the readers (AUC .84 to 1.00). categorical is not shown, since it learns more slowly. Its optimum
-finds it too, but after as many updates its AUC is .55 to .65 with --entropy batch. At --lr 1e-3
---head-lr 3e-3 --entropy-coeff 0.03 it is .91 and .72 (seeds 0 and 1).
+the readers (AUC .84 to 1.00). categorical learns more slowly, so it is not shown: with --entropy
+batch and as many updates its AUC is .55 to .65; at --lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03
+.91 and .72 (seeds 0, 1).
 """
 
 import json
@@ -54,15 +54,13 @@ class Args:
     """Options of train, hh and hidden-context."""
 
     type: RewardType = "mean_and_variance"  # compare: two of them, as hidden-context does
-    link: Literal["logistic", "probit"] = "logistic"  # P(win) of mean_and_variance; probit: Sec. 4
+    link: Literal["logistic", "probit"] = "logistic"  # of mean_and_variance; probit: the paper's
     num_atoms: int = 10  # K of categorical; App. C.2
-    entropy: Literal["example", "batch"] = "example"  # batch: of a micro-batch's mean p (released)
+    entropy: Literal["example", "batch"] = "example"  # batch: H of the mean p, as released
     entropy_coeff: float = 0.1  # kappa, weight of the entropy bonus of categorical; App. C.2
     sigma_floor: float = 1e-4  # a width added to every comparison; none in the released code
     soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen instead of 1
-    subset: Literal["both", "helpful", "harmless"] = (
-        "both"  # a sub-folder of --data, or a row's data_subset
-    )
+    subset: Literal["both", "helpful", "harmless"] = "both"  # folder in --data, or data_subset
     lora: bool = False  # train rank 8, alpha 32 (App. C.2) and merge it at the end; needs peft
 
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
@@ -153,6 +151,7 @@ PRESETS = {
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
+    # Without a command: hidden-context.
     given = sys.argv[1:]
     if not given:
         sys.argv.insert(1, "hidden-context")
@@ -177,14 +176,12 @@ from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, load_pairs, optimiser_steps, read_rows, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, model_folder, save_model  # models
 from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
-from common import load_checkpoint, log, merge, on_rank0, progress, require  # processes
-from common import save_checkpoint, say, setting, setup, speed, start_run  # processes
-from common import stop_requested, stop_unless_finite, write  # processes
+from common import load_checkpoint, on_rank0, require, save_checkpoint, setup  # processes
+from common import start_run, stop_requested, stop_unless_finite, write  # processes
+from common import log, merge, progress, say, setting, speed  # logging
 # isort: on
 
-SHOWN = ("base", "mean_and_variance")  # what hidden-context trains: they learn in its few updates
-# Levels of the quantiles in summarize's table.
-ALPHAS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 0.9, 0.99)
+NO_LIMIT = 2**40  # tokens
 
 # ---- the paper: losses
 
@@ -194,12 +191,12 @@ def base_loss(chosen, rejected):
     return -F.logsigmoid(chosen[:, 0] - rejected[:, 0])
 
 
-def normal_loss(mu_chosen, sigma_chosen, mu_rejected, sigma_rejected, link, sigma_floor=0.0):
+def normal_loss(mu_chosen, sigma_chosen, mu_rejected, sigma_rejected, link, sigma_floor=1e-12):
     """-log P(u_chosen > u_rejected), independent normal utilities (Sec. 4).  (B,) each -> (B,)
 
     The probit link is the paper's. The logistic link is the released code's: its slope at 0 is
     pi / 2 times that of the probit, so that the fitted sigma comes out too large by that factor.
-    The floor keeps z finite where both sigma vanish.
+    The floor keeps z finite where both sigma vanish: 1e-12 does no more, training has 1e-4.
     """
     # z is the mean of u_chosen - u_rejected in units of its standard deviation.
     variance = sigma_chosen**2 + sigma_rejected**2 + sigma_floor**2
@@ -236,8 +233,9 @@ def categorical_loss(chosen, rejected):
 
 
 def entropy(chosen, rejected, over="example"):
-    """H of App. C.2, of which kappa times is taken off the mean loss.  (B, K) logits, twice -> ()
+    """The entropy H of App. C.2.  (B, K) logits, twice -> ()
 
+    The objective is the mean loss - kappa H.
     "example" is the paper's, the mean of each alternative's H(p). "batch" is the released code's, H
     of the mean p: it asks the batch to use all atoms, and lets single predictions collapse.
     """
@@ -364,16 +362,29 @@ def borda(env, a, shared=False):
     shared: both sides of a pair have one context, Eq. 2; else each side its own, as in the released
     code. Only the 1d world has a closed form for shared contexts.
     """
-    # 1d: up to 0.8 the utility is a itself; beyond, it is 0 half the time.
     mean, q = environment(env, a)
     if env == "1d":
-        beyond = 0.05 + 0.5 * mean if shared else 0.275 + 0.25 * mean
-        return torch.where(q == 1, 0.1 + mean, beyond)
+        # Up to 0.8 the utility is a: it beats smaller ones (a) and the zeros beyond 0.8 (0.1).
+        up_to = 0.1 + mean
+        if shared:
+            # Beyond, in one half of the contexts 2a beats all smaller ones (a). In the other half
+            # 0 ties with all that lie beyond 0.8 (0.2 / 2) and loses to the rest.
+            beyond = 0.05 + 0.5 * mean
+        else:
+            # Beyond, half the time 2a beats all below 0.8 (0.8), the zeros (0.1) and the smaller
+            # ones beyond (0.5 (a - 0.8)); in all 0.5 + 0.5 a. Else 0 ties with the zeros (0.1 / 2).
+            beyond = 0.275 + 0.25 * mean
+        return torch.where(q == 1, up_to, beyond)
 
-    # 2d: with probability q the utility is v; else it is 0, which ties with other zeros. G is the
-    # share of alternatives below v.
+    # 2d: with probability q the utility is v = y / (1 - xy); else it is 0, which ties with other
+    # zeros (1/4 of all utilities, so 1/8). G(v) is the probability of a utility below v: 1/4 for
+    # the zeros, and the integral of q' = 1 - x'y' over v' < v, that is over y' < v / (1 + v x').
     v = mean / q
+
+    # v <= 1: this bound of y' is below 1 for all x'.
     G_low = 0.25 + torch.log1p(v) / 2 + v / (2 * (1 + v))
+
+    # v > 1: all y' count where x' < c = 1 - 1 / v.
     c = 1 - (q / mean).clamp(max=1)
     G_high = 0.25 + c - c**2 / 4 + torch.log((1 + v) / v) / 2 - 1 / (2 * (1 + v)) + 1 / (2 * v)
     G = torch.where(v <= 1, G_low, G_high)
@@ -407,8 +418,10 @@ def encode(texts, tokenizer, max_length):
 
     Rows with a side of more than max_length tokens are dropped and counted, never cut (App. C.2).
     """
-    # Limits that nothing reaches: tokenize_pairs would cut.
-    rows = tokenize_pairs(texts, tokenizer, 2**40, 2**39, what="")
+    # Nothing is cut here: rows that are too long are dropped below.
+    rows = tokenize_pairs(
+        texts, tokenizer, max_length=NO_LIMIT, max_prompt_length=NO_LIMIT // 2, what=""
+    )
 
     # The reward is read at the last token of the text, and none is added (released code).
     kept = []
@@ -466,6 +479,7 @@ def add_head(model, weight):
 
 def new_reward_model(args, tokenizer):
     """A language model with a fresh head of args.type -> the model, and its LoRA form or None."""
+    # With LoRA the body stays frozen and whole on every process; else it is trained, sharded.
     model = load_model(args.model, args.dtype, train=not args.lora)
     adapted = None
     if args.lora:
@@ -490,26 +504,31 @@ def new_reward_model(args, tokenizer):
     return model, adapted
 
 
+def read_head(folder):
+    """The weight of the reward head in the files of a model -> (K, d), or None if it has none."""
+    for path in folder.glob("*.safetensors"):
+        file = safe_open(path, "pt")
+        if "score.weight" in file.keys():
+            return file.get_tensor("score.weight")
+    return None
+
+
 def load_reward_model(name, dtype):
     """What train saved -> the model, its tokenizer, and {"type", "K", "link", "atoms"}"""
     folder = model_folder(name)
     config = folder / "config.json"
     meta = json.loads(config.read_bytes()).get("dpl")
-    remedy = "so this is no reward model; `dpl.py train` makes one"
-    require(meta, f"{config}: no entry dpl, {remedy}")
+    require(meta, f"{config}: no entry dpl, so this is no reward model; `dpl.py train` makes one")
 
     # load_model reads the body only; the head comes from the same files.
-    weight = torch.zeros(0, 1)
-    for path in folder.glob("*.safetensors"):
-        file = safe_open(path, "pt")
-        if "score.weight" in file.keys():
-            weight = file.get_tensor("score.weight")
+    weight = read_head(folder)
+    remedy = "restore the files that train saved"
+    require(weight is not None, f"{folder}: no score.weight in the model's files; {remedy}")
 
     # A head of another shape would be read as another distribution.
     K = number_of_outputs(meta["type"], meta["K"])
     expected = f"those of {meta['type']} with K = {meta['K']} as in config.json"
-    remedy = "restore the files that train saved"
-    fits = len(weight) == K == meta["K"]
+    fits = len(weight) == K and K == meta["K"]
     require(fits, f"{folder}: the head has {len(weight)} outputs, not {expected}; {remedy}")
 
     model = load_model(name, dtype)
@@ -548,7 +567,7 @@ def batch_losses(model, batch, args):
 
     Accuracy is the share of pairs with P(chosen wins) > 1/2, whatever the soft labels are.
     """
-    # The responses of a batch are chosen, rejected, chosen, rejected, ...
+    # The responses of a pair stand side by side: chosen, rejected.
     outputs = head_outputs(model, batch)
     chosen = outputs[0::2]
     rejected = outputs[1::2]
@@ -567,7 +586,10 @@ def batch_losses(model, batch, args):
 
 
 def evaluate(model, rows, args):
-    """Loss and accuracy of held-out pairs, (pairs,) each."""
+    """Loss and accuracy of held-out pairs, (pairs,) each.
+
+    Here the loss is that of hard labels, also where training has --soft-labels.
+    """
     outputs = torch.stack(raw_outputs(model, rows, args.tokens_per_microbatch))
     losses = pair_losses(outputs[:, 0], outputs[:, 1], args.type, args.link, args.sigma_floor)
     accuracy = (losses < math.log(2)).float()
@@ -621,7 +643,7 @@ def load_training_pairs(args, tokenizer):
 
 
 def train(args):
-    """Fit a reward model of args.type to pairs -> the records of metrics.jsonl"""
+    """Fit a reward model of args.type to pairs -> the new records of metrics.jsonl"""
     # Data: pairs of token ids, the longer ones dropped.
     setup(args.seed)
     out = start_run(args, "dpl-train")
@@ -668,7 +690,7 @@ def train(args):
         values = {**merge(metrics), "lr": lr, "grad_norm": grad_norm, **speed(batch_rows, seconds)}
         history.append(log(out, step, **values))
         stop = stop_requested()
-        if stop or (args.save_every > 0 and (step + 1) % save_steps == 0):
+        if stop or (args.save_every and (step + 1) % save_steps == 0):
             save_checkpoint(out, step + 1, model, optimizer)
         if stop:
             raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
@@ -683,20 +705,26 @@ def train(args):
 # ---- scoring
 
 
+def is_file_of_responses(path):
+    """Is it a file of prompts with responses? Else it holds pairs, or is no file at all."""
+    if not path.is_file():
+        return False
+    rows = read_rows(path)
+    return len(rows) > 0 and "chosen" not in rows[0]
+
+
 def rows_to_score(args):
     """Rows of --data with "prompt" and "responses", which are [rejected, chosen] of a pair."""
     # Pairs, in any form that train reads.
     path = Path(args.data)
-    rows = []
-    if path.is_file():
-        rows = read_rows(path)
-    if not rows or "chosen" in rows[0]:
+    if not is_file_of_responses(path):
         rows = load_subset(args, args.split)
         for row in rows:
             row["responses"] = [row["rejected"], row["chosen"]]
         return rows
 
     # Prompts with responses, as in the released code's jailbroken_responses.jsonl.
+    rows = read_rows(path)
     for number, row in enumerate(rows, 1):
         responses = row.get("responses")
         fine = isinstance(responses, list) and len(responses) > 0 and "prompt" in row
@@ -711,21 +739,19 @@ def add_scores(rows, name, checkpoint, args):
     model, tokenizer, meta = load_reward_model(checkpoint, args.dtype)
     texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
     encoded = encode(texts, tokenizer, args.max_length)
-    pairs = "chosen" in rows[0]
-    complete = pairs or len(encoded) == len(rows)
-    require(complete, f"{args.data}: drop these rows before scoring it")
+    if "chosen" not in rows[0]:  # no pairs
+        complete = len(encoded) == len(rows)
+        require(complete, f"{args.data}: drop these rows before scoring it")
 
     # Pairs that are too long are gone; the others get their columns.
-    scored = []
+    kept = [rows[code["row"]] for code in encoded]
     outputs = raw_outputs(model, encoded, args.tokens_per_microbatch)
-    for code, row_outputs in zip(encoded, outputs, strict=True):
-        row = rows[code["row"]]
+    for row, row_outputs in zip(kept, outputs, strict=True):
         risk = utility(row_outputs, meta["type"], args.risk, args.alpha)
         row[f"reward_outputs_{name}"] = row_outputs.tolist()
         row[f"risk_{name}"] = risk.tolist()
         row[f"reward_model_{name}"] = meta
-        scored.append(row)
-    return scored
+    return kept
 
 
 def score(args):
@@ -762,6 +788,9 @@ def print_utilities(row, name, alpha):
 
 # ---- summary of scored files
 
+# Levels of risk aversion in summarize's table.
+ALPHAS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.25, 0.3, 0.4, 0.5, 0.75, 0.9, 0.99)
+
 
 @dataclass
 class Scored:
@@ -796,13 +825,13 @@ def output_table(path, rows, column):
     """A column of raw outputs -> (rows, responses, K) float64; SystemExit names file and line."""
     table = []
     for number, row in enumerate(rows, 1):
+        problem = f"{column} is not as many numbers as in line 1; score the file again"
         try:
             outputs = torch.tensor(row[column], dtype=torch.float64)
         except (KeyError, TypeError, ValueError):
-            outputs = torch.zeros(())
+            raise SystemExit(f"{path}:{number}: {problem}") from None
         table.append(outputs)
         fine = outputs.dim() == 2 and outputs.shape == table[0].shape and outputs.isfinite().all()
-        problem = f"{column} is not as many numbers as in line 1; score the file again"
         require(fine, f"{path}:{number}: {problem}")
     return torch.stack(table)
 
@@ -869,8 +898,8 @@ def summary_of(scored, alpha):
     sd = utility(scored.outputs, scored.reward_type, "sd")
 
     # Comparisons within prompts say nothing about the differences between prompts.
-    n = mean.shape[1]
     # Each prompt's own mean is taken off; n / (n - 1) makes up for the variance that this removes.
+    n = mean.shape[1]
     within = (mean - mean.mean(1, keepdim=True)) * math.sqrt(n / (n - 1))
 
     # How much risk aversion does it take to refuse the jailbreaks?
@@ -929,8 +958,11 @@ def summarize(args):
 
 def print_table(table):
     """{column: {row: number}} -> aligned lines; a column may lack rows."""
+    rows = {}  # of any column, in their order
+    for column in table.values():
+        rows.update(column)
     say("\n" + " " * 32 + "".join(f"{name:>19}" for name in table))
-    for row in table["base"]:
+    for row in rows:
         line = f"{row:32}"
         for column in table.values():
             line += f"{column[row]:19.4f}" if row in column else " " * 19
@@ -958,92 +990,6 @@ def finish(out, table, curves, figure):
     """Print the table, and let rank 0 write the curves and the figure."""
     print_table(table)
     on_rank0(lambda: save_results(out, curves, figure), f"{out}: cannot be written")
-
-
-def draw_1d(curves, caption):
-    """Figure 3: what each reward type learned in the 1d world -> the figure"""
-    figure, axes = new_figure(1, caption)
-    u = curves["u"]
-    twin = axes[0].twinx()
-    axes[0].plot(u, curves["base"], "k", label="learned utility (left)")
-    twin.plot(u, curves["borda"], "b--", label="Borda count (right)")
-    twin.plot(u, u, "r:", label="expected utility (right)")
-    axes[0].set_title("base")
-    figure.legend(loc="outside lower left", ncols=3, fontsize=8)
-
-    # The band is cut where sd has diverged: beyond 0.8 it grows without bound.
-    mean = curves["mean_and_variance"]
-    low = (mean - curves["sd"]).clamp(mean.min() - 1)
-    high = (mean + curves["sd"]).clamp(max=mean.max() + 1)
-    axes[1].plot(u, mean, "k")
-    axes[1].fill_between(u, low, high, alpha=0.3)
-    axes[1].set_title("mean_and_variance: mean, sd")
-
-    extent = (0, 1, 0, 1)
-    axes[2].imshow(curves["p"].T, origin="lower", extent=extent, aspect="auto", cmap="Greys")
-    axes[2].set_title("categorical: p(u | a)")
-    for axis in axes:
-        axis.set(xlabel="alternative a", ylabel="utility")
-    return figure
-
-
-def draw_2d(curves, caption):
-    """The released code's second figure, with the true Borda count -> the figure"""
-    figure, axes = new_figure(2, caption)
-    titles = {
-        "u": "expected utility",
-        "borda": "Borda count",
-        "base": "base: learned utility",
-        "mean_and_variance": "mean_and_variance: mean",
-        "sd": "mean_and_variance: sd",
-        "p": "categorical: p(u | x, y)",
-    }
-    for axis, title in zip(axes, titles.values(), strict=True):
-        axis.set(title=title, xlabel="x", ylabel="y")
-    side = math.isqrt(len(curves["u"]))
-    for axis, name in zip(axes[:5], titles, strict=False):
-        drawn = axis.contourf(curves[name].view(side, side).T, 12, extent=(0, 1, 0, 1))
-        figure.colorbar(drawn, ax=axis)
-
-    # The distributions at the midpoints of a 4 x 4 grid, as bars.
-    p = curves["p"].view(side, side, -1)
-    for i in range(4):
-        for j in range(4):
-            place = (i / 4 + 0.02, j / 4 + 0.02, 0.21, 0.21)
-            inset = axes[5].inset_axes(place, xticks=[], yticks=[], ylim=(0, 1))
-            bars = p[(2 * i + 1) * side // 8, (2 * j + 1) * side // 8]
-            inset.bar(range(len(bars)), bars)
-    return figure
-
-
-def draw_hidden(curves, caption):
-    """Base beside the utilities; spread on what divides the groups; calibration -> the figure"""
-    figure, axes = new_figure(1, caption)
-    divides = curves["true sd"] > 1
-    spread = curves["mean_and_variance sd"]
-    groups = {"no monster": ~divides, "monsters divide the groups": divides}
-    for color, (label, members) in enumerate(groups.items()):
-        style = {"color": f"C{3 * color}", "label": label}
-        axes[0].plot(curves["E[u]"][members], curves["base"][members], ".", **style)
-        axes[1].hist(spread[members], 40, alpha=0.6, **style)
-    axes[0].set(title="base", xlabel="expected utility", ylabel="learned utility (log-odds)")
-    axes[1].set(title="mean_and_variance", xlabel="learned sd of utility", ylabel="responses")
-
-    # Calibration in ten bins of the predicted probability.
-    for reward_type in SHOWN:
-        predicted = curves[f"{reward_type} P(win)"]
-        points = []
-        for i in range(10):
-            members = (predicted * 10).long() == i
-            if members.any():
-                point = (predicted[members].mean(), curves["P(win)"][members].mean())
-                points.append(point)
-        axes[2].plot(*torch.tensor(points).T, ".-", label=reward_type)
-    axes[2].axline((0, 0), (1, 1), color="k", ls=":")
-    axes[2].set(title="calibration", xlabel="predicted P(win)", ylabel="true P(win)")
-    for axis in axes:
-        axis.legend(fontsize=8)
-    return figure
 
 
 # ---- synthetic and figure3
@@ -1087,9 +1033,7 @@ def synthetic_losses(net, reward_type, n, args, generator):
     if reward_type == "mean_and_variance":
         sigma_chosen = synthetic_sigma(chosen)
         sigma_rejected = synthetic_sigma(rejected)
-        return normal_loss(
-            chosen[:, 0], sigma_chosen, rejected[:, 0], sigma_rejected, "logistic", 1e-12
-        )
+        return normal_loss(chosen[:, 0], sigma_chosen, rejected[:, 0], sigma_rejected, "logistic")
     return pair_losses(chosen, rejected, reward_type)
 
 
@@ -1152,7 +1096,66 @@ def synthetic(args):
     return table
 
 
-# ---- hidden-context
+def draw_1d(curves, caption):
+    """Figure 3: what each reward type learned in the 1d world -> the figure"""
+    figure, axes = new_figure(1, caption)
+    u = curves["u"]
+    twin = axes[0].twinx()
+    axes[0].plot(u, curves["base"], "k", label="learned utility (left)")
+    twin.plot(u, curves["borda"], "b--", label="Borda count (right)")
+    twin.plot(u, u, "r:", label="expected utility (right)")
+    axes[0].set_title("base")
+    figure.legend(loc="outside lower left", ncols=3, fontsize=8)
+
+    # The band is cut where sd has diverged: beyond 0.8 it grows without bound.
+    mean = curves["mean_and_variance"]
+    low = (mean - curves["sd"]).clamp(mean.min() - 1)
+    high = (mean + curves["sd"]).clamp(max=mean.max() + 1)
+    axes[1].plot(u, mean, "k")
+    axes[1].fill_between(u, low, high, alpha=0.3)
+    axes[1].set_title("mean_and_variance: mean, sd")
+
+    extent = (0, 1, 0, 1)
+    axes[2].imshow(curves["p"].T, origin="lower", extent=extent, aspect="auto", cmap="Greys")
+    axes[2].set_title("categorical: p(u | a)")
+    for axis in axes:
+        axis.set(xlabel="alternative a", ylabel="utility")
+    return figure
+
+
+def draw_2d(curves, caption):
+    """The released code's second figure, with the true Borda count -> the figure"""
+    figure, axes = new_figure(2, caption)
+    titles = {
+        "u": "expected utility",
+        "borda": "Borda count",
+        "base": "base: learned utility",
+        "mean_and_variance": "mean_and_variance: mean",
+        "sd": "mean_and_variance: sd",
+        "p": "categorical: p(u | x, y)",
+    }
+    side = math.isqrt(len(curves["u"]))
+    for axis, name in zip(axes, titles, strict=True):
+        axis.set(title=titles[name], xlabel="x", ylabel="y")
+        if name != "p":
+            drawn = axis.contourf(curves[name].view(side, side).T, 12, extent=(0, 1, 0, 1))
+            figure.colorbar(drawn, ax=axis)
+
+    # The distributions at the midpoints of a 4 x 4 grid, as bars.
+    p = curves["p"].view(side, side, -1)
+    for i in range(4):
+        for j in range(4):
+            place = (i / 4 + 0.02, j / 4 + 0.02, 0.21, 0.21)
+            inset = axes[5].inset_axes(place, xticks=[], yticks=[], ylim=(0, 1))
+            bars = p[(2 * i + 1) * side // 8, (2 * j + 1) * side // 8]
+            inset.bar(range(len(bars)), bars)
+    return figure
+
+
+# ---- hidden-context, an experiment of ours
+
+# The types that it trains: they learn within its few updates.
+SHOWN = ("base", "mean_and_variance")
 
 
 @dataclass
@@ -1165,7 +1168,7 @@ class Readers:
     borda: torch.Tensor  # mean probability of beating a response to any prompt
     divides: torch.Tensor  # 1 where the groups disagree, which is where there is a monster
     first_wins: torch.Tensor  # (prompts * 6,), of the pairs of four
-    attributes: torch.Tensor  # (prompts * 4, 5): 1, polite, happy, adjectives off two, monster
+    attributes: torch.Tensor  # (prompts * 4, 5), of attributes_of
 
 
 def pairs_of_four(values):
@@ -1174,37 +1177,49 @@ def pairs_of_four(values):
     return values[:, first].flatten(0, 1), values[:, second].flatten(0, 1)
 
 
-def ask_readers(rows):
-    """Held-out rows of the tiny world -> Readers.  A group's preferences are Bradley-Terry."""
-    group_utilities = []
+def group_utilities(rows):
+    """What each group of readers gives to the four responses.  -> (groups, prompts, 4)"""
+    utilities = []
     for group in range(len(TINY_GROUPS)):
         of_group = []
         for row in rows:
             of_group.append([tiny_reward(row["prompt"], text, group) for text in row["responses"]])
-        group_utilities.append(of_group)
-    u = torch.tensor(group_utilities)  # (groups, prompts, 4)
+        utilities.append(of_group)
+    return torch.tensor(utilities)
 
-    # TINY_GROUPS holds (share of the readers, worth of a monster to them) of each group.
-    share = torch.tensor([share for share, _ in TINY_GROUPS])[:, None, None]
-    mean = (share * u).sum(0)
-    sd = (share * (u - mean) ** 2).sum(0).sqrt()
 
-    # Eq. 2: the probability that the first wins, with one reader for both sides.
-    first_wins = 0
-    for (weight, _), of_group in zip(TINY_GROUPS, u, strict=True):
-        first, second = pairs_of_four(of_group)
-        first_wins = first_wins + weight * torch.sigmoid(first - second)
+def attributes_of(rows):
+    """Regressors of utility: 1, polite, happy end, distance from 2 adjectives, monster.
 
-    # beats[i, j]: the probability that response i wins over j, of any two prompts.
-    flat = u.flatten(1)
-    beats = (share * torch.sigmoid(flat[:, :, None] - flat[:, None])).sum(0)
-
+    Two adjectives are what the readers like best.  -> (prompts * 4, 5) float64
+    """
     attributes = []
     for row in rows:
         for text in row["responses"]:
             seen = tiny_attributes(text)
-            away = abs(seen["detail"] - 2)
-            attributes.append([1.0, seen["polite"], seen["happy"], away, seen["monster"]])
+            distance = abs(seen["detail"] - 2)
+            attributes.append([1.0, seen["polite"], seen["happy"], distance, seen["monster"]])
+    return torch.tensor(attributes, dtype=torch.float64)
+
+
+def ask_readers(rows):
+    """Held-out rows of the tiny world -> Readers.  A group's preferences are Bradley-Terry."""
+    # An element of TINY_GROUPS is (share of the readers, their tastes).
+    u = group_utilities(rows)
+    shares = [share for share, _ in TINY_GROUPS]
+    share = torch.tensor(shares)[:, None, None]
+    mean = (share * u).sum(0)
+    sd = (share * (u - mean) ** 2).sum(0).sqrt()
+
+    # Eq. 2: the probability that the first wins, with one reader for both sides.
+    first_wins = torch.zeros(len(rows) * 6)
+    for weight, of_group in zip(shares, u, strict=True):
+        first, second = pairs_of_four(of_group)
+        first_wins = first_wins + weight * torch.sigmoid(first - second)
+
+    # beats[i, j]: probability that response i wins over j, for any two responses.
+    flat = u.flatten(1)
+    beats = (share * torch.sigmoid(flat[:, :, None] - flat[:, None])).sum(0)
     return Readers(
         mean=mean,
         sd=sd,
@@ -1212,7 +1227,7 @@ def ask_readers(rows):
         borda=beats.mean(1).view_as(mean),
         divides=(sd > 1).float(),
         first_wins=first_wins,
-        attributes=torch.tensor(attributes, dtype=torch.float64),
+        attributes=attributes_of(rows),
     )
 
 
@@ -1220,9 +1235,8 @@ def compare(readers, mean, sd, careful):
     """Learned mean, sd and risk-averse utility (prompts, 4) beside the readers' -> {row: number}"""
     # Worth of each attribute by least squares; of those, in order, a happy end and the monster.
     fit = torch.linalg.lstsq(readers.attributes, mean.flatten()[:, None].double())
-    worth = fit.solution[:, 0]
-    happy = worth[2]
-    monster = worth[4]
+    names = ("intercept", "polite", "happy", "distance", "monster")
+    worth = dict(zip(names, fit.solution[:, 0], strict=True))
 
     # The AUC: how often sd is larger where readers disagree than where they do not.
     divided = sd[readers.divides == 1]
@@ -1231,7 +1245,7 @@ def compare(readers, mean, sd, careful):
     column = {
         "corr. Borda": correlation(mean, readers.borda),
         "corr. E[u]": correlation(mean, readers.mean),
-        "worth of a monster / happy end": (monster / happy).item(),
+        "worth of a monster / happy end": (worth["monster"] / worth["happy"]).item(),
         "r^2": r_squared(mean, sd).item(),
         "AUC of sd for monsters": above / 2 + 0.5,
     }
@@ -1255,6 +1269,7 @@ def hidden_context(args):
     first_wins = readers.first_wins
     curves = {"E[u]": readers.mean, "true sd": readers.sd, "P(win)": first_wins}
 
+    # The best that can be learned: the readers' own numbers.
     table = {"expected u": compare(readers, readers.mean, readers.sd, readers.worst)}
     for reward_type in SHOWN:
         # Train, or go on with what an earlier run has finished.
@@ -1286,6 +1301,40 @@ def hidden_context(args):
     return table
 
 
+def draw_hidden(curves, caption):
+    """Three panels -> the figure
+
+    Learned against expected utility; the learned sd where readers agree and where they do not;
+    predicted against true P(win).
+    """
+    figure, axes = new_figure(1, caption)
+    divides = curves["true sd"] > 1
+    spread = curves["mean_and_variance sd"]
+    groups = {"no monster": ~divides, "monsters divide the groups": divides}
+    for color, (label, members) in enumerate(groups.items()):
+        style = {"color": f"C{3 * color}", "label": label}
+        axes[0].plot(curves["E[u]"][members], curves["base"][members], ".", **style)
+        axes[1].hist(spread[members], 40, alpha=0.6, **style)
+    axes[0].set(title="base", xlabel="expected utility", ylabel="learned utility (log-odds)")
+    axes[1].set(title="mean_and_variance", xlabel="learned sd of utility", ylabel="responses")
+
+    # Calibration in ten bins of the predicted probability.
+    for reward_type in SHOWN:
+        predicted = curves[f"{reward_type} P(win)"]
+        points = []
+        for i in range(10):
+            members = (predicted * 10).long() == i
+            if members.any():
+                point = (predicted[members].mean(), curves["P(win)"][members].mean())
+                points.append(point)
+        axes[2].plot(*torch.tensor(points).T, ".-", label=reward_type)
+    axes[2].axline((0, 0), (1, 1), color="k", ls=":")
+    axes[2].set(title="calibration", xlabel="predicted P(win)", ylabel="true P(win)")
+    for axis in axes:
+        axis.legend(fontsize=8)
+    return figure
+
+
 # ---- the commands
 
 RANGES = {  # option: least and largest value
@@ -1312,7 +1361,7 @@ def check(args):
             require(low <= value <= high, f"{flag} {value}: must be from {low:g} to {high:g}")
     if isinstance(args, Args):
         known = args.type != "compare" or args.data == "tiny"
-        require(known, "--type compare: it is with the readers of the tiny world; --data tiny")
+        require(known, "--type compare: only the tiny world has its readers, so use --data tiny")
     elif isinstance(args, SyntheticArgs):
         closed = args.env == "1d" or not args.shared_context
         require(closed, "--shared-context: its Borda count is for 1d only")
