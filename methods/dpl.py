@@ -1233,7 +1233,7 @@ def ask_readers(rows):
 
 def compare(readers, mean, sd, careful):
     """Learned mean, sd and risk-averse utility (prompts, 4) beside the readers' -> {row: number}"""
-    # Worth of each attribute by least squares; of those, in order, a happy end and the monster.
+    # Worth of each attribute by least squares, in units of a happy end.
     fit = torch.linalg.lstsq(readers.attributes, mean.flatten()[:, None].double())
     names = ("intercept", "polite", "happy", "distance", "monster")
     worth = dict(zip(names, fit.solution[:, 0], strict=True))
