@@ -103,10 +103,10 @@ if MODEL.exists() and DATA.exists():
         uniforms = torch.tensor(np.random.default_rng(0).random((4000, 2)))
         drawn = imh.sample(model, [prompt], 4000, adaptor, uniforms, tokenizer)
         log_w = torch.tensor(
-            [sum(kept) for ids, _, kept in drawn if len(ids) == 2], dtype=torch.float64
+            [sum(one.log_kept) for one in drawn if len(one.ids) == 2], dtype=torch.float64
         )
         assert len(log_w) == 4000  # no end of text in this model's first two tokens
         error = log_w.exp().std().item() / math.exp(log_Z) / math.sqrt(4000)
         assert (log_w.logsumexp(0) - math.log(4000)).item() == pytest.approx(log_Z, abs=5 * error)
-        for ids, log_q, _ in drawn[:200]:
-            assert sum(log_q) == pytest.approx(q[tuple(ids)].log().item(), abs=1e-3)
+        for one in drawn[:200]:
+            assert sum(one.log_q) == pytest.approx(q[tuple(one.ids)].log().item(), abs=1e-3)
