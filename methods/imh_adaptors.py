@@ -367,9 +367,9 @@ def imh_chain(log_w, log_u):
     log_w = torch.as_tensor(log_w).movedim(-1, 0).contiguous()  # one step of all chains: one row
     log_u = torch.as_tensor(log_u).movedim(-1, 0).contiguous()
 
-    # lerp_ below needs finite numbers, so `lowest` stands for a log-weight of -inf.  It is a quarter
-    # of the least float, for differences of log-weights must be finite.  log_u stops at half of it:
-    # below any difference of finite log-weights, above that of -inf and a finite one.
+    # lerp_ below needs finite numbers, so `lowest` stands for a log-weight of -inf: a quarter of
+    # the least float, for differences of log-weights must be finite too.  log_u stops at half of
+    # it: below any difference of finite log-weights, above that of -inf and a finite one.
     lowest = torch.finfo(log_w.dtype).min / 4
     log_w = log_w.clamp(min=lowest)
     log_u = log_u.clamp(min=lowest / 2)
