@@ -227,7 +227,7 @@ INDEX_BITS = 32
 
 def sort_keys(cost):
     """Costs >= 0 (..., V) -> int64 keys that sort by cost, and equal costs by index."""
-    # The bits of a float32 that is not negative, read as a whole number, grow as the float does.
+    # The bits of a float32 >= 0, read as a whole number, grow as the float does; -0.0 comes first.
     bits = cost.float().view(torch.int32).long()
     high_half = bits.bitwise_left_shift_(INDEX_BITS)
     return high_half.bitwise_or_(torch.arange(cost.shape[-1], device=cost.device))
@@ -235,7 +235,7 @@ def sort_keys(cost):
 
 def smallest(keys, n):
     """The n smallest keys of each row, ascending.  (..., V) -> (..., n)"""
-    if keys.is_cpu:  # where to part off n keys and to sort these is faster than topk
+    if keys.is_cpu:  # there a partition, and a sort of its n keys, is faster than topk
         first = np.partition(keys, n - 1)[..., :n]
         return torch.from_numpy(np.sort(first))
     return keys.topk(n, largest=False).values
@@ -368,7 +368,7 @@ def imh_chain(log_w, log_u):
     log_u = torch.as_tensor(log_u).movedim(-1, 0).contiguous()
 
     # lerp_ below needs finite numbers, so `lowest` stands for a log-weight of -inf: a quarter of
-    # the least float, for differences of log-weights must be finite too.  log_u stops at half of
+    # the lowest float, for differences of log-weights must be finite too.  log_u stops at half of
     # it: below any difference of finite log-weights, above that of -inf and a finite one.
     lowest = torch.finfo(log_w.dtype).min / 4
     log_w = log_w.clamp(min=lowest)
