@@ -64,9 +64,7 @@ class Args:
     prompts: int = 1000  # distinct prompts of the test split, drawn at random
     samples: int = 2  # responses per prompt and setting
     template: str = "{}"  # {}: prompts as they are; else {} in it becomes their first human turn
-    reward: str = (
-        "tiny"  # tiny (that of the tiny world), implicit, or a reward model's folder or id
-    )
+    reward: str = "tiny"  # tiny (that of the tiny world), implicit, or a reward model: folder, id
     beta: float = 0.5  # KL weight of Eq. 1: of the implicit reward and of --target posterior
 
     target: Target = "global"  # see Eq. 5; exact: global; all: posterior if --model is --ref-model
