@@ -134,7 +134,7 @@ PRESETS = {
         type="compare", soft_labels=True, lr=3e-4, head_lr=3e-2, batch_size=16, epochs=3
     ),
     "train": Args(),
-    # evaluate and score are one command: for pairs, as long as in training, and for responses.
+    # evaluate and score are one command. evaluate drops the pairs that training would drop.
     "evaluate": ScoreArgs(data="tiny", max_length=1024, out="eval_results_both.jsonl"),
     "score": ScoreArgs(),
     "summarize": SummarizeArgs(),
@@ -396,7 +396,7 @@ def borda(env, a, shared=False):
     # v > 1: all y' count where x' < c = 1 - 1 / v. Here 1 / v is q / mean, and c is 0 for v <= 1.
     c = 1 - (q / mean).clamp(max=1)
     G_high = 0.25 + c - c**2 / 4  # the zeros, and the integral over x' < c
-    G_high = G_high + torch.log((1 + v) / v) / 2  # and with the next line that over x' > c
+    G_high = G_high + torch.log((1 + v) / v) / 2  # this line and the next: that over x' > c
     G_high = G_high - 1 / (2 * (1 + v)) + 1 / (2 * v)
     G = torch.where(v <= 1, G_low, G_high)
     return q * G + (1 - q) / 8
@@ -779,7 +779,8 @@ def add_scores(rows, name, checkpoint, args):
     texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
     encoded = encode(texts, tokenizer, args.max_length)
 
-    # encode has counted the rows that it dropped. Pairs may lack them; prompts with responses not.
+    # encode has counted the rows that it dropped. A file of pairs may lose some; a file of responses
+    # may not, since its prompts were chosen one by one.
     if "chosen" not in rows[0]:
         complete = len(encoded) == len(rows)
         require(complete, f"{args.data}: take these rows out of the file before scoring it")
@@ -900,7 +901,7 @@ def read_outputs(path):
     require(rows, f"{path}: no rows; write the file with score or evaluate")
 
     # The released code's eval_results have one reward model, and a column for each side of a pair.
-    # It has no name, so that it is called "pairs".
+    # That model has no name in the file; here it is called "pairs".
     for row in rows:
         if "reward_output_chosen" in row:
             sides = [row.get("reward_output_rejected"), row["reward_output_chosen"]]
@@ -1067,7 +1068,8 @@ def synthetic_net(reward_type, env, width):
     for _ in range(3):
         layers.append(nn.Linear(inputs, width))
         if reward_type == "categorical":
-            # As in the released code; but there first and second sides are two batches, here one.
+            # As in the released code. There first and second sides have statistics of their own;
+            # here they are one batch.
             layers.append(nn.BatchNorm1d(width))
         layers.append(nn.ReLU())
         inputs = width
@@ -1198,7 +1200,7 @@ def draw_2d(curves, caption):
             drawn = axis.contourf(curves[name].view(side, side).T, 12, extent=(0, 1, 0, 1))
             figure.colorbar(drawn, ax=axis)
 
-    # The last panel: the distributions at the midpoints of a 4 x 4 grid, as bars.
+    # The last panel shows the distributions at the midpoints of a 4 x 4 grid, as bars.
     p = curves["p"].view(side, side, -1)
     middle = [(2 * i + 1) * side // 8 for i in range(4)]  # of each quarter of a side
     for i in range(4):
@@ -1310,7 +1312,7 @@ def compare(readers, mean, sd, risk_averse):
         "AUC of sd for monsters": mean_sign / 2 + 0.5,
     }
 
-    # What a reader would get who is given the best of four by the learned utility.
+    # What readers would get if they were given the best of four by the learned utility.
     for label, utilities in (("mean", mean), ("1 % quantile", risk_averse)):
         best = utilities.argmax(1, keepdim=True)  # its number among the four, (prompts, 1)
         monsters = readers.divides.gather(1, best).mean().item()
@@ -1333,7 +1335,7 @@ def hidden_context(args):
     # The best that can be learned: the readers' own numbers.
     table = {"expected u": compare(readers, readers.mean, readers.sd, readers.worst)}
     for reward_type in SHOWN:
-        # Train, unless --resume finds the model of an earlier run, or goes on with what it began.
+        # Train, unless an earlier run has finished; --resume also goes on where one was stopped.
         folder = out / reward_type
         finished = args.resume and (folder / "model").is_dir()
         if not finished:

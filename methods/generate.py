@@ -45,7 +45,7 @@ class Args:
     min_p: float = 0.0  # keep tokens with this share of the likeliest one's probability; 0: all
     max_new_tokens: int = 100  # responses end at the end-of-text token or here
     samples: int = 1  # responses per prompt
-    prompts: int = 0  # use only the first so many prompts of the test split; 0: all
+    prompts: int = 0  # only this many, the first of the test split; 0: all
     judge: str = "tiny"  # tiny (the known reward), a reward model's folder or hub id, or none
     judge_command: str = ""  # a shell command, instead of --judge
     against: str = "chosen"  # the data's chosen responses, or the responses.jsonl of another run
@@ -109,7 +109,7 @@ from common import words  # the plain text of a string or of chat messages
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
 from common import progress, require, setting, setup, start_run, stop_requested, write  # processes
-from common import on_rank0  # calls a function once; if it fails, all processes end with a line
+from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 # isort: on
 
 
@@ -190,9 +190,9 @@ class Filters:
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """How tokens are to be drawn -> Filters, in the library's order.  Temperature 0 is greedy.
+    """How tokens are to be drawn: from softmax(filters(logits)), with the Filters that it returns.
 
-    A token is then drawn from softmax(filters(logits)).
+    They act in the library's order.  Temperature 0 is greedy.
     Raises SystemExit where an option is out of its range.
     """
     if temperature == 0:
@@ -222,7 +222,7 @@ def respond(model, prompts, uniforms, filters, eos_id, vocabulary):
     # One pass over the prompts fills the cache; from then on each token costs one step.
     responses = [[] for _ in prompts]
     last = uniforms.shape[1] - 1
-    rows = torch.arange(len(prompts), device=model.device)  # rows[i]: the response in slot i
+    rows = torch.arange(len(prompts), device=model.device)  # rows[i]: whose response slot i holds
     cache, _, logits = prefill(model, prompts, uniforms.shape[1])
     for t in range(uniforms.shape[1]):
         filtered = filters(logits[:, :vocabulary].float())
@@ -409,7 +409,7 @@ def clear(out):
 def scores(args, questions):
     """The judge's score of each response.  A list of (prompt, response, other) -> list of numbers.
 
-    A reward is of the prompt and the response alone: the known reward, a classifier's output, or the
+    Rewards look at the prompt and the response alone: the known reward, a classifier's output, the
     mean utility of dpl.py.  --judge-command is asked about both responses.  Its score is 1 if the
     response is better than the other, 0 for a tie, -1 if it is worse.
     """
