@@ -27,12 +27,12 @@ These follow the released code and not the paper: the link of mean_and_variance 
 --link probit), the weight decay, and a context drawn for each side of a synthetic pair
 (--shared-context: one for both, Eq. 2). These follow neither: the reward head is float32 (in
 bfloat16 it stops learning at the paper's rate), losses stay in log space, sigma has a floor, LoRA
-has no dropout, and a coin breaks synthetic ties.
+has no dropout, synthetic batch norm sees both sides at once, and a coin breaks synthetic ties.
 
 With hidden-context, seeds 0 to 2, base follows the Borda count (correlation .95 to .97) and rates
 up the monsters that a quarter of the readers hate. The sd of mean_and_variance finds what divides
 the readers (AUC .84 to 1.00). categorical learns more slowly and is not shown: in as many steps its
-AUC is .55 to .65 (--entropy batch) or .72, .91 (--lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03).
+AUC is .55 to .65 (--entropy batch) or .72 and .91 (--lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03).
 """
 
 import json
@@ -779,8 +779,8 @@ def add_scores(rows, name, checkpoint, args):
     texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
     encoded = encode(texts, tokenizer, args.max_length)
 
-    # encode has counted the rows that it dropped. A file of pairs may lose some; a file of responses
-    # may not, since its prompts were chosen one by one.
+    # encode has printed how many rows it dropped. Training drops such pairs, too; but a file of
+    # prompts and responses is scored whole or not at all.
     if "chosen" not in rows[0]:
         complete = len(encoded) == len(rows)
         require(complete, f"{args.data}: take these rows out of the file before scoring it")
@@ -1335,7 +1335,7 @@ def hidden_context(args):
     # The best that can be learned: the readers' own numbers.
     table = {"expected u": compare(readers, readers.mean, readers.sd, readers.worst)}
     for reward_type in SHOWN:
-        # Train, unless an earlier run has finished; --resume also goes on where one was stopped.
+        # With --resume, a type that is finished is not trained again; one that was begun goes on.
         folder = out / reward_type
         finished = args.resume and (folder / "model").is_dir()
         if not finished:
