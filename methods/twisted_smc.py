@@ -57,7 +57,7 @@ class Args:
     beta: float = 1.0  # phi^beta; the inverse of DPO's beta; 1 for infilling and threshold
     classifier: str = ""  # sequence classification model of the potentials class, threshold, reward
     c: int = 0  # infilling: the number of tokens that follow, on which sigma is conditioned
-    continuation: str = ""  # its potential needs this text; infilling only shows an example with it
+    continuation: str = ""  # the text that follows, for continuation; infilling only shows its use
     # Who learns: one learner, all six, none (psi = 1), or a policy that is evaluated as q.
     learner: Literal["ctl", "rl", "sixo", "fudge", "dpg", "ppo", "all", "none", "policy"] = "all"
     policy: str = ""  # for --learner policy: a causal LM with the vocabulary of --model
@@ -92,8 +92,8 @@ class Args:
 
 
 # Learning rates by the learner's name.  All rows but "tiny" are from the commands in the newest
-# README of the released code.  Its first README had 1e-4 for CTL on toxicity, 4096 updates for toxicity
-# and sentiment, and 6000 and 16384 for infilling.
+# README of the released code.  Its first README had 1e-4 for CTL on toxicity, 4096 updates for
+# toxicity and sentiment, and 6000 and 16384 for infilling.
 LR = {
     "tiny": {"ctl": 3e-3, "rl": 5e-3, "sixo": 3e-3, "fudge": 3e-3, "dpg": 3e-3, "ppo": 1e-3},
     "toxicity": {"ctl": 3e-5, "rl": 3e-5, "sixo": 3e-5, "fudge": 1e-4, "dpg": 3e-5, "ppo": 1e-6},
@@ -673,7 +673,7 @@ def ppo_loss(log_q, old_log_q, advantages, values, old_values, returns, clip=0.2
     """App. E.2: clipped policy and value losses, mean over particles too.
 
     The reward of a token is (log p0 - log q) / beta; that of the last one also has log phi / beta.
-    log phi contains beta already, since phi is the paper's exp(beta r) here; so log phi / beta is r.
+    log phi contains beta already, since phi is the paper's exp(beta r); so log phi / beta is r.
     The rewards add up to (log Z - KL(q | sigma)) / beta on average, which is to be maximised.
     """
     # Policy: the pessimistic one of two objectives.
@@ -757,7 +757,7 @@ class Twist(nn.Module):
 
 @dataclass
 class Policy:
-    """A language model q in the twist's place: psi_t(s_{1:t}) = q(s_t | s_{1:t-1}) / p0."""
+    """A language model q in the twist's place: psi_t = q / p0, both of s_t given s_{1:t-1}."""
 
     body: nn.Module  # a causal LM with p0's vocabulary
 
@@ -841,7 +841,10 @@ class TinyPotential:
 
 
 class FilePotential:
-    """exp(beta f(tokens, texts)) for a user's f; an attribute f.log_bound allows rejection."""
+    """exp(beta f(tokens, texts)) for a user's function f.
+
+    It may have an attribute f.log_bound, a number that f never exceeds; rejection needs it.
+    """
 
     def __init__(self, path, name, beta):
         # The file is run as a module, and the function is taken from it.
@@ -873,6 +876,8 @@ class ClassifierPotential:
     class:LABEL    phi^beta = p(label | text)^beta
     threshold:ETA  phi = 1[score < eta] + FLOOR; beta is 1
     reward         phi^beta = exp(beta score), of a model with one logit
+
+    kind, what: what is before and after the colon.
     """
 
     def __init__(self, kind, what, classifier, beta, device):
@@ -907,7 +912,8 @@ class ClassifierPotential:
             f"potential {kind}:{what}: {classifier} has {n} labels, {judge.config.id2label}; class "
             "needs one of them, threshold 1 or 2, reward 1, and all must be trained"
         )
-        require(fits and not info["missing_keys"], problem)
+        untrained = info["missing_keys"]  # weights that are not in the file, so they are random
+        require(fits and not untrained, problem)
 
     def logits(self, texts):
         """(M, labels), in batches of 256 texts."""
@@ -996,7 +1002,7 @@ class LMWorld:
     def __init__(self, model, tokenizer, args):
         self.model = model
         self.tokenizer = tokenizer
-        self.name = args.potential
+        self.name = args.potential  # for messages
         self.beta = args.beta
         self.prompt = tokenizer(args.prompt).input_ids
         self.V = min(len(tokenizer), len(model.get_output_embeddings().weight))  # no padded rows
@@ -1011,7 +1017,7 @@ class LMWorld:
             self.log_bound = self.text_potential.log_bound
         self.log_floor = -math.inf  # hits are all sequences with phi above 0
         if args.potential.startswith("threshold:"):
-            self.log_floor = math.log(2 * FLOOR)
+            self.log_floor = math.log(2 * FLOOR)  # phi of a miss is FLOOR, that of a hit 1
 
         # The tokens that follow s_{1:T}: those of --continuation, or c that are drawn (infilling,
         # where a --continuation is only shown).
@@ -1235,7 +1241,7 @@ def log_q_in_full(world, twist, particles):
 
 
 def log_q_of_particles(world, twist, particles):
-    """The same.  backward() computes the (N, K, T, V) tensors anew, so that none is kept for it."""
+    """As log_q_in_full, but its (N, K, T, V) tensors are not kept; backward() makes them anew."""
     return checkpoint(log_q_in_full, world, twist, particles, use_reentrant=False)
 
 
@@ -1251,9 +1257,7 @@ class Batch:
     W: torch.Tensor  # (N, n), weights of the positives; they sum to 1, or are all 0
     hit: torch.Tensor  # (N,), factor of a run's loss: 0 if all its W are 0, else 1
     w_neg: torch.Tensor | None = None  # CTL: (N, K, T), weights of the samples' prefixes under pi_t
-    targets: torch.Tensor | None = (
-        None  # RL, FUDGE: (N, K, T or 1), what psi_t of samples should be
-    )
+    targets: torch.Tensor | None = None  # RL, FUDGE: (N, K, T or 1), what psi_t of samples fits
     positive_targets: torch.Tensor | None = None  # the same for positives that are exact
     advantages: torch.Tensor | None = None  # PPO: (N, K, T), whitened
     returns: torch.Tensor | None = None  # PPO: (N, K, T)
@@ -1415,8 +1419,8 @@ def draw_exact_samples(world, n, batch=1000, patience=1000):
 
     Infilling: T + c tokens of p0, cut in two.  The first part is then an exact sample under the
     second as its condition (BDMC, Sec. 3.3).
-    Otherwise rejection: a draw of p0 is kept with probability phi / bound.  `batch` draws are made
-    at a time.  After `patience` batches for each sample found, and as many more, it gives up.
+    Otherwise rejection: a draw of p0 is kept with probability phi / bound.  Draws are made in
+    batches.  It gives up after `patience` of them, and `patience` more for each sample found.
     """
     if world.conditional:
         tokens = sample_p0(world, n, world.T + world.c)
@@ -1433,7 +1437,7 @@ def draw_exact_samples(world, n, batch=1000, patience=1000):
         accepted = torch.rand_like(log_phi).log() < log_phi - world.log_bound
         kept.extend(particles.tokens[0, accepted])
 
-        # Say how far it is, and stop if it leads nowhere.
+        # Say how many there are, and stop if there are far too few.
         if draws % (100 * batch) == 0:
             print(f"exact samples: {len(kept)} of {n} after {draws} draws of p0", flush=True)
         problem = (
@@ -1838,8 +1842,8 @@ def write_table(out, records):
 
     records: {(learner, seed): its evaluations}.
     """
-    # The common log Z of the KLs is the median over learners and seeds, as released.  Without exact
-    # samples there is neither a log Z nor a KL.
+    # The common log Z of the KLs is the median over learners and seeds, as released; of two in the
+    # middle the larger.  Without exact samples there are no KLs, and the 0 is not used.
     finals = {}
     log_Zs = []
     for (learner, _), history in records.items():
@@ -1874,7 +1878,7 @@ MARKERS = {"ctl": "o", "rl": "s", "sixo": "D", "fudge": "^", "dpg": "v", "ppo": 
 
 
 def style_of(learner, seed, args):
-    """Colour and marker of a learner; its name once, for the legend."""
+    """Colour and marker of a learner; and at the first seed its name, for the legend."""
     label = learner if seed == args.seed else None
     return {
         "color": COLOURS.get(learner, "k"),
@@ -2024,8 +2028,8 @@ def check_potential(args):
         digits = what.removeprefix("-").replace(".", "", 1)  # of a number such as -1.5
         fits = args.classifier and digits.isdecimal() and args.beta == 1
         problem = (
-            "give a number after threshold:, a --classifier, and --beta 1, since a power of 0 or "
-            "1 changes nothing"
+            "give a number after threshold:, a --classifier, and --beta 1, since no power changes "
+            "a phi of 0 or 1"
         )
     else:
         fits = False
