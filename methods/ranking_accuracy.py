@@ -753,7 +753,12 @@ FLIPS = "kept", "lost", "fixed", "missed"  # right or wrong under the reference,
 def run_flags(name):
     """The flags of a run folder of this repository; {} for any other model."""
     path = Path(name, "config.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    flags = json.loads(path.read_text())
+    if isinstance(flags.get("gamma"), list):  # of a sweep each run has one gamma
+        (flags["gamma"],) = flags["gamma"]
+    return flags
 
 
 def ideal_table(ref_log_ratio, alpha, args):

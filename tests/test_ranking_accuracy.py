@@ -1058,7 +1058,7 @@ def test_figure_2_follows_the_evaluations_of_a_run(world, tmp_path):
     policy = tmp_path / "policy"
     policy.mkdir()
     (policy / "model").symlink_to(world["policy"])
-    (policy / "config.json").write_text(json.dumps(dict(beta=0.5, gamma=2.0)))
+    (policy / "config.json").write_text(json.dumps(dict(beta=0.5, gamma=[2.0])))
     shares = [(0, 0.5, 0.0, 0.0, 0.5), (4, 0.25, 0.25, 0.5, 0.0)]
     (policy / "metrics.jsonl").write_text(
         "".join(
