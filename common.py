@@ -20,7 +20,7 @@ response token, (N,) one per token of the packed row; V is the size of the vocab
 """
 
 import atexit
-import csv
+import collections
 import dataclasses
 import datetime
 import fcntl
@@ -42,8 +42,8 @@ import resource
 import shutil
 import signal
 import types
+import warnings
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -717,52 +717,144 @@ def sample_tokens(scores, uniforms):
 # micro-batches of a token budget, which is the memory knob and never changes a result.
 
 
+class Unusable(ValueError):
+    """A row that cannot be used.  Its message is the reason, which is counted."""
+
+
+@dataclasses.dataclass
+class Texts:
+    """A row as text, ready for the tokenizer."""
+
+    prompt: str
+    responses: list  # one text each; of a chat the whole of prompt and response
+    is_chat: bool  # written by the chat template, special tokens and all
+
+
 def row_texts(tokenizer, row):
-    """[prompt, response, ...] as text, chat messages in the chat template; or why to drop the row.
+    """A row's prompt and responses as Texts; chat messages as the tokenizer's template writes them.
 
-    Raises SystemExit for chat messages and a tokenizer without a chat template.
+    Raises Unusable; SystemExit for chat messages and a tokenizer without a chat template.
     """
-    parts = [row["prompt"]]
+    prompt = row["prompt"]
     if "chosen" in row:
-        parts += [row[key] for key in ("chosen", "rejected") if key in row]
+        answers = [row[key] for key in ("chosen", "rejected") if key in row]
     else:
-        parts += row["responses"]
-    for token, place in ((tokenizer.eos_token, "end"), (tokenizer.bos_token, "begin")):
-        if token and any(token in words(part) for part in parts):
-            return f"contains the {place}-of-text token"  # it would become the special token
-    if any(isinstance(part, list) for part in parts):
-        return _chat_texts(tokenizer, parts)
-    return [words(part) for part in parts]
+        answers = row["responses"]
+
+    # The text of a special token would become that token.
+    for part in [prompt, *answers]:
+        for text in _strings(part):
+            special = _special_tokens(tokenizer).search(text)
+            if special:
+                raise Unusable(f"contains the special token {special[0]}")
+    if any(isinstance(part, list) for part in [prompt, *answers]):
+        return _chat_texts(tokenizer, prompt, answers, row.get("tools"))
+    return Texts(words(prompt), [words(answer) for answer in answers], is_chat=False)
 
 
-def _chat_texts(tokenizer, parts):
+def _strings(part):
+    """All strings of a text, or of chat messages with all that is in them."""
+    if isinstance(part, str):
+        return [part]
+    if isinstance(part, dict):
+        part = list(part.values())
+    if not isinstance(part, list):
+        return []
+    found = []
+    for one in part:
+        found += _strings(one)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _special_tokens(tokenizer):
+    """A pattern that finds any of the tokenizer's special tokens."""
+    names = {token for token in tokenizer.all_special_tokens if token}
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            names.add(token.content)
+    if not names:
+        return re.compile("(?!)")  # finds nothing
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
+
+
+def _chat_texts(tokenizer, prompt, answers, tools):
     """row_texts of chat messages: the prompt ends with the template's cue for an answer."""
-    no_template = (
-        "the data are chat messages, but the tokenizer has no chat template: use text data"
+    require(
+        tokenizer.chat_template,
+        "the data are chat messages, but the tokenizer has no chat template: use text data, or a "
+        "--model whose tokenizer has one (an -Instruct or -chat model)",
     )
-    require(tokenizer.chat_template, no_template)
-    chat = _messages(parts[0], "user")
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    responses = []
-    for part in parts[1:]:
-        whole = tokenizer.apply_chat_template(chat + _messages(part, "assistant"), tokenize=False)
-        if not whole.startswith(prompt):
-            return "the chat template changes the prompt"
-        responses.append(_without_end(whole[len(prompt) :], tokenizer.eos_token))
-    return [prompt.removeprefix(tokenizer.bos_token or ""), *responses]
+    if isinstance(tools, str):  # as data sets store them
+        tools = json.loads(tools)
+    chat = _messages(tokenizer, prompt, "user")
+    start = _written(tokenizer, chat, tools, answer_follows=True)
+    wholes = []
+    for answer in answers:
+        messages = chat + _messages(tokenizer, answer, "assistant")
+        whole = _written(tokenizer, messages, tools, answer_follows=False)
+        if not whole.startswith(start):
+            raise Unusable("the chat template changes the prompt")
+        wholes.append(whole)
+    return Texts(start, wholes, is_chat=True)
 
 
-def _messages(part, role):
-    """Chat messages as they are; text as one message of that role."""
-    if isinstance(part, list):
-        return part
-    return [{"role": role, "content": words(part)}]
+def _messages(tokenizer, part, role):
+    """Chat messages for the template; text as one message of that role.  Raises Unusable."""
+    if not isinstance(part, list):
+        return [{"role": role, "content": words(part)}]
+    messages = []
+    for message in part:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Unusable("a chat message without a role")
+        # In a table, a column that one message has is null in all the others.
+        message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content")
+        if content is None and "tool_calls" not in message:
+            raise Unusable("a chat message without content")
+        if isinstance(content, list):
+            kinds = [one.get("type") for one in content if isinstance(one, dict)]
+            if kinds != ["text"] * len(content):
+                raise Unusable("a chat message with content that is not text")
+            if not _reads_parts(tokenizer):
+                content = "\n".join(one["text"] for one in content)
+        messages.append({**message, "content": content})
+    return messages
 
 
-def _without_end(text, eos_token):
-    """A response without the end token that the template puts after it: one is added later."""
-    if text.rstrip().endswith(eos_token):
-        return text.rstrip().removesuffix(eos_token)
+@functools.lru_cache(maxsize=4)
+def _reads_parts(tokenizer):
+    """Does the template read content in parts, or only a string?  Some write a list as it is."""
+    parts = [{"type": "text", "text": "1"}]
+    try:
+        written = tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=False
+        )
+        whole = tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
+    except Exception:  # a template is a program: it may fail in any way
+        return False
+    return written == whole
+
+
+def _written(tokenizer, chat, tools, answer_follows):
+    """The chat as the template writes it.
+
+    Raises Unusable if the template refuses it, or leaves out its tools or calls of tools.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            chat, tools=tools, tokenize=False, add_generation_prompt=answer_follows
+        )
+    except Exception as error:  # a template is a program: it may fail in any way
+        why = str(error).strip().partition("\n")[0]
+        raise Unusable(f"chat template: {why}") from None
+    called = list(tools or [])
+    for message in chat:
+        called += message.get("tool_calls", [])
+    for tool in called:
+        if tool.get("function", tool)["name"] not in text:
+            raise Unusable("the chat template does not write tools or their calls")
     return text
 
 
@@ -807,29 +899,137 @@ def _cut(prompt, responses, cue, n_bos, max_length, max_prompt_length):
     return prompt, max_length
 
 
-def _ids_of_rows(tokenizer, rows, lead, skip):
-    """Ids of every row's texts, [prompt, response, ...], no special tokens; or why to drop it."""
+@dataclasses.dataclass
+class Encoded:
+    """A row as token ids, nothing cut."""
+
+    prompt_ids: list  # a BOS first, where the tokenizer or the template puts one
+    responses: list  # ids of each response, its end included
+
+
+def encode_rows(rows, tokenizer):
+    """Rows of text -> for each an Encoded, or the reason (a string) why it cannot be used.
+
+    This is the one way from text to ids, for training, scoring, judging and sampling.  Text: BOS if
+    the tokenizer puts one before plain text, prompt, response, EOS.  Chat messages: the ids of
+    `apply_chat_template(tokenize=True)`, of the prompt with its cue for an answer and of the whole;
+    EOS is added only where the template does not end a turn with an end token.
+    Raises SystemExit for a tokenizer without EOS, and for chat messages without a template.
+    """
+    require(
+        tokenizer.eos_token_id is not None,
+        "the tokenizer has no end-of-text token (eos_token): responses could not end",
+    )
+    lead, skip = _response_lead(tokenizer)
+    texts_of_rows = []
+    for row in rows:
+        try:
+            texts_of_rows.append(row_texts(tokenizer, row))
+        except Unusable as reason:
+            texts_of_rows.append(str(reason))
+
     # All texts of all usable rows in one list: a tokenizer is fast on many texts at a time.
-    texts_of_rows = [row_texts(tokenizer, row) for row in rows]
     flat = []
     for texts in texts_of_rows:
-        if isinstance(texts, list):
-            flat.append(texts[0])
-            flat += [lead + text for text in texts[1:]]
-    ids = _ids_of(tokenizer, flat)
+        if isinstance(texts, str):
+            continue
+        flat.append(texts.prompt)
+        if texts.is_chat:
+            flat += texts.responses
+        else:
+            flat += [lead + text for text in texts.responses]
+    ids = iter(_ids_of(tokenizer, flat))
 
     # Back to rows, in the same order.
+    bos = _text_bos(tokenizer)
     found = []
-    start = 0
     for texts in texts_of_rows:
         if isinstance(texts, str):
             found.append(texts)
             continue
-        end = start + len(texts)
-        responses = [response[skip:] for response in ids[start + 1 : end]]
-        found.append([ids[start], *responses])
-        start = end
+        prompt = next(ids)
+        responses = [next(ids) for _ in texts.responses]
+        if texts.is_chat:
+            responses = _chat_responses(tokenizer, texts, prompt, responses)
+        else:
+            prompt = bos + prompt
+            responses = [response[skip:] + [tokenizer.eos_token_id] for response in responses]
+        found.append(_usable(prompt, responses))
     return found
+
+
+def _text_bos(tokenizer):
+    """[BOS] if the tokenizer puts it before plain text, else []."""
+    plain = _ids_of(tokenizer, ["1"])[0]
+    bos = [tokenizer.bos_token_id]
+    if tokenizer("1")["input_ids"][: len(plain) + 1] == bos + plain:
+        return bos
+    return []
+
+
+def _usable(prompt, responses):
+    """Encoded, or why such ids cannot be used."""
+    if not prompt:
+        return "empty prompt"
+    if responses and min(map(len, responses)) < 2:  # nothing but the end
+        return "empty response"
+    return Encoded(prompt, responses)
+
+
+def _chat_responses(tokenizer, texts, prompt, wholes):
+    """What follows the prompt in the ids of each chat, with EOS if the template has no end."""
+    responses = []
+    for text, whole in zip(texts.responses, wholes):
+        response = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            # A token reaches over the border.  A sampler, which has only the prompt, could not
+            # come to these ids, so the response is read apart.
+            response = _ids_of(tokenizer, [text[len(texts.prompt) :]])[0]
+        if not turn_ends(tokenizer).intersection(response):
+            response = response + [tokenizer.eos_token_id]
+        responses.append(response)
+    return responses
+
+
+@functools.lru_cache(maxsize=4)
+def turn_ends(tokenizer):
+    """The ids that end a response: EOS, and the special token that the chat template puts there."""
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.chat_template is None:
+        return ends
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # a template is a program: it may fail in any way
+        return ends
+    after = text.rpartition("2")[2]
+    special = _special_tokens(tokenizer).match(after.lstrip())
+    if special:
+        ends.add(tokenizer.convert_tokens_to_ids(special[0]))
+    return ends
+
+
+def end_tokens(model, tokenizer):
+    """All ids that end a response of this model: a sorted list.
+
+    Those of its generation_config, the tokenizer's EOS, and the chat template's end of a turn.
+    """
+    ends = set(turn_ends(tokenizer))
+    listed = model.generation_config.eos_token_id if model.generation_config else None
+    if isinstance(listed, int):
+        listed = [listed]
+    ends.update(listed or [])
+    return sorted(ends)
+
+
+def encode_prompt(prompt, tokenizer):
+    """The ids from which a response to the prompt, text or chat messages, is sampled.
+
+    Raises SystemExit if it cannot be used.
+    """
+    (found,) = encode_rows([{"prompt": prompt, "responses": []}], tokenizer)
+    require(not isinstance(found, str), f"the prompt {str(prompt)[:40]!r} cannot be used: {found}")
+    return found.prompt_ids
 
 
 def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, what="tokens"):
@@ -838,56 +1038,79 @@ def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, what=
     -> [{"prompt_ids": ids, "responses": [ids, ...], "row": index into rows,
          "prompt_cut": bool, "responses_cut": how many of them}]
 
-    Responses end with EOS; a BOS goes first if the tokenizer puts one before plain text.  If prompt
-    and longest response exceed max_length, the prompt is cut, once for all its responses, to
-    max_prompt_length.  If they still do, responses are cut to max_length - max_prompt_length; a cut
-    one has no EOS.  `what` begins the line that is printed; None: no line.
-    Raises SystemExit for lengths out of range, a tokenizer without EOS, and if no row is left.
+    The ids are those of `encode_rows`.  If prompt and longest response exceed max_length, the
+    prompt is cut, once for all its responses, to max_prompt_length.  If they still do, responses
+    are cut to max_length - max_prompt_length; a cut one has no EOS.  `what` begins the line that is
+    printed; None: no line.
+    Raises SystemExit for lengths out of range, a tokenizer without EOS, a row that is longer than
+    the model's context, and if no row is left.
     """
     require(
         0 < max_prompt_length < max_length,
         f"max_prompt_length {max_prompt_length} must be in 1..max_length - 1 "
         f"(max_length is {max_length})",
     )
-    require(
-        tokenizer.eos_token_id is not None,
-        "the tokenizer has no end-of-text token (eos_token): responses could not end",
-    )
-    adds_bos = tokenizer("1")["input_ids"][0] == tokenizer.bos_token_id
-    bos = [tokenizer.bos_token_id] if adds_bos else []
-    lead, skip = _response_lead(tokenizer)
-
-    kept, dropped = [], Counter()
-    for index, found in enumerate(_ids_of_rows(tokenizer, rows, lead, skip)):
+    kept, dropped = [], collections.defaultdict(list)
+    for index, found in enumerate(encode_rows(rows, tokenizer)):
         if isinstance(found, str):
-            dropped[found] += 1
+            dropped[found].append(index + 1)
             continue
-        whole_prompt = found[0]
-        responses = [ids + [tokenizer.eos_token_id] for ids in found[1:]]
-        if not bos + whole_prompt:
-            dropped["empty prompt"] += 1
-            continue
-        if not responses or min(map(len, responses)) < 2:
-            dropped["empty response"] += 1
+        if not found.responses:
+            dropped["no response"].append(index + 1)
             continue
 
-        # Fit the row to max_length.
+        # Fit the row to max_length.  A BOS stays, whatever else the prompt loses.
+        has_bos = found.prompt_ids[0] == tokenizer.bos_token_id
+        bos = found.prompt_ids[:has_bos]
+        whole_prompt = found.prompt_ids[has_bos:]
         cue = []
         if rows[index].get("cue"):
+            lead, skip = _response_lead(tokenizer)
             cue = _ids_of(tokenizer, [lead + rows[index]["cue"]])[0][skip:]
         limits = (max_length, max_prompt_length)
-        prompt, most = _cut(whole_prompt, responses, cue, len(bos), *limits)
+        prompt, most = _cut(whole_prompt, found.responses, cue, len(bos), *limits)
         row = {"prompt_ids": bos + prompt, "row": index}
-        row["responses"] = [ids[:most] for ids in responses]
+        row["responses"] = [ids[:most] for ids in found.responses]
         row["prompt_cut"] = len(prompt) < len(whole_prompt)
-        row["responses_cut"] = sum(len(ids) > most for ids in responses)
+        row["responses_cut"] = sum(len(ids) > most for ids in found.responses)
         kept.append(row)
     if what:
         prompts_cut = sum(row["prompt_cut"] for row in kept)
         responses_cut = sum(row["responses_cut"] for row in kept)
         note = f"; prompts cut {prompts_cut}, responses cut {responses_cut}"
         report(what, len(kept), dropped, note)
+        _show_example(tokenizer, kept[0])
+    _require_context(tokenizer, kept)
     return kept
+
+
+def _require_context(tokenizer, rows):
+    """SystemExit if a row is longer than the context of the tokenizer's model (load_tokenizer)."""
+    context = tokenizer.model_max_length
+    longest = 0
+    for row in rows:
+        longest = max(longest, len(row["prompt_ids"]) + max(map(len, row["responses"])))
+    require(
+        longest <= context,
+        f"the model reads {context} tokens, but a row has {longest}: --max-length {context}",
+    )
+
+
+@functools.lru_cache(maxsize=1)
+def _example_lines():
+    """The example that this run has printed, if any."""
+    return []
+
+
+def _show_example(tokenizer, row):
+    """Once a run, one line: the end of a prompt ||| the start of its first response."""
+    if _example_lines():
+        return
+    prompt = tokenizer.decode(row["prompt_ids"])
+    response = tokenizer.decode(row["responses"][0])
+    line = f"example: {prompt[-200:]!r} ||| {response[:200]!r}"
+    _example_lines().append(line)
+    say(line)
 
 
 def tokenize_pair(tokenizer, row, max_length=512, max_prompt_length=256):
@@ -1002,6 +1225,7 @@ for _part in HH_PARTS:
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
 CUE = "\nTL;DR:"
+TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "response", "text")
 DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet)(\.gz)?$")
 
 
@@ -1019,22 +1243,26 @@ def load_pairs(name, split, pairs=True):
     rows, note = _source_rows(name, split)
     require(rows, f"{name}: no {split} rows; a folder needs {split}.jsonl, .json, .csv or .parquet")
     layout = _layout(rows[0])
-    kept, dropped = [], Counter()
-    for number, row in enumerate(rows, 1):
+    kept, dropped = [], collections.defaultdict(list)
+    for place, row in enumerate(rows, 1):
         columns = ", ".join(map(str, row))
+        no_pair = pairs and layout is pair_rows and "rejected" not in row
+        require(not no_pair, f"{name}: {split} row {place} has no 'rejected', only {columns}")
         try:
             found = layout(row)
         except KeyError as key:
-            why = f"{name}: {split} row {number} has no {key}, only {columns}"
+            why = f"{name}: {split} row {place} has no {key}, only {columns}"
             raise SystemExit(why) from None
-        no_pair = pairs and layout is pair_rows and "rejected" not in row
-        require(not no_pair, f"{name}: {split} row {number} has no 'rejected', only {columns}")
+        except Unusable as reason:
+            found = [str(reason)]
+        except (TypeError, AttributeError, IndexError, ValueError):
+            found = ["a column of the wrong type"]
 
         # A layout gives rows, or the reason why there is none.
         for one in found:
             reason = one if isinstance(one, str) else _why_unusable(one)
             if reason:
-                dropped[reason] += 1
+                dropped[reason].append(place)
             else:
                 kept.append(one)
     report(f"{name} {split}", len(kept), dropped, note)
@@ -1069,13 +1297,57 @@ def _source_rows(name, split):
 
 
 def _why_unusable(row):
-    """The reason to drop a row of prompt, chosen and rejected, or "" if it is usable."""
+    """The reason to drop a row of a prompt and its answers, or "" if it is usable."""
     answers = [row[key] for key in ("chosen", "rejected") if key in row]
-    if not all(words(answer).strip() for answer in answers):
+    if "chosen" not in row:
+        answers = row["responses"]
+        if not isinstance(answers, list) or not answers:
+            return "responses is not a list of responses"
+    try:
+        for part in [row["prompt"], *answers]:
+            require_text(part)
+    except Unusable as reason:
+        return str(reason)
+    if any(map(_is_empty, answers)):
         return "empty response"
-    if len(answers) == 2 and answers[0] == answers[1]:
+    if len(answers) == 2 and answers[0] == answers[1] and "chosen" in row:
         return "chosen equals rejected"
     return ""
+
+
+def require_text(part):
+    """Raises Unusable unless it is text or chat messages, of characters that a tokenizer takes."""
+    if part is None:
+        raise Unusable("a prompt or response is null")
+    if not isinstance(part, str | list):
+        raise Unusable(f"a prompt or response is not text but of type {type(part).__name__}")
+    if isinstance(part, list) and not all(isinstance(one, dict) for one in part):
+        raise Unusable("a prompt or response is a list, but not of chat messages")
+    for text in _strings(part):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a character of two halves, as "\\ud83d" in JSON
+            raise Unusable("contains a lone surrogate, which is no character") from None
+
+
+def _is_empty(answer):
+    """Neither words nor, in chat messages, a call of a tool."""
+    if words(answer).strip():
+        return False
+    if not isinstance(answer, list):
+        return True
+    return not any(isinstance(one, dict) and one.get("tool_calls") for one in answer)
+
+
+def number(value):
+    """A finite number, or text that is one, as a float.  Raises Unusable."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError):
+        raise Unusable(f"{str(value)[:20]!r} is not a number") from None
+    if not math.isfinite(found):
+        raise Unusable(f"{str(value)[:20]!r} is not a finite number")
+    return found
 
 
 def hub_rows(name, split):
@@ -1120,13 +1392,45 @@ def read_rows(path):
 
                 return pyarrow.parquet.read_table(file).to_pylist()
             text = file.read().decode("utf-8-sig")
-        if extension == "csv":  # not by datasets, which reads "NA" as None and "1.50" as a number
-            csv.field_size_limit(2**31 - 1)
-            return list(csv.DictReader(io.StringIO(text, newline="")))
-    except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
-        why = str(error).splitlines()[0]
+        if extension == "csv":
+            return _csv_rows(text)
+    except (OSError, EOFError, zlib.error, ValueError, Warning) as error:
+        why = str(error).strip().splitlines()[0]
         raise SystemExit(f"{path}: cannot be read: {why}") from None
     return _json_rows(path, text)
+
+
+def _csv_rows(text):
+    """Rows of comma-separated values; of semicolons or tabs, where the header shows them.
+
+    A column of numbers alone is read as numbers, unless it is one of TEXT_COLUMNS.
+    Raises ValueError or a Warning for lines that do not fit the header.
+    """
+    import pandas
+
+    header = text.partition("\n")[0]
+    separator = ","
+    if "," not in header and "\t" in header:
+        separator = "\t"
+    elif "," not in header and ";" in header:
+        separator = ";"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        table = pandas.read_csv(
+            io.StringIO(text),
+            sep=separator,
+            dtype=str,
+            keep_default_na=False,  # "NA" is a text
+            index_col=False,
+        )
+    for name in table.columns:
+        if name not in TEXT_COLUMNS:
+            try:
+                table[name] = pandas.to_numeric(table[name])
+            except ValueError:
+                pass  # not all are numbers: it stays text
+    table = table.astype(object).where(table.notna(), None)  # what a short line lacks
+    return table.to_dict("records")
 
 
 def _json_rows(path, text):
@@ -1178,8 +1482,10 @@ def pair_rows(row):
         if "prompt" not in row:
             raise KeyError("prompt")
         return [row]
-    if not all(words(answer) for answer in answers):
-        return ["empty response"]
+    for answer in answers:
+        require_text(answer)
+        if _is_empty(answer):
+            return ["empty response"]
 
     # Where does the prompt end?
     first = answers[0]
@@ -1193,6 +1499,7 @@ def pair_rows(row):
     elif words(prompt):
         return [_with_answers(row, prompt, answers)]
     elif "prompt" in row:
+        require_text(prompt)
         return ["empty prompt"]
     else:
         raise KeyError("prompt")
@@ -1245,7 +1552,9 @@ def tldr_rows(row):
         return ["null post"]
     if "summaries" in row:
         texts = [one["text"] for one in row["summaries"]]
-        best = row["choice"]
+        best = int(number(row["choice"]))
+        if len(texts) != 2 or best not in (0, 1):
+            return ["not two summaries and a choice of one"]
     else:
         texts = [row.get("summary") or ""]
         best = 0
@@ -1258,7 +1567,9 @@ def tldr_rows(row):
 
 def shp_rows(row):
     """SHP: two answers to a post; used where the scores' ratio is 2 or more."""
-    answers = [(row["score_A"], row["human_ref_A"]), (row["score_B"], row["human_ref_B"])]
+    answers = []
+    for side in "AB":
+        answers.append((number(row[f"score_{side}"]), row[f"human_ref_{side}"]))
     (low, rejected), (top, chosen) = sorted(answers)
     if top <= low or top < 2 * low:
         return ["score ratio below 2"]
@@ -1267,8 +1578,10 @@ def shp_rows(row):
 
 def stack_exchange_rows(row):
     """Stack Exchange: every pair of answers with different pm_score, without HTML tags."""
-    question = _without_tags(row["question"])
-    answers = [(one["pm_score"], _without_tags(one["text"])) for one in row["answers"]]
+    question = without_tags(row["question"])
+    answers = []
+    for one in row["answers"]:
+        answers.append((number(one["pm_score"]), without_tags(one["text"])))
     found = []
     for pair in itertools.combinations(answers, 2):
         (low, rejected), (top, chosen) = sorted(pair)
@@ -1279,15 +1592,21 @@ def stack_exchange_rows(row):
     return found
 
 
-def _without_tags(text):
+def without_tags(text):
     """The text without HTML tags, but <code> and </code>, and with its entities decoded."""
     return html.unescape(re.sub(r"</?(?!code\b)[a-zA-Z!][^>]*>", "", text)).strip()
 
 
+def as_dialogue(question, answer):
+    """A question and an answer as a dialogue of one turn -> prompt, response"""
+    return f"{HUMAN} {question}{ASSISTANT}", f" {answer}"
+
+
 def _dialogue(row, question, chosen, rejected):
-    """A question and two answers as a dialogue of one turn."""
-    prompt = f"{HUMAN} {question}{ASSISTANT}"
-    return {**row, "prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
+    """The row with a question and two answers as a dialogue of one turn."""
+    prompt, chosen = as_dialogue(question, chosen)
+    _, rejected = as_dialogue(question, rejected)
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def every_turn(row):
@@ -1312,19 +1631,28 @@ def words(value):
     if not isinstance(value, list):
         return ""
     texts = []
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("content"), str):
+    for message in value:
+        if not isinstance(message, dict):
             return ""
-        texts.append(part["content"])
+        content = message.get("content")
+        if isinstance(content, str):
+            texts.append(content)
+        elif isinstance(content, list):  # in parts
+            texts += [part["text"] for part in content if isinstance(part, dict) and "text" in part]
     return "\n".join(texts)
 
 
 def report(what, kept, dropped, note=""):
-    """One line on rank 0: rows kept, and rows dropped by reason.  SystemExit if nothing is kept."""
-    line = f"{what}: kept {kept}, dropped {dropped.total()}"
-    if dropped:
-        reasons = [f"{reason}: {count}" for reason, count in dropped.most_common()]
-        line += f" ({', '.join(reasons)})"
+    """One line on rank 0: rows kept, and rows dropped by reason.  SystemExit if nothing is kept.
+
+    dropped: reason -> the numbers of the rows, counted from 1; the first one is printed.
+    """
+    reasons = []
+    for reason, numbers in sorted(dropped.items(), key=lambda item: -len(item[1])):
+        reasons.append(f"{reason}: {len(numbers)}, the first is row {numbers[0]}")
+    line = f"{what}: kept {kept}, dropped {sum(map(len, dropped.values()))}"
+    if reasons:
+        line += f" ({'; '.join(reasons)})"
     line += note
     require(kept, f"{line}; no row is left")
     say(line)
@@ -1396,16 +1724,41 @@ def model_folder(name):
 def load_tokenizer(name):
     """The tokenizer of model_folder(name); its pad token is the end token if it has none.
 
-    SystemExit: a folder without a tokenizer, for which transformers would make up an empty one.
+    Its model_max_length is the context of the model beside it.
+    SystemExit: a folder without a tokenizer, for which transformers would make up an empty one, or
+    with a tokenizer of more tokens than the model has embeddings.
     """
     folder = model_folder(name)
     starts = ("tokenizer.", "vocab.", "spiece.", "tekken.")
     files = [file for file in folder.glob("*") if file.name.startswith(starts)]
+    if not files and (folder / ADAPTER).exists():
+        return load_tokenizer(_base_of(folder))
     missing = "has no tokenizer.json; copy the tokenizer of the model's training there"
     require(files, f"{folder}: {missing}")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not (folder / "config.json").exists():
+        return tokenizer
+
+    # Do they belong together?
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    require(
+        len(tokenizer) <= config.vocab_size,
+        f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} "
+        "embeddings: resize_token_embeddings, or copy the tokenizer of the model's training there",
+    )
+    context = getattr(config, "max_position_embeddings", None)
+    tokenizer.model_max_length = context or UNBOUNDED
     return tokenizer
+
+
+ADAPTER = "adapter_config.json"
+UNBOUNDED = int(1e30)  # as transformers has it
+
+
+def _base_of(folder):
+    """The model that a LoRA adapter was trained on."""
+    return json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
 
 
 def load_model(name, dtype="float32", train=False):
@@ -1413,9 +1766,15 @@ def load_model(name, dtype="float32", train=False):
 
     train=False: whole on every rank, frozen, in `dtype`.  train=True: fp32 weights and gradient
     sums, `dtype` compute, a slice of every layer on every rank if there are several.
-    SystemExit: not a model that transformers can load, weights missing, not a decoder-only model.
+    A folder with a LoRA adapter is its base model with the adapter merged in (peft).
+    SystemExit: not a model that transformers can load, weights missing or not finite, not a
+    decoder-only model.
     """
     folder = model_folder(name)
+    adapter = None
+    if (folder / ADAPTER).exists():
+        adapter = folder
+        folder = model_folder(_base_of(folder))
     rank, world = rank_and_world()
     compute_dtype = getattr(torch, dtype)
     weights_dtype = torch.float32 if train else compute_dtype
@@ -1430,6 +1789,8 @@ def load_model(name, dtype="float32", train=False):
             model = _empty_model(config, weights_dtype)
         else:
             model = _read_model(folder, config, weights_dtype)
+            if adapter:
+                model = _merge_adapter(model, adapter)
     except Exception as error:  # broken files, unknown families: many types
         why = str(error).strip().partition("\n")[0]
         raise SystemExit(f"{folder}: not a model that transformers can load ({why})") from None
@@ -1470,7 +1831,19 @@ def _read_model(folder, config, dtype):
     )
     missing = sorted(info["missing_keys"])[:3]
     require(not missing, f"{folder}: no weights for {missing}")
+    for key, weights in model.named_parameters():
+        finite = weights.isfinite().all()
+        require(finite, f"{folder}: {key} holds NaN or infinity; choose another checkpoint")
     return model
+
+
+def _merge_adapter(model, folder):
+    """The model with the LoRA adapter of the folder in its weights.  SystemExit without peft."""
+    try:
+        import peft
+    except ImportError:
+        raise SystemExit(f"{folder}: a LoRA adapter, which needs peft: pip install peft") from None
+    return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def _empty_model(config, dtype):

@@ -48,8 +48,9 @@ class Args:
     sample: int = 0  # items, drawn as in the released code; 0: all
     lists: bool = False  # where a row has a pair and a list of responses, take the list
     max_length: int = 0  # tokens of prompt and response, cut at the end; 0: the model's context
-    separator: str = "auto"  # between prompt and response; auto: a space unless there is one
-    append_eos: bool = False  # score the end of the response too, as DPO training does
+    # Which text is scored: that of training here (prompt and response tokenised apart, the end of
+    # the response scored too), or, as released, one text with a space between them and no end.
+    text: Literal["training", "released"] = "training"
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: near ties again in float32
     seed: int = 0  # of the bootstrap
@@ -58,12 +59,10 @@ class Args:
     overwrite: bool = False  # replace it; records that still apply are kept
 
 
-PAPER = dict(
-    model=("EleutherAI/pythia-2.8b",), sample=1000, separator=" "
-)  # App. C.2; released code
+PAPER = dict(model=("EleutherAI/pythia-2.8b",), sample=1000, text="released")  # App. C.2
 TRAIN_ONLY = ("openbmb/UltraFeedback", "Dahoas/synthetic-instruct-gptj-pairwise")
 PRESETS = {
-    "tiny": Args(append_eos=True),
+    "tiny": Args(),
     "fig1": Args(
         data=("hh", "stanfordnlp/SHP", "se"), **PAPER
     ),  # all of HH, as in the released code
@@ -84,20 +83,20 @@ import functools
 import hashlib
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 from itertools import combinations
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import AutoConfig
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import token_logps  # log-probabilities
-from common import pack_pairs, row_texts  # tokenization
-from common import hub_rows, load_pairs, read_rows, report, words  # data
+from common import encode_rows, pack_pairs  # tokenization
+from common import as_dialogue, hub_rows, load_pairs, number, read_rows, report  # data
+from common import Unusable, require_text, without_tags, words  # data
 from common import load_model, load_tokenizer, model_folder  # models
 from common import on_rank0, progress, require, setup, start_run  # processes
 # isort: on
@@ -226,6 +225,8 @@ class Judged:
     # What the scores are: "scores"; "votes", how many raters are for each of two; or "shares",
     # which part of the raters is.
     kind: str = "scores"
+    is_question: bool = False  # the prompt is a question alone, without the cue for an answer
+    is_html: bool = False  # with tags, which training takes off
 
 
 def load_items(name, args):
@@ -244,22 +245,12 @@ def load_items(name, args):
         rows = load_pairs(name, args.split, pairs=False)
 
     # What is usable becomes an Item; what is not is counted.
-    kept, dropped = [], Counter()
-    try:
-        for one in judged(rows, args.lists):
-            scores = np.array(one.scores, float)  # "10" is the number 10
-            reason = why_dropped(one, scores)
-            if reason:
-                dropped[reason] += 1
-                continue
-            ranks = competition_ranks(scores.tolist())
-            share = None
-            if one.kind != "scores":
-                share = float(scores[0] / scores.sum())
-            kept.append(Item(one.prompt, one.responses, ranks, share))
-    except (KeyError, TypeError, ValueError) as error:
-        why = f"a row is not what its columns promise ({error!r}); see --help"
-        raise SystemExit(f"{name}: {why}") from None
+    kept, dropped = [], defaultdict(list)
+    for place, one in enumerate(judged(rows, args.lists, name), 1):
+        try:
+            kept.append(usable_item(one, args.text))
+        except Unusable as reason:
+            dropped[str(reason)].append(place)
     report(f"{name}: items", len(kept), dropped)
 
     # Whole items are drawn, so that an item keeps all its votes.
@@ -275,26 +266,71 @@ def is_list_layout(row):
     return any(column in row for column in columns)
 
 
-def why_dropped(one, scores):
-    """The reason to drop an item, or "" if it is usable."""
+def usable_item(one, text):
+    """Judged -> Item, its texts as training has them or as they are.  Raises Unusable."""
+    if isinstance(one, Unusable):
+        raise one
+    scores = np.array([number(score) for score in one.scores])  # "10" is the number 10
     if len(one.responses) < 2:
-        return "fewer than two"
-    if len(scores) != len(one.responses) or not np.isfinite(scores).all():
-        return "a score is missing"
+        raise Unusable("fewer than two")
+    if len(scores) != len(one.responses):
+        raise Unusable("a score is missing")
     if one.kind != "scores" and (scores.min() < 0 or not scores.any()):
-        return "no votes, or below 0"
+        raise Unusable("no votes, or below 0")
+    for part in [one.prompt, *one.responses]:
+        require_text(part)
     if not all(words(response).strip() for response in one.responses):
-        return "empty response"
-    return ""
+        raise Unusable("empty response")
+
+    # Training reads a question and its answers as a dialogue of one turn.
+    prompt = one.prompt
+    responses = one.responses
+    if one.is_html and text == "training":
+        prompt = without_tags(prompt)
+        responses = [without_tags(response) for response in responses]
+    if one.is_question and text == "training":
+        responses = [as_dialogue(prompt, response)[1] for response in responses]
+        prompt, _ = as_dialogue(prompt, "")
+    share = None
+    if one.kind != "scores":
+        share = float(scores[0] / scores.sum())
+    return Item(prompt, responses, competition_ranks(scores.tolist()), share)
 
 
-def judged(rows, lists):
-    """Rows of any layout -> list of Judged."""
+def judged(rows, lists, name):
+    """Rows of any layout -> for each item a Judged, or an Unusable with the reason to drop it.
+
+    name: of the data, for the message.  SystemExit: a row without a column of its layout.
+    """
     if rows and "preference" in rows[0]:
+        require_columns(name, rows, ("instruction", "output_1", "output_2", "preference"))
         return alpaca_farm_items(rows)
     if rows and "human_ref_A" in rows[0]:
+        columns = ["post_id", "history"]
+        for side in "AB":
+            columns += [f"human_ref_{side}", f"score_{side}", f"created_at_utc_{side}"]
+        require_columns(name, rows, columns)
         return shp_items(rows)
-    return [judged_row(row, lists) for row in rows]
+    found = []
+    for place, row in enumerate(rows, 1):
+        try:
+            found.append(judged_row(row, lists))
+        except KeyError as key:
+            columns = ", ".join(map(str, row))
+            raise SystemExit(f"{name}: row {place} has no {key}, only {columns}") from None
+        except Unusable as reason:
+            found.append(reason)
+        except (TypeError, AttributeError, ValueError):
+            found.append(Unusable("a column of the wrong type"))
+    return found
+
+
+def require_columns(name, rows, columns):
+    """SystemExit: a row that lacks one of the columns."""
+    for place, row in enumerate(rows, 1):
+        for column in columns:
+            only = ", ".join(map(str, row))
+            require(column in row, f"{name}: row {place} has no {column!r}, only {only}")
 
 
 def judged_row(row, lists):
@@ -302,21 +338,21 @@ def judged_row(row, lists):
     if "completions" in row:
         responses = [one["response"] for one in row["completions"]]
         scores = [one.get("overall_score") for one in row["completions"]]
-        return Judged(row["instruction"], responses, scores)
+        return Judged(row["instruction"], responses, scores, is_question=True)
     if "answers" in row:
         responses = [one["text"] for one in row["answers"]]
         scores = [one.get("pm_score") for one in row["answers"]]
-        return Judged(row["question"], responses, scores)
+        return Judged(row["question"], responses, scores, is_question=True, is_html=True)
     if "rejected" not in row or (lists and "responses" in row):
         scores = row.get("scores") or row.get("rewards")
         if not scores:
-            scores = [-rank for rank in row.get("ranks") or ()]
+            scores = [-number(rank) for rank in row.get("ranks") or ()]
         return Judged(row["prompt"], row["responses"], scores)
 
     # A pair: what is known of alpha?
     pair = [row["chosen"], row["rejected"]]
-    p = row.get("p_chosen")
-    if p is not None:
+    if row.get("p_chosen") is not None:
+        p = number(row["p_chosen"])
         return Judged(row["prompt"], pair, [p, 1 - p], "shares")
     if row.get("votes"):
         return Judged(row["prompt"], pair, list(row["votes"]), "votes")
@@ -327,32 +363,44 @@ def alpaca_farm_items(rows):
     """Alpaca Farm cross-annotations: a row is one rater's vote, 1 or 2, on a pair."""
     # Count the votes of each pair.
     votes_of = {}
+    wrong = []
     for row in rows:
         pair = (row["instruction"], row["output_1"], row["output_2"])
         votes = votes_of.setdefault(pair, [0, 0])
-        votes[[1, 2].index(row["preference"])] += 1  # another number is a ValueError
+        if str(row["preference"]) in ("1", "1.0"):
+            votes[0] += 1
+        elif str(row["preference"]) in ("2", "2.0"):
+            votes[1] += 1
+        else:
+            wrong.append(Unusable("a preference that is neither 1 nor 2"))
     found = []
     for (prompt, first, second), votes in votes_of.items():
-        found.append(Judged(prompt, [first, second], votes, "votes"))
-    return found
+        found.append(Judged(prompt, [first, second], votes, "votes", is_question=True))
+    return found + wrong
 
 
 def shp_items(rows):
     """SHP: a row is two answers to a post; of equal scores the later answer is better."""
     # All answers to each post with what orders them.
     posts = {}
+    wrong = []
     for row in rows:
-        answers = posts.setdefault((row["post_id"], row["history"]), {})
-        for side in "AB":
-            score = (row["score_" + side], row["created_at_utc_" + side])
-            answers[row["human_ref_" + side]] = score
+        try:
+            answers = {}
+            for side in "AB":
+                score = (number(row["score_" + side]), number(row["created_at_utc_" + side]))
+                answers[row["human_ref_" + side]] = score
+        except Unusable as reason:
+            wrong.append(reason)
+            continue
+        posts.setdefault((row["post_id"], row["history"]), {}).update(answers)
     found = []
     for (_, prompt), answers in posts.items():
-        ranks = competition_ranks(
-            list(answers.values())
-        )  # of (score, time): its negative serves as the score
-        found.append(Judged(prompt, list(answers), [-rank for rank in ranks]))
-    return found
+        # Ranks of (score, time); a rank's negative serves as the score.
+        ranks = competition_ranks(list(answers.values()))
+        scores = [-rank for rank in ranks]
+        found.append(Judged(prompt, list(answers), scores, is_question=True))
+    return found + wrong
 
 
 # ---- scoring
@@ -370,46 +418,73 @@ class Record:
     cut: bool  # to the context
 
 
-def encode(tokenizer, item, args, limit):
-    """An item -> rows for pack_pairs, or a text: why it is dropped.
+def encode(tokenizer, items, args, limit):
+    """Items -> for each its rows for pack_pairs, or a text: why it is dropped."""
+    rows = [{"prompt": item.prompt, "responses": item.responses} for item in items]
+    found = []
+    for item, encoded in zip(items, encode_rows(rows, tokenizer)):
+        if isinstance(encoded, str):
+            found.append(encoded)
+            continue
+        wholes = []
+        if args.text == "released" and isinstance(item.prompt, str):
+            wholes = released_ids(tokenizer, item)
+        else:
+            n = len(encoded.prompt_ids)
+            for response in encoded.responses:
+                wholes.append(Whole(encoded.prompt_ids + response, n, end=1))
+        found.append(rows_within(wholes, limit))
+    return found
 
-    Prompt and response are tokenised as one text; a token that straddles the border belongs to the
-    response.  So there is one row, unless the prompt's last letters merge with some responses.
+
+@dataclass
+class Whole:
+    """The token ids of a prompt and one response."""
+
+    ids: list
+    prompt_tokens: int  # how many of them are the prompt's
+    end: int  # how many at the end are no text
+
+
+def released_ids(tokenizer, item):
+    """Prompt, a space and response tokenised as one text -> a Whole for each response.
+
+    A token that straddles the border belongs to the response.
     """
-    texts = row_texts(tokenizer, {"prompt": item.prompt, "responses": item.responses})
-    if isinstance(texts, str):
-        return texts
-    prompt = texts[0]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    wholes = []
+    for response in item.responses:
+        text = item.prompt + " " + response
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        n = len(bos) + sum(end <= len(item.prompt) for _, end in tokens["offset_mapping"])
+        wholes.append(Whole(bos + tokens["input_ids"], n, end=0))
+    return wholes
+
+
+def rows_within(wholes, limit):
+    """Rows for pack_pairs of at most `limit` tokens; or a text: why the item is dropped.
+
+    One row, unless the prompt's last letters merge with some responses.
+    """
     rows = {}
-    for number, response in enumerate(texts[1:]):
-        # Prompt and response as one text: where does the prompt end among its tokens?
-        separator = args.separator
-        if separator == "auto":
-            spaced = prompt[-1:].isspace() or response[0].isspace()
-            separator = "" if spaced or isinstance(item.prompt, list) else " "
-        whole = prompt + separator + response
-        tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        ids = bos + tokens["input_ids"]
-        n = len(bos) + sum(end <= len(prompt) for _, end in tokens["offset_mapping"])
+    for j, whole in enumerate(wholes):
+        n = whole.prompt_tokens
         if n == 0:
             return "empty prompt"
         if n >= limit:
             return "prompt fills the context"
-        if n >= len(ids):
+        if n >= len(whole.ids):
             return "empty response"
 
         # What is too long loses its end (`cut`: text is lost, not only the EOS); responses to the
         # same prompt ids share a row.
-        cut = len(ids) > limit
-        if args.append_eos:
-            ids = ids + [tokenizer.eos_token_id]
-        ids = ids[:limit]
+        cut = len(whole.ids) - whole.end > limit
+        ids = whole.ids[:limit]
         key = tuple(ids[:n])
         if key not in rows:
             rows[key] = {"prompt_ids": ids[:n], "responses": [], "at": []}
         rows[key]["responses"].append(ids[n:])
-        rows[key]["at"].append((number, cut))
+        rows[key]["at"].append((j, cut))
     return list(rows.values())
 
 
@@ -428,7 +503,7 @@ def records_path(name, items, out, args):
     files = []
     for file in sorted(folder.iterdir()):
         files.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
-    settings = [args.max_length, args.separator, args.append_eos, args.dtype]
+    settings = [args.max_length, args.text, args.dtype]
     texts = [(item.prompt, item.responses) for item in items]
     key = hashlib.sha256(json.dumps([settings, texts, files]).encode())
     return out / f"records-{key.hexdigest()[:16]}.jsonl"
@@ -465,22 +540,22 @@ def score(name, items, out, args):
     done = on_rank0(functools.partial(read_records, path), f"{path} damaged, delete it")
     tokenizer = load_tokenizer(name)
     limit = args.max_length
-    if limit == 0:
-        config = AutoConfig.from_pretrained(model_folder(name)).get_text_config()
-        limit = getattr(config, "max_position_embeddings", 1024)
-
-    model, dropped = None, Counter()
+    if limit == 0 or limit > tokenizer.model_max_length:
+        limit = tokenizer.model_max_length
+    model, dropped = None, defaultdict(list)
 
     # Blocks of items, so that a killed run loses one block at most.
     for start in progress(range(0, len(items), 512)):
         # What of this block has no record yet?
-        rows = []
+        missing = []
         for i in range(start, min(start + 512, len(items))):
-            if all((i, j) in done for j in range(len(items[i].responses))):
-                continue
-            found = encode(tokenizer, items[i], args, limit)
+            if not all((i, j) in done for j in range(len(items[i].responses))):
+                missing.append(i)
+        rows = []
+        encoded = encode(tokenizer, [items[i] for i in missing], args, limit)
+        for i, found in zip(missing, encoded):
             if isinstance(found, str):
-                dropped[found] += 1
+                dropped[found].append(i + 1)
                 continue
             for row in found:
                 rows.append({**row, "item": i})
@@ -525,9 +600,9 @@ def score_rows(model, rows, args):
         r = 0  # of the batch's responses
         for row in batch["rows"]:
             prompt_tokens = len(row["prompt_ids"])
-            for number, cut in row["at"]:
-                record = Record(row["item"], number, sums[r], counts[r], prompt_tokens, cut)
-                mine[row["item"], number] = record
+            for j, cut in row["at"]:
+                record = Record(row["item"], j, sums[r], counts[r], prompt_tokens, cut)
+                mine[row["item"], j] = record
                 r += 1
 
     # Every process gets the records of all.
@@ -548,7 +623,7 @@ def complete_items(name, items, done, dropped):
         if None in records:
             continue
         if not all(math.isfinite(record.logp) for record in records):
-            dropped["log-prob is not finite"] += 1
+            dropped["log-prob is not finite"].append(i + 1)
             continue
         scored[i] = records
     cut = 0

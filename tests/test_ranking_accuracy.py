@@ -595,7 +595,7 @@ def world(tmp_path_factory):
 
 def scored(model, items, folder, **options):
     folder.mkdir(exist_ok=True)
-    return ra.score(model, items, folder, Args(**{"append_eos": True, **options}))
+    return ra.score(model, items, folder, Args(**options))
 
 
 def item(prompt, *responses):
@@ -639,7 +639,7 @@ def test_scores_add_up(world, tmp_path):
     # log p(y | x) + log p(z | x y) = log p(y z | x), and a bare end of text adds its own log-prob
     x, y, z = [1, 3], [2, 2, 1], [3, 1]
     found = scored(
-        world["policy"], [item(x, y, y + z), item(x + y, z, z)], tmp_path, append_eos=False
+        world["policy"], [item(x, y, y + z), item(x + y, z, z)], tmp_path, text="released"
     )
     close(found[0][0].logp + found[1][0].logp, found[0][1].logp, 3e-6)
     ended = scored(world["policy"], [item(x, y, y + z)], tmp_path)
@@ -693,7 +693,7 @@ def test_near_ties_of_bfloat16_are_scored_again(tmp_path):
     items = [item([1], *pair) for pair in zip(responses, responses[1:])] + [
         item([1], responses[0], responses[-1])
     ]
-    options = dict(append_eos=False)
+    options = dict(text="released")
     exact, found = (
         scored(model, items, tmp_path / dtype, dtype=dtype, **options)
         for dtype in ("float32", "bfloat16")
@@ -758,9 +758,7 @@ def test_unusable_items_are_counted(world, tmp_path, capsys):
         and "prompt fills the context: 1" in line
         and "responses cut 1" in line
     )
-    assert (
-        "contains the begin-of-text token: 1" in line or "contains the end-of-text token: 1" in line
-    )
+    assert "contains the special token a: 1" in line
 
 
 def test_scores_that_are_not_finite_are_left_out(world, tmp_path, monkeypatch, capsys):
@@ -774,26 +772,22 @@ def test_scores_that_are_not_finite_are_left_out(world, tmp_path, monkeypatch, c
     assert list(found) == [0] and "log-prob is not finite: 1" in capsys.readouterr().out
 
 
-def test_chat_template_and_separator(world):
+def test_chat_template_and_both_texts(world):
     tokenizer = ra.load_tokenizer(world["policy"])
 
     def ids(prompt, **options):
-        (row,) = ra.encode(
-            tokenizer, ra.Item(prompt, ["c", "d"], [1, 2], None), Args(**options), 64
-        )
+        one = ra.Item(prompt, ["c", "d"], [1, 2], None)
+        ((row,),) = ra.encode(tokenizer, [one], Args(**options), 64)
         return row["prompt_ids"], row["responses"]
 
-    assert ids("b") == ([0, 1], [[2], [3]])
-    assert ids("b", append_eos=True) == ([0, 1], [[2, 0], [3, 0]])
-    assert ids("b ", separator="d ") == (
-        [0, 1],
-        [[3, 2], [3, 3]],
-    )  # a separator is scored with the response
+    assert ids("b") == ([1], [[2, 0], [3, 0]])
+    assert ids("b", text="released") == ([0, 1], [[2], [3]])
     tokenizer.chat_template = (
         "{% for m in messages %}{{ 'd ' if m['role'] == 'user' else 'c ' }}{{ m['content'] }} "
         "{% endfor %}{{ 'c ' if add_generation_prompt }}"
     )
-    assert ids([{"role": "user", "content": "b"}]) == ([0, 3, 1, 2], [[2], [3]])
+    chat = [{"role": "user", "content": "b"}]
+    assert ids(chat) == ids(chat, text="released") == ([3, 1, 2], [[2, 0], [3, 0]])
 
 
 # ---- data of every kind
@@ -817,17 +811,19 @@ def test_ultrafeedback_and_stack_exchange(tmp_path):
             )
         ],
     )
-    assert found == ra.Item(prompt="x", responses=list("pqrs"), ranks=[2, 1, 3, 4], share=None)
+    asked = "\n\nHuman: x\n\nAssistant:"
+    assert found == ra.Item(asked, [" p", " q", " r", " s"], ranks=[2, 1, 3, 4], share=None)
     (found,) = items_of(
         tmp_path,
         [
             dict(
                 question="x",
-                answers=[dict(text=r, pm_score=s) for r, s in zip("pqrs", (3, 3, 3, 2))],
+                answers=[dict(text=r, pm_score=s) for r, s in zip("pqrs", (3, 3, "3", 2))],
             )
         ],
+        text="released",
     )
-    assert found == ra.Item(prompt="x", responses=list("pqrs"), ranks=[1, 1, 1, 4], share=None)
+    assert found == ra.Item("x", list("pqrs"), ranks=[1, 1, 1, 4], share=None)
 
 
 def test_shp_groups_the_answers_of_a_post(tmp_path):
@@ -847,7 +843,7 @@ def test_shp_groups_the_answers_of_a_post(tmp_path):
         for a, b in zip(answers, answers[1:])
     ]
     other = dict(rows[0], post_id="2", history="y")
-    first, second = items_of(tmp_path, [*rows, other])
+    first, second = items_of(tmp_path, [*rows, other], text="released")
     assert first == ra.Item(
         prompt="x", responses=list("pqrstu"), ranks=[1, 2, 3, 4, 4, 6], share=None
     )
@@ -863,7 +859,7 @@ def votes(pair, *preferences):
 
 def test_alpaca_farm_votes(tmp_path):
     rows = votes("p", 2, 1, 1) + votes("q", 2, 1) + votes("r", 2)
-    found = items_of(tmp_path, rows[::-1])
+    found = items_of(tmp_path, rows[::-1], text="released")
     assert {i.prompt: (i.ranks, i.share) for i in found} == {
         "p": ([1, 2], 2 / 3),
         "q": ([1, 1], 0.5),
@@ -900,14 +896,24 @@ def test_votes_are_drawn_whole(tmp_path):
 
 
 def test_rows_that_are_not_what_they_seem(tmp_path):
-    for row in (
-        dict(votes("p", 1)[0], preference=3),
-        dict(preference=1, instruction="x", output_1="p"),
-        dict(completions=None, instruction="x"),
-        dict(prompt="x", chosen="p", rejected="q", votes=3),
+    wrong_type = "a column of the wrong type: 1, the first is row 1"
+    for row, why in (
+        (dict(votes("p", 1)[0], preference=3), "neither 1 nor 2"),
+        (dict(preference=1, instruction="x", output_1="p"), "row 1 has no 'output_2', only"),
+        (dict(completions=None, instruction="x"), wrong_type),
+        (dict(completions=[{"response": "p"}]), "row 1 has no 'instruction', only completions"),
+        (dict(prompt="x", chosen="p", rejected="q", votes=3), wrong_type),
+        (dict(prompt="x", chosen="p", rejected="q", p_chosen="often"), "'often' is not a number"),
     ):
-        with pytest.raises(SystemExit, match="test.jsonl: a row is not what its columns promise"):
+        with pytest.raises(SystemExit, match=f"test.jsonl.*{why}"):
             items_of(tmp_path, [row])
+
+
+def test_numbers_in_a_csv(tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text("prompt,chosen,rejected,p_chosen\nx,1.50,NA,0.75\nx,2,3,0.25\n")
+    first, second = ra.load_items(str(path), Args())
+    assert first == ra.Item("x", ["1.50", "NA"], [1, 2], 0.75) and second.share == 0.25
 
 
 @pytest.mark.parametrize(
@@ -956,7 +962,9 @@ def test_dropped_rows_are_counted(tmp_path, capsys):
         + [dict(votes("r", 1)[0], output_1=None)]
     )
     assert len(items_of(tmp_path, rows)) == 1
-    assert "kept 1, dropped 2 (empty response: 2)" in capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert "kept 1, dropped 2 (empty response: 1" in line
+    assert "a prompt or response is null: 1, the first is row 3" in line
     with pytest.raises(SystemExit, match="no votes, or below 0: 1.*no row is left"):
         items_of(tmp_path, [dict(prompt="x", chosen="p", rejected="q", votes=[0, 0])])
     good, lists = (
@@ -978,7 +986,7 @@ def test_dropped_rows_are_counted(tmp_path, capsys):
         dict(lists, scores=[1, None, 2]),
     ]
     assert [i.ranks for i in items_of(tmp_path, rows)] == [[1, 3, 1]]  # numbers, not their spelling
-    with pytest.raises(SystemExit, match="not what its columns promise"):
+    with pytest.raises(SystemExit, match="is not a number: 1, the first is row 1"):
         items_of(tmp_path, [dict(good, votes="[3, 2]")])
 
 
@@ -993,7 +1001,6 @@ def run(world, out, **options):
                     model=(world["ref"], world["policy"]),
                     data=(world["data"],),
                     out=str(out),
-                    append_eos=True,
                 ),
                 **options,
             }
@@ -1164,7 +1171,6 @@ def test_two_processes_write_the_same_records(world, tmp_path):
         world["ref"],
         "--data",
         world["data"],
-        "--append-eos",
         "--out",
     ]
     subprocess.run([*command, str(tmp_path / "two")], check=True, capture_output=True, timeout=120)
