@@ -10,6 +10,7 @@ P(a beats b) = P(u_a > u_b) + P(u_a = u_b) / 2, where u_a and u_b are independen
     base               one number r                  -log sigmoid(r_a - r_b), Eq. 1
     mean_and_variance  N(mu, softplus(f)^2)          -log Phi((mu_a - mu_b) / sqrt(var_a + var_b))
     categorical        softmax over K atoms          -log sum_ij p_i(a) p_j(b) M_ij
+                                                     M_ij = 1 if i > j, 1/2 if i = j, else 0
 
     python methods/dpl.py                hidden-context: two reward types in the tiny world
     python methods/dpl.py synthetic 1d   a small Figure 3, in seconds; 2d: the released second world
@@ -26,13 +27,12 @@ These follow the released code and not the paper: the link of mean_and_variance 
 --link probit), the weight decay, and a context drawn for each side of a synthetic pair
 (--shared-context: one for both, Eq. 2). These follow neither: the reward head is float32 (in
 bfloat16 it stops learning at the paper's rate), losses stay in log space, sigma has a floor, LoRA
-has no dropout, and a coin breaks synthetic ties.
+has no dropout, synthetic batch norm sees both sides at once, and a coin breaks synthetic ties.
 
-Found by hidden-context, seeds 0, 1, 2: base follows Borda count (correlation .95 to .97) and rates
-up the monsters that a quarter of the readers hate; the sd of mean_and_variance finds what divides
-the readers (AUC .84 to 1.00). categorical learns more slowly, so it is not shown: with --entropy
-batch and as many updates its AUC is .55 to .65; at --lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03
-.91 and .72 (seeds 0, 1).
+With hidden-context, seeds 0 to 2, base follows the Borda count (correlation .95 to .97) and rates
+up the monsters that a quarter of the readers hate. The sd of mean_and_variance finds what divides
+the readers (AUC .84 to 1.00). categorical learns more slowly and is not shown: in as many steps its
+AUC is .55 to .65 (--entropy batch) or .72 and .91 (--lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03).
 """
 
 import json
@@ -53,14 +53,14 @@ RewardType = Literal["base", "mean_and_variance", "categorical", "compare"]
 class Args:
     """Options of train, hh and hidden-context."""
 
-    type: RewardType = "mean_and_variance"  # compare: two of them, as hidden-context does
+    type: RewardType = "mean_and_variance"  # compare: base and mean_and_variance, in the tiny world
     link: Literal["logistic", "probit"] = "logistic"  # of mean_and_variance; probit: the paper's
     num_atoms: int = 10  # K of categorical; App. C.2
     entropy: Literal["example", "batch"] = "example"  # batch: H of the mean p, as released
     entropy_coeff: float = 0.1  # kappa, weight of the entropy bonus of categorical; App. C.2
-    sigma_floor: float = 1e-4  # a width added to every comparison; none in the released code
-    soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen instead of 1
-    subset: Literal["both", "helpful", "harmless"] = "both"  # folder in --data, or data_subset
+    sigma_floor: float = 1e-4  # its square is added to var_a + var_b; none in the released code
+    soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen in training, not 1
+    subset: Literal["both", "helpful", "harmless"] = "both"  # sub-folder, or column data_subset
     lora: bool = False  # train rank 8, alpha 32 (App. C.2) and merge it at the end; needs peft
 
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
@@ -134,6 +134,7 @@ PRESETS = {
         type="compare", soft_labels=True, lr=3e-4, head_lr=3e-2, batch_size=16, epochs=3
     ),
     "train": Args(),
+    # evaluate and score are one command. evaluate drops the pairs that training would drop.
     "evaluate": ScoreArgs(data="tiny", max_length=1024, out="eval_results_both.jsonl"),
     "score": ScoreArgs(),
     "summarize": SummarizeArgs(),
@@ -151,7 +152,8 @@ PRESETS = {
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
-    # Without a command: hidden-context.
+    # Without a command: hidden-context, with the options that are given. Only --help stays without
+    # one, since it lists the commands.
     given = sys.argv[1:]
     if not given:
         sys.argv.insert(1, "hidden-context")
@@ -196,7 +198,8 @@ def normal_loss(mu_chosen, sigma_chosen, mu_rejected, sigma_rejected, link, sigm
 
     The probit link is the paper's. The logistic link is the released code's: its slope at 0 is
     pi / 2 times that of the probit, so that the fitted sigma comes out too large by that factor.
-    The floor keeps z finite where both sigma vanish: 1e-12 does no more, training has 1e-4.
+    sigma_floor keeps z finite where both sigma vanish. The default here, 1e-12, changes nothing
+    else; that of the option --sigma-floor is 1e-4.
     """
     # z is the mean of u_chosen - u_rejected in units of its standard deviation.
     variance = sigma_chosen**2 + sigma_rejected**2 + sigma_floor**2
@@ -227,7 +230,8 @@ def categorical_loss(chosen, rejected):
     atom = torch.arange(chosen.shape[-1]).to(chosen)
     M = (1 + torch.sign(atom[:, None] - atom)) / 2
 
-    # In log space a sum of products that are too small for a float is still finite.
+    # In log space a sum of products that are too small for a float is still finite. Where M is 0,
+    # its log is -inf and the term drops out of the sum.
     log_terms = log_p_chosen[:, :, None] + log_p_rejected[:, None, :] + M.log()
     return -log_terms.flatten(1).logsumexp(-1)
 
@@ -244,7 +248,8 @@ def entropy(chosen, rejected, over="example"):
         log_p = log_p.logsumexp(0) - math.log(len(log_p))  # of the mean p
     elif over != "example":
         raise ValueError(f"unknown entropy {over!r}")
-    return -(log_p.exp() * log_p).sum(-1).mean()
+    H = -(log_p.exp() * log_p).sum(-1)  # (2B,), of each p; or (), of the mean p
+    return H.mean()
 
 
 def pair_losses(chosen, rejected, reward_type, link="logistic", sigma_floor=1e-12):
@@ -280,6 +285,7 @@ def categorical_utility(logits, measure, alpha):
     p = logits.softmax(-1)
     if measure == "quantile":
         # The share of each bin below the quantile: all, none, or a part of the bin that holds it.
+        # An empty bin gives an infinity, which clamp cuts, or 0 / 0, which counts as none.
         below = p.cumsum(-1) - p
         filled = ((alpha - below) / p).nan_to_num(0).clamp(0, 1)
         return filled.sum(-1) / K
@@ -316,7 +322,10 @@ def r_squared(mean, sd):
 
 
 def wilson(hits, n, z=1.959964):
-    """The 95 % interval of a rate that was seen `hits` times in n -> (low, high)"""
+    """The 95 % interval of a rate that was seen `hits` times in n -> (low, high)
+
+    It holds the rates p with |hits / n - p| <= z sqrt(p (1 - p) / n), Wilson 1927.
+    """
     centre = hits + z * z / 2
     half = z * math.sqrt(hits * (n - hits) / n + z * z / 4)
     return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
@@ -384,15 +393,20 @@ def borda(env, a, shared=False):
     # v <= 1: this bound of y' is below 1 for all x'.
     G_low = 0.25 + torch.log1p(v) / 2 + v / (2 * (1 + v))
 
-    # v > 1: all y' count where x' < c = 1 - 1 / v.
+    # v > 1: all y' count where x' < c = 1 - 1 / v. Here 1 / v is q / mean, and c is 0 for v <= 1.
     c = 1 - (q / mean).clamp(max=1)
-    G_high = 0.25 + c - c**2 / 4 + torch.log((1 + v) / v) / 2 - 1 / (2 * (1 + v)) + 1 / (2 * v)
+    G_high = 0.25 + c - c**2 / 4  # the zeros, and the integral over x' < c
+    G_high = G_high + torch.log((1 + v) / v) / 2  # this line and the next: that over x' > c
+    G_high = G_high - 1 / (2 * (1 + v)) + 1 / (2 * v)
     G = torch.where(v <= 1, G_low, G_high)
     return q * G + (1 - q) / 8
 
 
 def draw_pairs(env, n, shared, generator):
-    """n random pairs -> alternatives (2n, d), first sides before second; who wins (n, 1)"""
+    """n random pairs.
+
+    -> alternatives (2n, d), all first sides before all second sides; whether the first wins (n, 1)
+    """
     # Alternatives, contexts z and coins, all uniform.
     first, second = torch.rand(2, n, dimensions(env), generator=generator)
     context_first, context_second, coin = torch.rand(3, n, generator=generator)
@@ -418,16 +432,18 @@ def encode(texts, tokenizer, max_length):
 
     Rows with a side of more than max_length tokens are dropped and counted, never cut (App. C.2).
     """
-    # Nothing is cut here: rows that are too long are dropped below.
+    # Nothing is cut here: rows that are too long are dropped below. The limit of the prompt is half
+    # of the other one because it must be smaller. what=None: no line is printed.
     rows = tokenize_pairs(
-        texts, tokenizer, max_length=NO_LIMIT, max_prompt_length=NO_LIMIT // 2, what=""
+        texts, tokenizer, max_length=NO_LIMIT, max_prompt_length=NO_LIMIT // 2, what=None
     )
 
-    # The reward is read at the last token of the text, and none is added (released code).
+    # Each response now ends with an end-of-text token, which is taken off: the released code reads
+    # the reward at the last token of the text itself.
     kept = []
     for row in rows:
         row["responses"] = [ids[:-1] for ids in row["responses"]]
-        row["p"] = texts[row["row"]].get("p_chosen")
+        row["p_chosen"] = texts[row["row"]].get("p_chosen")
         longest = len(row["prompt_ids"]) + max(map(len, row["responses"]))
         if longest <= max_length:
             kept.append(row)
@@ -440,7 +456,10 @@ def encode(texts, tokenizer, max_length):
 
 
 def load_subset(args, split):
-    """Pairs of --data and --subset: of the sub-folder of that name, else rows by data_subset."""
+    """The pairs of --data that belong to --subset.
+
+    They are in the sub-folder of that name; without one, their column data_subset has that name.
+    """
     # The relabelled HH-RLHF has a folder for each subset; to read them all would take pairs twice.
     folder = Path(args.data, args.subset)
     if folder.is_dir():
@@ -489,13 +508,18 @@ def new_reward_model(args, tokenizer):
         config = peft.LoraConfig(r=8, lora_alpha=32, lora_dropout=0.0)
         adapted = peft.get_peft_model(model, config)
 
-    # The head starts at 1 % of the library's, so that all outputs are close to 0 (released code).
+    # The head starts at 1 % of the library's first weights, which have sd 0.02, so that all outputs
+    # are close to 0 (released code).
     K = number_of_outputs(args.type, args.num_atoms)
     add_head(model, 0.01 * 0.02 * torch.randn(K, model.config.hidden_size))
-    if not model.config.tie_word_embeddings:
-        model.get_output_embeddings().requires_grad_(False)  # a reward model predicts no tokens
 
-    # What evaluation needs to know travels in config.json.
+    # A reward model predicts no tokens, so its output embeddings are not trained. Where they are
+    # tied, they are also the input embeddings, which are trained.
+    if not model.config.tie_word_embeddings:
+        model.get_output_embeddings().requires_grad_(False)
+
+    # config.json says how to read the outputs. This file needs type and K; a reader of the outputs
+    # may need link and atoms.
     atoms = []
     if args.type == "categorical":
         atoms = [i / (K - 1) for i in range(K)]
@@ -526,10 +550,11 @@ def load_reward_model(name, dtype):
     require(weight is not None, f"{folder}: no score.weight in the model's files; {remedy}")
 
     # A head of another shape would be read as another distribution.
-    K = number_of_outputs(meta["type"], meta["K"])
-    expected = f"those of {meta['type']} with K = {meta['K']} as in config.json"
-    fits = len(weight) == K and K == meta["K"]
-    require(fits, f"{folder}: the head has {len(weight)} outputs, not {expected}; {remedy}")
+    found = len(weight)
+    named = f"those of {meta['type']} with K = {meta['K']} as in config.json"
+    problem = f"{folder}: the head has {found} outputs, not {named}; {remedy}"
+    require(found == meta["K"], problem)
+    require(found == number_of_outputs(meta["type"], meta["K"]), problem)
 
     model = load_model(name, dtype)
     add_head(model, weight)
@@ -537,7 +562,7 @@ def load_reward_model(name, dtype):
 
 
 def head_outputs(model, batch):
-    """Raw outputs at the last token of each response of a packed batch.  -> (R, K) float32"""
+    """Raw outputs at each response's last token in a packed batch -> (responses, K) float32"""
     return model.score(response_hiddens(model, batch).float())
 
 
@@ -548,9 +573,9 @@ def raw_outputs(model, rows, tokens_per_microbatch):
     sizes = [len(row["responses"]) for row in rows]
     outputs = [torch.zeros(n, model.config.num_labels) for n in sizes]
     for batch in pack_pairs(rows, tokens_per_microbatch):
-        batch_sizes = [sizes[i] for i in batch["index"]]
-        found = head_outputs(model, batch).cpu().split(batch_sizes)
-        for i, row_outputs in zip(batch["index"], found, strict=True):
+        index = batch["index"]  # which of the rows are in this batch
+        of_rows = head_outputs(model, batch).cpu().split([sizes[i] for i in index])
+        for i, row_outputs in zip(index, of_rows, strict=True):
             outputs[i] = row_outputs
 
     # Every process filled in its own rows and left the others at 0.
@@ -565,30 +590,33 @@ def raw_outputs(model, rows, tokens_per_microbatch):
 def batch_losses(model, batch, args):
     """A packed batch's objective with gradient (B,), and what is logged of each pair, (B,) each.
 
-    Accuracy is the share of pairs with P(chosen wins) > 1/2, whatever the soft labels are.
+    Accuracy is the share of pairs with P(chosen wins) > 1/2, whatever the soft labels are. The loss
+    that is logged has the labels of training: soft ones with --soft-labels.
     """
     # The responses of a pair stand side by side: chosen, rejected.
     outputs = head_outputs(model, batch)
     chosen = outputs[0::2]
     rejected = outputs[1::2]
-    hard = pair_losses(chosen, rejected, args.type, args.link, args.sigma_floor)
-    losses = hard
+    hard_losses = pair_losses(chosen, rejected, args.type, args.link, args.sigma_floor)
+    losses = hard_losses
     if args.soft_labels:  # Eq. 1: p_u(a, b) of either order
-        p = torch.tensor([row["p"] for row in batch["rows"]]).to(outputs)
-        swapped = pair_losses(rejected, chosen, args.type, args.link, args.sigma_floor)
-        losses = p * hard + (1 - p) * swapped
+        p = torch.tensor([row["p_chosen"] for row in batch["rows"]]).to(outputs)
+        swapped_losses = pair_losses(rejected, chosen, args.type, args.link, args.sigma_floor)
+        losses = p * hard_losses + (1 - p) * swapped_losses
 
     objective = losses
     if args.type == "categorical":  # App. C.2
         objective = losses - args.entropy_coeff * entropy(chosen, rejected, args.entropy)
-    accuracy = (hard < math.log(2)).float()
+    accuracy = (hard_losses < math.log(2)).float()
     return objective, {"loss": losses.detach(), "accuracy": accuracy}
 
 
 def evaluate(model, rows, args):
     """Loss and accuracy of held-out pairs, (pairs,) each.
 
-    Here the loss is that of hard labels, also where training has --soft-labels.
+    Here labels are hard, also where training has --soft-labels: exp(-eval_loss) is the probability
+    that the model gives to the choice that was seen. Held-out pairs need no p_chosen, and eval_loss
+    is not to be compared with the loss of soft labels in training.
     """
     outputs = torch.stack(raw_outputs(model, rows, args.tokens_per_microbatch))
     losses = pair_losses(outputs[:, 0], outputs[:, 1], args.type, args.link, args.sigma_floor)
@@ -617,9 +645,10 @@ def set_rates(optimizer, args, factor):
     """Rates of the next step: of the body, which is returned, and of the head."""
     body, head = optimizer.param_groups
     body["lr"] = args.lr * factor
-    head["lr"] = args.head_lr * factor
     if args.head_lr == 0:
-        head["lr"] = body["lr"]
+        head["lr"] = args.lr * factor
+    else:
+        head["lr"] = args.head_lr * factor
     return body["lr"]
 
 
@@ -635,10 +664,11 @@ def load_training_pairs(args, tokenizer):
     """-> encoded pairs to train on, and the held-out ones."""
     rows = encode(load_subset(args, "train"), tokenizer, args.max_length)
     held_out = encode(load_subset(args, "test"), tokenizer, args.max_length)
-    for row in rows:
-        known = isinstance(row["p"], int | float) and 0 <= row["p"] <= 1
-        problem = "--soft-labels: every row needs p_chosen, a number from 0 to 1"
-        require(known or not args.soft_labels, problem)
+    if args.soft_labels:
+        for row in rows:
+            p = row["p_chosen"]
+            known = isinstance(p, int | float) and 0 <= p <= 1
+            require(known, "--soft-labels: every row needs p_chosen, a number from 0 to 1")
     return rows, subset(held_out, args.eval_pairs, seed=0)
 
 
@@ -713,8 +743,20 @@ def is_file_of_responses(path):
     return len(rows) > 0 and "chosen" not in rows[0]
 
 
+def can_be_scored(row):
+    """Does it have a prompt, and a list of responses that are texts and not empty?"""
+    responses = row.get("responses")
+    if "prompt" not in row or not isinstance(responses, list) or len(responses) == 0:
+        return False
+    return all(isinstance(text, str) and text for text in responses)
+
+
 def rows_to_score(args):
-    """Rows of --data with "prompt" and "responses", which are [rejected, chosen] of a pair."""
+    """Rows of --data with "prompt" and "responses".
+
+    The responses of a pair are [rejected, chosen], since summarize counts how often the second one
+    is rated no lower than the first: for pairs, this is to be right.
+    """
     # Pairs, in any form that train reads.
     path = Path(args.data)
     if not is_file_of_responses(path):
@@ -726,11 +768,8 @@ def rows_to_score(args):
     # Prompts with responses, as in the released code's jailbroken_responses.jsonl.
     rows = read_rows(path)
     for number, row in enumerate(rows, 1):
-        responses = row.get("responses")
-        fine = isinstance(responses, list) and len(responses) > 0 and "prompt" in row
-        if fine:
-            fine = all(isinstance(text, str) and text for text in responses)
-        require(fine, f"{args.data}:{number}: needs prompt and responses, none empty")
+        problem = f"{args.data}:{number}: needs prompt and responses, none empty"
+        require(can_be_scored(row), problem)
     return rows
 
 
@@ -739,11 +778,14 @@ def add_scores(rows, name, checkpoint, args):
     model, tokenizer, meta = load_reward_model(checkpoint, args.dtype)
     texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
     encoded = encode(texts, tokenizer, args.max_length)
-    if "chosen" not in rows[0]:  # no pairs
-        complete = len(encoded) == len(rows)
-        require(complete, f"{args.data}: drop these rows before scoring it")
 
-    # Pairs that are too long are gone; the others get their columns.
+    # encode has printed how many rows it dropped. Training drops such pairs, too; but a file of
+    # prompts and responses is scored whole or not at all.
+    if "chosen" not in rows[0]:
+        complete = len(encoded) == len(rows)
+        require(complete, f"{args.data}: take these rows out of the file before scoring it")
+
+    # The rows that are left get their columns.
     kept = [rows[code["row"]] for code in encoded]
     outputs = raw_outputs(model, encoded, args.tokens_per_microbatch)
     for row, row_outputs in zip(kept, outputs, strict=True):
@@ -803,7 +845,10 @@ class Scored:
 
 @dataclass
 class Rate:
-    """How often the second response is rated no lower than the first."""
+    """How often the second response is rated no lower than the first.
+
+    Of pairs, the second is the chosen one; of the released jailbreaks, the jailbroken one.
+    """
 
     hits: int
     ties: int  # hits where both are the same
@@ -856,6 +901,7 @@ def read_outputs(path):
     require(rows, f"{path}: no rows; write the file with score or evaluate")
 
     # The released code's eval_results have one reward model, and a column for each side of a pair.
+    # That model has no name in the file; here it is called "pairs".
     for row in rows:
         if "reward_output_chosen" in row:
             sides = [row.get("reward_output_rejected"), row["reward_output_chosen"]]
@@ -920,10 +966,10 @@ def print_summary(path, scored, summary, alpha):
     rows, responses = scored.outputs.shape[:2]
     say(f"\n{path}: {scored.name}, {scored.reward_type}, {rows} rows of {responses}")
     say(f"  r^2 {summary.r_squared:.4f}, within prompts {summary.r_squared_within:.4f}")
-    lines = {"mean": summary.mean}
+    rates = {"mean": summary.mean}
     if scored.reward_type != "base":
-        lines[f"quantile {alpha:g}"] = summary.quantile
-    for label, found in lines.items():
+        rates[f"quantile {alpha:g}"] = summary.quantile
+    for label, found in rates.items():
         low, high = wilson(found.hits, found.rows)
         share = f"{found.hits:6}/{found.rows}  {found.hits / found.rows:.4f}"
         say(f"  {label:14}{share}  [{low:.4f}, {high:.4f}]  ties {found.ties}")
@@ -957,15 +1003,23 @@ def summarize(args):
 
 
 def print_table(table):
-    """{column: {row: number}} -> aligned lines; a column may lack rows."""
-    rows = {}  # of any column, in their order
+    """{name of a column: {label of a row: number}} in aligned lines.  A column may lack rows."""
+    # The rows of all columns, in the order in which they first appear.
+    labels = []
     for column in table.values():
-        rows.update(column)
+        for label in column:
+            if label not in labels:
+                labels.append(label)
+
+    # The names of the columns, then a line for each row.
     say("\n" + " " * 32 + "".join(f"{name:>19}" for name in table))
-    for row in rows:
-        line = f"{row:32}"
+    for label in labels:
+        line = f"{label:32}"
         for column in table.values():
-            line += f"{column[row]:19.4f}" if row in column else " " * 19
+            if label in column:
+                line += f"{column[label]:19.4f}"
+            else:
+                line += " " * 19
         say(line)
 
 
@@ -1007,13 +1061,16 @@ def synthetic_grid(env):
 
 def synthetic_net(reward_type, env, width):
     """The net of App. C.1: three hidden layers, and K outputs of reward_type."""
-    K = number_of_outputs(reward_type, 20 if env == "1d" else 8)
+    num_atoms = 20 if env == "1d" else 8  # released code
+    K = number_of_outputs(reward_type, num_atoms)
     layers = []
     inputs = dimensions(env)
     for _ in range(3):
         layers.append(nn.Linear(inputs, width))
         if reward_type == "categorical":
-            layers.append(nn.BatchNorm1d(width))  # released code, there of each side alone
+            # As in the released code. There first and second sides have statistics of their own;
+            # here they are one batch.
+            layers.append(nn.BatchNorm1d(width))
         layers.append(nn.ReLU())
         inputs = width
     return nn.Sequential(*layers, nn.Linear(width, K))
@@ -1046,6 +1103,8 @@ def fit_synthetic(reward_type, args, generator, out):
         if step % 100 == 0:
             log(out, step, **{reward_type: losses})
         losses.mean().backward()
+
+        # The learning rate falls exponentially, from --lr to 1e-5.
         optimizer.param_groups[0]["lr"] = args.lr * (1e-5 / args.lr) ** (step / args.steps)
         optimizer.step()
         optimizer.zero_grad()
@@ -1141,13 +1200,14 @@ def draw_2d(curves, caption):
             drawn = axis.contourf(curves[name].view(side, side).T, 12, extent=(0, 1, 0, 1))
             figure.colorbar(drawn, ax=axis)
 
-    # The distributions at the midpoints of a 4 x 4 grid, as bars.
+    # The last panel shows the distributions at the midpoints of a 4 x 4 grid, as bars.
     p = curves["p"].view(side, side, -1)
+    middle = [(2 * i + 1) * side // 8 for i in range(4)]  # of each quarter of a side
     for i in range(4):
         for j in range(4):
-            place = (i / 4 + 0.02, j / 4 + 0.02, 0.21, 0.21)
+            place = (i / 4 + 0.02, j / 4 + 0.02, 0.21, 0.21)  # left, bottom, width, height
             inset = axes[5].inset_axes(place, xticks=[], yticks=[], ylim=(0, 1))
-            bars = p[(2 * i + 1) * side // 8, (2 * j + 1) * side // 8]
+            bars = p[middle[i], middle[j]]
             inset.bar(range(len(bars)), bars)
     return figure
 
@@ -1167,7 +1227,7 @@ class Readers:
     worst: torch.Tensor  # utility to the group that likes it least
     borda: torch.Tensor  # mean probability of beating a response to any prompt
     divides: torch.Tensor  # 1 where the groups disagree, which is where there is a monster
-    first_wins: torch.Tensor  # (prompts * 6,), of the pairs of four
+    p_first_wins: torch.Tensor  # (prompts * 6,), the true probability for each of the pairs of four
     attributes: torch.Tensor  # (prompts * 4, 5), of attributes_of
 
 
@@ -1204,54 +1264,57 @@ def attributes_of(rows):
 
 def ask_readers(rows):
     """Held-out rows of the tiny world -> Readers.  A group's preferences are Bradley-Terry."""
-    # An element of TINY_GROUPS is (share of the readers, their tastes).
-    u = group_utilities(rows)
-    shares = [share for share, _ in TINY_GROUPS]
-    share = torch.tensor(shares)[:, None, None]
-    mean = (share * u).sum(0)
-    sd = (share * (u - mean) ** 2).sum(0).sqrt()
+    # An element of TINY_GROUPS is (share of the readers, what the monster is worth to them).
+    utilities = group_utilities(rows)  # (groups, prompts, 4)
+    shares = torch.tensor([share for share, _ in TINY_GROUPS])[:, None, None]  # (groups, 1, 1)
+    mean = (shares * utilities).sum(0)
+    sd = (shares * (utilities - mean) ** 2).sum(0).sqrt()
 
     # Eq. 2: the probability that the first wins, with one reader for both sides.
-    first_wins = torch.zeros(len(rows) * 6)
-    for weight, of_group in zip(shares, u, strict=True):
+    p_first_wins = torch.zeros(len(rows) * 6)
+    for (share, _), of_group in zip(TINY_GROUPS, utilities, strict=True):
         first, second = pairs_of_four(of_group)
-        first_wins = first_wins + weight * torch.sigmoid(first - second)
+        p_first_wins = p_first_wins + share * torch.sigmoid(first - second)
 
     # beats[i, j]: probability that response i wins over j, for any two responses.
-    flat = u.flatten(1)
-    beats = (share * torch.sigmoid(flat[:, :, None] - flat[:, None])).sum(0)
+    flat = utilities.flatten(1)  # (groups, prompts * 4)
+    margins = flat[:, :, None] - flat[:, None]
+    beats = (shares * torch.sigmoid(margins)).sum(0)
     return Readers(
         mean=mean,
         sd=sd,
-        worst=u.amin(0),
+        worst=utilities.amin(0),
         borda=beats.mean(1).view_as(mean),
-        divides=(sd > 1).float(),
-        first_wins=first_wins,
+        divides=(sd > 1).float(),  # sd is 0 without a monster, and about 3 with one
+        p_first_wins=p_first_wins,
         attributes=attributes_of(rows),
     )
 
 
-def compare(readers, mean, sd, careful):
+def compare(readers, mean, sd, risk_averse):
     """Learned mean, sd and risk-averse utility (prompts, 4) beside the readers' -> {row: number}"""
-    # Worth of each attribute by least squares, in units of a happy end.
+    # Worth of each attribute by least squares. A learned utility may have any unit, so the table
+    # has a ratio: how many happy ends a monster is worth.
     fit = torch.linalg.lstsq(readers.attributes, mean.flatten()[:, None].double())
     names = ("intercept", "polite", "happy", "distance", "monster")
     worth = dict(zip(names, fit.solution[:, 0], strict=True))
 
-    # The AUC: how often sd is larger where readers disagree than where they do not.
+    # The AUC: how often sd is larger where readers disagree than where they do not, ties by half.
+    # The mean sign is P(larger) - P(smaller); half of it plus 1/2 is P(larger) + P(tie) / 2.
     divided = sd[readers.divides == 1]
     agreed = sd[readers.divides == 0]
-    above = (divided[:, None] - agreed).sign().mean().item()
+    mean_sign = (divided[:, None] - agreed).sign().mean().item()
     column = {
         "corr. Borda": correlation(mean, readers.borda),
         "corr. E[u]": correlation(mean, readers.mean),
         "worth of a monster / happy end": (worth["monster"] / worth["happy"]).item(),
         "r^2": r_squared(mean, sd).item(),
-        "AUC of sd for monsters": above / 2 + 0.5,
+        "AUC of sd for monsters": mean_sign / 2 + 0.5,
     }
 
-    for label, choice in (("mean", mean), ("1 % quantile", careful)):
-        best = choice.argmax(1, keepdim=True)
+    # What readers would get if they were given the best of four by the learned utility.
+    for label, utilities in (("mean", mean), ("1 % quantile", risk_averse)):
+        best = utilities.argmax(1, keepdim=True)  # its number among the four, (prompts, 1)
         monsters = readers.divides.gather(1, best).mean().item()
         column[f"best of 4 by {label}: monsters"] = monsters
         worst = readers.worst.gather(1, best).mean().item()
@@ -1266,17 +1329,18 @@ def hidden_context(args):
     rows = load_pairs("tiny", "test")
     texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
     readers = ask_readers(rows)
-    first_wins = readers.first_wins
-    curves = {"E[u]": readers.mean, "true sd": readers.sd, "P(win)": first_wins}
+    p_win = readers.p_first_wins
+    curves = {"E[u]": readers.mean, "true sd": readers.sd, "P(win)": p_win}
 
     # The best that can be learned: the readers' own numbers.
     table = {"expected u": compare(readers, readers.mean, readers.sd, readers.worst)}
     for reward_type in SHOWN:
-        # Train, or go on with what an earlier run has finished.
+        # With --resume, a type that is finished is not trained again; one that was begun goes on.
         folder = out / reward_type
-        if not args.resume or not (folder / "model").is_dir():
-            resume = args.resume and folder.is_dir()
-            train(replace(args, type=reward_type, out=str(folder), resume=resume))
+        finished = args.resume and (folder / "model").is_dir()
+        if not finished:
+            begun = args.resume and folder.is_dir()
+            train(replace(args, type=reward_type, out=str(folder), resume=begun))
 
         # Score the held-out responses.
         model, tokenizer, _ = load_reward_model(folder, args.dtype)
@@ -1286,10 +1350,11 @@ def hidden_context(args):
         sd = utility(outputs, reward_type, "sd")
         table[reward_type] = compare(readers, mean, sd, utility(outputs, reward_type, "quantile"))
 
+        # What it predicts for the six pairs of each prompt: exp(-loss) is P(first wins).
         first, second = pairs_of_four(outputs)
         losses = pair_losses(first, second, reward_type, args.link, args.sigma_floor)
         predicted = torch.exp(-losses)
-        error = (predicted - first_wins).abs().mean().item()
+        error = (predicted - p_win).abs().mean().item()
         table[reward_type]["|P(win) - true P(win)|"] = error
         curves[reward_type] = mean
         curves[f"{reward_type} sd"] = sd
@@ -1308,11 +1373,11 @@ def draw_hidden(curves, caption):
     predicted against true P(win).
     """
     figure, axes = new_figure(1, caption)
-    divides = curves["true sd"] > 1
+    divides = curves["true sd"] > 1  # as in Readers
     spread = curves["mean_and_variance sd"]
-    groups = {"no monster": ~divides, "monsters divide the groups": divides}
-    for color, (label, members) in enumerate(groups.items()):
-        style = {"color": f"C{3 * color}", "label": label}
+    blue = {"color": "C0", "label": "no monster"}
+    red = {"color": "C3", "label": "monsters divide the groups"}
+    for style, members in ((blue, ~divides), (red, divides)):
         axes[0].plot(curves["E[u]"][members], curves["base"][members], ".", **style)
         axes[1].hist(spread[members], 40, alpha=0.6, **style)
     axes[0].set(title="base", xlabel="expected utility", ylabel="learned utility (log-odds)")
@@ -1321,13 +1386,14 @@ def draw_hidden(curves, caption):
     # Calibration in ten bins of the predicted probability.
     for reward_type in SHOWN:
         predicted = curves[f"{reward_type} P(win)"]
-        points = []
+        predicted_means = []
+        true_means = []
         for i in range(10):
             members = (predicted * 10).long() == i
             if members.any():
-                point = (predicted[members].mean(), curves["P(win)"][members].mean())
-                points.append(point)
-        axes[2].plot(*torch.tensor(points).T, ".-", label=reward_type)
+                predicted_means.append(predicted[members].mean().item())
+                true_means.append(curves["P(win)"][members].mean().item())
+        axes[2].plot(predicted_means, true_means, ".-", label=reward_type)
     axes[2].axline((0, 0), (1, 1), color="k", ls=":")
     axes[2].set(title="calibration", xlabel="predicted P(win)", ylabel="true P(win)")
     for axis in axes:
@@ -1359,18 +1425,18 @@ def check(args):
             low, high = RANGES[name]
             flag = "--" + name.replace("_", "-")
             require(low <= value <= high, f"{flag} {value}: must be from {low:g} to {high:g}")
-    if isinstance(args, Args):
-        known = args.type != "compare" or args.data == "tiny"
-        require(known, "--type compare: only the tiny world has its readers, so use --data tiny")
-    elif isinstance(args, SyntheticArgs):
-        closed = args.env == "1d" or not args.shared_context
-        require(closed, "--shared-context: its Borda count is for 1d only")
-    elif isinstance(args, ScoreArgs):
-        different = len(args.checkpoints) == len(set(args.names)) == len(args.names)
-        require(different, "--names: one per checkpoint, all different")
+    if isinstance(args, Args) and args.type == "compare":
+        problem = "--type compare: only the tiny world has its readers, so use --data tiny"
+        require(args.data == "tiny", problem)
+    if isinstance(args, SyntheticArgs) and args.env == "2d":
+        require(not args.shared_context, "--shared-context: its Borda count is for 1d only")
+    if isinstance(args, ScoreArgs):
+        different = len(set(args.names)) == len(args.names)
+        matched = len(args.names) == len(args.checkpoints)
+        require(different and matched, "--names: one per checkpoint, all different")
         something = args.data or args.response
         require(something, "give --data, or --prompt and --response")
-    elif isinstance(args, SummarizeArgs):
+    if isinstance(args, SummarizeArgs):
         require(args.files, "--files: name the files that score or evaluate wrote")
 
 

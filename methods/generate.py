@@ -16,8 +16,8 @@ Presets: tiny (default) | hh: as released with Cal-DPO | tldr: as in EXO (arxiv.
 
 A judge command reads questions, one line of JSON {"prompt", "a", "b"} for each, and prints A, B or
 tie for each.  Every question is asked in both orders (the papers ask in one order, chosen at
-random).  A response wins if the two answers together favour it, so that a judge that prefers a
-place makes a tie.
+random).  A response wins if the two answers together favour it.  A judge that always prefers the
+first of two responses makes nothing but ties.
 
 The released code of Cal-DPO has no judge.  It decodes greedily (its paper: temperature 1), strips
 the responses and leaves out the last partial batch.  Here responses keep their first space, as in
@@ -45,7 +45,7 @@ class Args:
     min_p: float = 0.0  # keep tokens with this share of the likeliest one's probability; 0: all
     max_new_tokens: int = 100  # responses end at the end-of-text token or here
     samples: int = 1  # responses per prompt
-    prompts: int = 0  # how many, the first of the test split; 0: all
+    prompts: int = 0  # only this many, the first of the test split; 0: all
     judge: str = "tiny"  # tiny (the known reward), a reward model's folder or hub id, or none
     judge_command: str = ""  # a shell command, instead of --judge
     against: str = "chosen"  # the data's chosen responses, or the responses.jsonl of another run
@@ -67,7 +67,7 @@ PRESETS = {
     "hh": Args(  # as released: greedy, 100 new tokens after the whole prompt
         data="hh",
         temperature=0.0,
-        max_prompt_length=1948,
+        max_prompt_length=1948,  # the context of 2048 tokens without the 100 new ones
         judge="none",
         dtype="bfloat16",
         out="results/generate-hh",
@@ -104,19 +104,12 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here 
 # isort: off
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
 from common import row_texts, tokenize_pairs  # tokenization
-from common import load_pairs, read_rows, words  # data
+from common import load_pairs, read_rows  # data
+from common import words  # the plain text of a string or of chat messages
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
-from common import (
-    on_rank0,
-    progress,
-    require,
-    setting,
-    setup,
-    start_run,
-    stop_requested,
-    write,
-)  # processes
+from common import progress, require, setting, setup, start_run, stop_requested, write  # processes
+from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 # isort: on
 
 
@@ -157,7 +150,8 @@ def summarise(rows):
     ties = outcomes.count(0)
     win_rate = (wins + ties / 2) / len(rows)
 
-    # Samples of one prompt resemble each other, so the interval counts prompts, not samples.
+    # Samples of one prompt resemble each other, so the interval counts prompts, not samples.  "row"
+    # tells the prompts apart; in a file without it, each response counts as a prompt of its own.
     prompts = len({row.get("row", i) for i, row in enumerate(rows)})
     low, high = wilson(win_rate * prompts, prompts)
 
@@ -182,43 +176,44 @@ def summarise(rows):
 
 
 class Filters:
-    """The library's filters of next-token logits, one after the other."""
+    """Several filters of next-token logits as one function; each acts on what the last one left."""
 
-    def __init__(self, processors):
-        """processors: those of transformers, in the order in which they act."""
-        self.processors = processors
+    def __init__(self, warpers):
+        """warpers: the library's name for its filters, in the order in which they act."""
+        self.warpers = warpers
 
     def __call__(self, logits):
         """(n, V) logits -> (n, V) logits, -inf for the tokens that are left out."""
-        for process in self.processors:
-            logits = process(None, logits)
+        for warper in self.warpers:
+            logits = warper(None, logits)  # None: the tokens before, which these do not look at
         return logits
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """The filters that the options ask for, in the library's order; temperature 0 is greedy.
+    """How tokens are to be drawn: from softmax(filters(logits)), with the Filters that it returns.
 
+    They act in the library's order.  Temperature 0 is greedy.
     Raises SystemExit where an option is out of its range.
     """
     if temperature == 0:
         return Filters([transformers.TopKLogitsWarper(1)])
-    processors = []
+    warpers = []
     try:
         if temperature != 1:
-            processors.append(transformers.TemperatureLogitsWarper(temperature))
+            warpers.append(transformers.TemperatureLogitsWarper(temperature))
         if top_k != 0:
-            processors.append(transformers.TopKLogitsWarper(top_k))
+            warpers.append(transformers.TopKLogitsWarper(top_k))
         if top_p != 1:
-            processors.append(transformers.TopPLogitsWarper(top_p))
+            warpers.append(transformers.TopPLogitsWarper(top_p))
         if min_p != 0:
-            processors.append(transformers.MinPLogitsWarper(min_p))
+            warpers.append(transformers.MinPLogitsWarper(min_p))
     except ValueError as error:
         raise SystemExit(f"--temperature, --top-k, --top-p or --min-p: {error}") from None
-    return Filters(processors)
+    return Filters(warpers)
 
 
-def respond(model, prompts, uniforms, adapt, eos_id, vocabulary):
-    """One response to each prompt, drawn from softmax(adapt(logits)).
+def respond(model, prompts, uniforms, filters, eos_id, vocabulary):
+    """One response to each prompt, drawn from softmax(filters(logits)).
 
     N lists of ids and (N, T) uniforms in [0, 1) -> N lists of up to T ids; the last one is eos_id
     if that was drawn.  A response depends on its own prompt and uniforms only.  Logits beyond the
@@ -227,15 +222,18 @@ def respond(model, prompts, uniforms, adapt, eos_id, vocabulary):
     # One pass over the prompts fills the cache; from then on each token costs one step.
     responses = [[] for _ in prompts]
     last = uniforms.shape[1] - 1
-    rows = torch.arange(len(prompts), device=model.device)  # the response that each slot works on
+    rows = torch.arange(len(prompts), device=model.device)  # rows[i]: whose response slot i holds
     cache, _, logits = prefill(model, prompts, uniforms.shape[1])
     for t in range(uniforms.shape[1]):
-        tokens, _ = sample_tokens(adapt(logits[:, :vocabulary].float()), uniforms[rows, t])
+        filtered = filters(logits[:, :vocabulary].float())
+        tokens, _ = sample_tokens(filtered, uniforms[rows, t])
         for row, token in zip(rows.tolist(), tokens.tolist()):
             responses[row].append(token)
 
-        # Finished responses leave the batch; most others keep their slots of the cache.
-        slots = stay_in_place((tokens != eos_id).nonzero()[:, 0])
+        # Finished responses leave the batch.  The others move up into slots 0, 1, ..., in an order
+        # that leaves as many as possible where they are: new slot i goes on from old slot slots[i].
+        unfinished = (tokens != eos_id).nonzero()[:, 0]
+        slots = stay_in_place(unfinished)
         if t == last or len(slots) == 0:
             break
         reorder(cache, slots)
@@ -267,6 +265,7 @@ def read_responses(path):
     rows = read_rows(Path(path))
     require(rows, f"{path}: has no rows; generate it again")
     for number, row in enumerate(rows, 1):
+        # A response may be empty: a model may end at once.
         complete = row.get("prompt") and row.get("response") is not None
         require(complete, f"{path}: row {number} has no prompt or no response; generate it again")
     return rows
@@ -277,19 +276,23 @@ def load_items(args, rows, tokenizer, model):
 
     SystemExit: the model's context holds less than the longest prompt and its response.
     """
+    # Tokenised by the rules of training, where every row has a response: "." stands in for it.  The
+    # cue is the end of a prompt that must not be cut off ("TL;DR:").
     prompts = []
-    for row in rows:  # tokenised by the rules of training; "." stands in for the response
+    for row in rows:
         prompts.append({"prompt": row["prompt"], "cue": row.get("cue"), "responses": ["."]})
     encoded = tokenize_pairs(
         prompts,
         tokenizer,
-        max_length=args.max_prompt_length + 2,  # two tokens for the stand-in
+        max_length=args.max_prompt_length + 2,  # and the stand-in: ".", end of text
         max_prompt_length=args.max_prompt_length,
         what="prompts",
     )
 
     # Alike lengths side by side waste no padding; the batch that needs the most memory comes first.
     encoded.sort(key=prompt_length, reverse=True)
+
+    # A model whose config names no limit has none.
     context = getattr(model.config, "max_position_embeddings", math.inf)
     longest = len(encoded[0]["prompt_ids"]) + args.max_new_tokens
     problem = f"{args.model} reads {context} tokens, not {longest}: lower --max-prompt-length"
@@ -310,7 +313,7 @@ def prompt_length(row):
 # Generation.
 
 
-def draw_batch(args, batch, rows, adapt, model, tokenizer):
+def draw_batch(args, batch, rows, filters, model, tokenizer):
     """The responses to a list of Items, as dictionaries that go to a file."""
     # The uniforms of a response depend on the seed, its prompt and its number, not on the batch.
     uniforms = []
@@ -319,12 +322,14 @@ def draw_batch(args, batch, rows, adapt, model, tokenizer):
         uniforms.append(stream.random(args.max_new_tokens))
     u = torch.tensor(np.stack(uniforms), device=model.device)
     if args.temperature == 0:
-        u = torch.zeros_like(u)  # greedy: of the tokens that tie, the first
+        # Greedy: the likeliest token is the only one left.  Where several tie for that, a uniform
+        # of 0 draws the first of them.
+        u = torch.zeros_like(u)
 
     # The responses, with what a judge and a reader need to know of them.
     prompts = [item.prompt_ids for item in batch]
     end = tokenizer.eos_token_id
-    found = respond(model, prompts, u, adapt, end, len(tokenizer))
+    found = respond(model, prompts, u, filters, end, len(tokenizer))
     texts = tokenizer.batch_decode(found, skip_special_tokens=True)
     responses = []
     for item, text, ids in zip(batch, texts, found):
@@ -341,17 +346,15 @@ def draw_batch(args, batch, rows, adapt, model, tokenizer):
     return responses
 
 
-def generate(args, adapt, out):
+def generate(args, filters, out):
     """Write out/responses.jsonl.  Until it is complete, a finished batch is a file in out/parts."""
     # The model, whose vocabulary must hold every token of the tokenizer.
     model = load_model(args.model, args.dtype)
     tokenizer = load_tokenizer(args.model)
-    known = model.get_input_embeddings().num_embeddings
-    problem = (
-        f"{args.model}: a tokenizer of {len(tokenizer)} tokens with a model of {known}, so they "
-    )
-    problem += "do not belong together; put the tokenizer of the model's training there"
-    require(len(tokenizer) <= known, problem)
+    embeddings = model.get_input_embeddings().num_embeddings
+    problem = f"{args.model}: a tokenizer of {len(tokenizer)} tokens with a model of {embeddings}, "
+    problem += "so they do not belong together; put the tokenizer of the model's training there"
+    require(len(tokenizer) <= embeddings, problem)
 
     # The prompts, and the responses to be drawn in batches.
     rows = load_pairs(args.data, "test", pairs=False)
@@ -362,9 +365,10 @@ def generate(args, adapt, out):
     for start in range(0, len(items), args.batch_size):
         batches.append(items[start : start + args.batch_size])
 
-    # Each process draws every world-th batch, unless its file is there from a run that was killed.
+    # The processes take turns: of `world` batches in a row each draws one, unless its file is there
+    # from a run that was killed.
     parts = out / "parts"
-    on_rank0(partial(parts.mkdir, exist_ok=True), parts)
+    on_rank0(partial(parts.mkdir, exist_ok=True), f"{parts}: cannot be made")
     world = dist.get_world_size()
     for first in progress(range(0, len(batches), world)):
         if stop_requested():
@@ -372,7 +376,7 @@ def generate(args, adapt, out):
         number = first + dist.get_rank()
         path = parts / f"{number:06d}.jsonl"
         if number < len(batches) and not path.exists():
-            write_rows(path, draw_batch(args, batches[number], rows, adapt, model, tokenizer))
+            write_rows(path, draw_batch(args, batches[number], rows, filters, model, tokenizer))
     dist.barrier()
 
     on_rank0(partial(join, out), f"{out}/responses.jsonl is not written")
@@ -405,8 +409,9 @@ def clear(out):
 def scores(args, questions):
     """The judge's score of each response.  A list of (prompt, response, other) -> list of numbers.
 
-    The known reward, a classifier's output, dpl.py's mean utility; or the answer of
-    --judge-command: 1 if the response is better than the other, 0 for a tie, -1 if it is worse.
+    Rewards look at the prompt and the response alone: the known reward, a classifier's output, the
+    mean utility of dpl.py.  --judge-command is asked about both responses.  Its score is 1 if the
+    response is better than the other, 0 for a tie, -1 if it is worse.
     """
     if args.judge_command:
         return on_rank0(partial(ask, args.judge_command, questions), "--judge-command")
@@ -416,17 +421,24 @@ def scores(args, questions):
     # A reward model: of dpl.py, which says so in its config, or a classifier of the library.
     rows = []
     for prompt, response, _ in questions:
-        rows.append({"prompt": prompt, "responses": [response or " "]})
+        if not response:
+            response = " "  # a reward is read at a token of the response, so it must have one
+        rows.append({"prompt": prompt, "responses": [response]})
     folder = model_folder(args.judge)
     config = json.loads((folder / "config.json").read_text())
     if "dpl" in config:
         return utility_scores(args, folder, rows)
     architectures = config.get("architectures", [])
     classifier = any("SequenceClassification" in name for name in architectures)
-    one_output = len(config.get("id2label", "01")) == 1
+
+    # The library leaves id2label out of the file where it has the default, two outputs.
+    one_output = len(config.get("id2label", ["first", "second"])) == 1
     problem = "not a reward model: it needs a sequence classification head with one output"
     require(classifier and one_output, f"{folder}: {problem}")
     return classifier_scores(args, folder, rows)
+
+
+POINTS = {"a": 1, "tie": 0, "b": -1}  # what an answer gives to response a
 
 
 def ask(command, questions):
@@ -447,13 +459,13 @@ def ask(command, questions):
     answers = [line.strip().lower() for line in done.stdout.splitlines()]
     wrong = ""
     for number, answer in enumerate(answers, 1):
-        if answer not in ("a", "b", "tie"):
+        if answer not in POINTS:
             wrong = f"line {number} is {answer!r}; "
             break
     problem = f"--judge-command: {len(answers)} lines for {len(lines)} questions; {wrong}"
     problem += "it must print A, B or tie for each, no more"
     require(len(answers) == len(lines) and not wrong, problem)
-    return [("b", "tie", "a").index(answer) - 1 for answer in answers]
+    return [POINTS[answer] for answer in answers]
 
 
 def utility_scores(args, folder, rows):
@@ -461,32 +473,36 @@ def utility_scores(args, folder, rows):
     from dpl import encode, load_reward_model, raw_outputs, utility  # dpl.py, beside this file
 
     model, tokenizer, meta = load_reward_model(args.judge, args.dtype)
-    encoded = encode(rows, tokenizer, 2**30)
+    encoded = encode(rows, tokenizer, max_length=2**30)  # no text is too long
     unread = len(rows) - len(encoded)
     require(unread == 0, f"{folder}: cannot read {unread} of the texts")
-    outputs = raw_outputs(model, encoded, 8192)
-    return [utility(output, meta["type"]).item() for output in outputs]
+    outputs = raw_outputs(model, encoded, tokens_per_microbatch=8192)  # (1, K) for each row
+    return [utility(output, meta["type"], measure="mean").item() for output in outputs]
 
 
 def classifier_scores(args, folder, rows):
     """The one output of a sequence classification model for each row's prompt and response."""
-    # The text is what training saw; padding goes where a classifier expects it.
+    # What a classifier expects: no token types, which decoders refuse, and padding at the end.
     tokenizer = load_tokenizer(folder)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.padding_side = "right"
+
+    # The text is what training saw: the list [prompt, response]; or else a string, which says why
+    # the row cannot be used.
     texts = []
     for row in rows:
-        text = row_texts(tokenizer, row)
-        require(isinstance(text, list), f"{folder}: a text contains its end-of-text token")
-        texts.append("".join(text))
+        found = row_texts(tokenizer, row)
+        require(isinstance(found, list), f"{folder}: a text {found}")
+        texts.append("".join(found))
 
+    # The raw output, without a sigmoid or softmax.
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pipe = transformers.pipeline(
         "text-classification", str(folder), tokenizer=tokenizer, dtype=args.dtype, device=device
     )
     pipe.model.config.pad_token_id = tokenizer.pad_token_id
-    found = pipe(texts, batch_size=args.batch_size, function_to_apply="none")
-    return [one["score"] for one in found]
+    outputs = pipe(texts, batch_size=args.batch_size, function_to_apply="none")
+    return [output["score"] for output in outputs]
 
 
 def other_responses(args, rows):
@@ -518,7 +534,9 @@ def compare(args, rows):
     own_scores = found[: len(rows)]
     other_scores = found[len(rows) :]
 
-    # The sign of the difference decides; the same text twice is a tie, whatever the judge says.
+    # The higher score wins.  The scores of a judge command are its answers in the two orders, each
+    # for the response that stood first, so that equal answers make a tie.  The same text twice is a
+    # tie, whatever the judge says.
     compared = []
     for row, other, score, other_score in zip(rows, others, own_scores, other_scores):
         if row["response"] == other or score == other_score:
@@ -564,7 +582,9 @@ def check(args):
     require(args.samples >= 1, "--samples: at least 1")
     require(args.max_prompt_length >= 1, "--max-prompt-length: at least 1")
     require(args.prompts >= 0, "--prompts: at least 0")
-    sampler(args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
+
+    # It refuses its options by itself; the result is not needed yet.
+    sampler(args.temperature, args.top_k, args.top_p, args.min_p)
 
 
 def main(args):
@@ -580,11 +600,11 @@ def main(args):
     else:
         out = start_run(args, "generate")
         path = out / "responses.jsonl"
-        if args.overwrite:
-            on_rank0(partial(clear, out), out)
+        if args.overwrite:  # start_run deletes what all methods write; this is the rest
+            on_rank0(partial(clear, out), f"{out}: cannot be cleared")
         if not path.exists():
-            adapt = sampler(args.temperature, top_k=args.top_k, top_p=args.top_p, min_p=args.min_p)
-            generate(args, adapt, out)
+            filters = sampler(args.temperature, args.top_k, args.top_p, args.min_p)
+            generate(args, filters, out)
         rows = read_responses(path)
     if args.judge == "none" and not args.judge_command:
         return None
@@ -598,7 +618,7 @@ def main(args):
         write_rows(out / "judged.jsonl", rows)
         print_table(summary, title, comparisons=len(rows))
         caption = title
-        if not args.responses:  # else neither --model nor --data made them
+        if not args.responses:  # those of a file were made by a model and data that we do not know
             caption = f"{title}\n{setting(args)}"
         draw_scores(rows, summary, caption, out / "figures" / "scores.png")
     return summary

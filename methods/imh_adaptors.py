@@ -3,15 +3,16 @@
 Tan, Valvoda, Liu, Svete, Qin, Kan, Cotterell 2024, https://arxiv.org/abs/2406.10203 (the
 numbers of the equations are ours)
 
-    Eq. 1  aligned model     p_+(y) = p(y) exp(r(y) / beta) / Z
+    Eq. 1  aligned model     p_+(y) = p(y) exp(r(y) / beta) / Z, of a prior p and a reward r,
                              so log p + r / beta = log p_+ + log Z
     Eq. 2  sampling adaptor  a_t(v) = p_+(v | y_<t)^(1/T) 1[v in S_t], Z_t = sum_v a_t(v);
                              S_t: the kept tokens
     Eq. 3  local             q(y) = prod_t a_t(y_t) / Z_t, what a sampler draws
     Eq. 4  global            g(y) = prod_t a_t(y_t) / Z_g, so g(y) / q(y) = prod_t Z_t / Z_g
     Eq. 5  IMH               from y propose y' ~ q, move with probability min(1, w(y') / w(y)),
-                             else repeat y; w = target / q.  Targets: global (Eq. 4),
-                             aligned (p_+ on the support of q), posterior (Eq. 1)
+                             else repeat y; w = target / q.  Targets, on the support of q: global
+                             (g of Eq. 4), aligned (p_+ as --model gives it), posterior (Eq. 1,
+                             with p as --ref-model and r as --reward give it)
 
     python methods/imh_adaptors.py                 all on the tiny world: toy, exact, generate, ...
     python methods/imh_adaptors.py exact           p_+ known exactly, under every adaptor
@@ -19,16 +20,16 @@ numbers of the equations are ours)
                                                    then score, imh, figures with the same flags
     python methods/imh_adaptors.py all rlhf        presets: tiny (default), rlhf, dpo (7B models)
     python methods/imh_adaptors.py imh --csv data_dpo --pooled --target aligned
-                                                   the authors' scored corpora, by their columns
+                                                   the authors' files; then figures likewise
 
-The trade-off: by Eq. 1, corpora of typical mean log p_+ share the sum of mean log p and mean
-r / beta.  The default run shows this twice: on a p_+ whose probabilities are known exactly, and on
-draws of the prior that IMH turns into draws of Eq. 1.
+The trade-off: a corpus is typical if its mean log p_+ is close to what is expected.  By Eq. 1,
+typical corpora share the sum of mean log p and mean r / beta.  The default run shows it on a p_+
+whose probabilities are known exactly, and on draws of the prior that IMH turns into draws of Eq. 1.
 
 In the released code the accept test is a one-element tuple, so that every proposal is accepted; the
 implicit reward is log p - log p_+, the negative of Eq. 1's; the prior does not see the prompt; and
-log-probs of tokens are clamped at -25.  Its chain is pooled over prompts, with the target aligned,
-and top-k 50 joins every adaptor (write top_p090,top_k=50).
+log-probs of tokens are clamped at -25.  One chain goes over all prompts, its target is aligned, and
+every adaptor without a top-k of its own gets top-k 50 (here: top_p090,top_k=50).
 """
 
 import json
@@ -43,6 +44,8 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
+
+Target = Literal["global", "aligned", "posterior"]  # of IMH, Eq. 5
 
 
 @dataclass
@@ -60,28 +63,28 @@ class Args:
     temperatures: tuple[float, ...] = (0.5, 0.75, 1.0, 1.25, 1.5)  # each with each type but greedy
     prompts: int = 1000  # distinct prompts of the test split, drawn at random
     samples: int = 2  # responses per prompt and setting
-    template: str = "{}"  # {}: the prompt as it is; other text goes around its first human turn
-    reward: str = "tiny"  # tiny (the known one), implicit, or a sequence classification model
+    template: str = "{}"  # {}: prompts as they are; else {} in it becomes their first human turn
+    reward: str = "tiny"  # tiny (that of the tiny world), implicit, or a reward model: folder, id
     beta: float = 0.5  # KL weight of Eq. 1: of the implicit reward and of --target posterior
 
-    target: Literal["global", "aligned", "posterior"] = "global"  # of IMH, see Eq. 5
-    pooled: bool = False  # one chain over all prompts, as released (two draws a prompt there)
+    target: Target = "global"  # see Eq. 5; exact: global; all: posterior if --model is --ref-model
+    pooled: bool = False  # one chain over all prompts, as released; else one chain per prompt
     chain_length: int = 1000  # proposals per chain, drawn with replacement from the stored draws
-    burn_in: int = 100  # steps left out
-    corpus_size: int = 200  # strings of a corpus, for the figures and the typicality filter
+    burn_in: int = 100  # first states of each chain, which are left out
+    corpus_size: int = 200  # strings in each of the 1000 corpora whose means are compared
     eps: float = 0.25  # typical: mean log p_+ within eps standard errors of its expectation
     csv: str = ""  # folder of the authors' scored CSVs, read by imh and figures instead of scores
 
     model: str = "tiny"  # aligned model p_+: a run folder, a local folder or a hub id
     ref_model: str = "tiny"  # prior p: the model p_+ was trained from
     data: str = "tiny"  # prompts: tiny, hh, a file, a folder or a hub id
-    max_length: int = 256  # tokens of a prompt (the longest of its batch) and its response
+    max_length: int = 256  # tokens of a response and of the longest prompt sampled beside it
     max_prompt_length: int = 255  # tokens of a prompt; longer ones are left out
     batch_size: int = 64  # responses sampled side by side
     tokens_per_microbatch: int = 8192  # memory knob of scoring: packed tokens per forward pass
-    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16 may move a kept set's edge
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: S_t may gain or lose a token
     seed: int = 0  # of every random draw
-    out: str = "results/imh_adaptors"  # run folder; of toy and exact, with -toy and -exact
+    out: str = "results/imh_adaptors"  # run folder; toy adds -toy to its name, exact adds -exact
     resume: bool = False  # continue a killed generate or score: finished chunks are kept
     overwrite: bool = False  # replace what is in the run folder
 
@@ -135,7 +138,7 @@ from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
-from common import response_logps  # log-probabilities
+from common import packs  # log-probabilities
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
 from common import pack_pairs  # tokenization
 from common import load_pairs, read_rows  # data
@@ -146,9 +149,9 @@ from common import start_run, stop_requested, write  # processes
 # isort: on
 
 
-# Sampling adaptors: Eq. 2 and 3.
+# Sampling adaptors: Eq. 2 to 4.
 
-SAMPLING_TYPES = {  # the released code's names; what is absent is off
+SAMPLING_TYPES = {  # the released code's names, as keywords of transformers' generate()
     "ancestral_strict": "top_k=0",
     "ancestral": "top_k=50",
     "top_k50": "top_k=50",
@@ -159,13 +162,13 @@ SAMPLING_TYPES = {  # the released code's names; what is absent is off
     "eta_n00009": "eta_cutoff=0.0009",
     "greedy": "top_k=1",
 }
-ORDER = ("top_k", "top_p", "min_p", "typical_p", "eta_cutoff")  # in which the library applies them
+ORDER = ("top_k", "top_p", "min_p", "typical_p", "eta_cutoff")  # in which generate() applies them
 OFF = {"top_k": 0, "top_p": 1, "temperature": 1}  # values that change nothing
-NUMBER = re.compile(r"\d*\.?\d+(e-?\d+)?")
+NUMBER = re.compile(r"\d*\.?\d+(e-?\d+)?")  # 50, 0.95, .9 or 9e-4
 
 
 def parse_adaptor(spec, vocabulary=math.inf):
-    """An adaptor by the library's generate() keywords, {name: value}, without what is off.
+    """An adaptor as {keyword of generate(): value}, without the keywords that change nothing.
 
     spec: such a dictionary, or text of names of SAMPLING_TYPES and of name=value, with commas.
     Raises SystemExit: an unknown name, or a value out of its range, as top_k above vocabulary.
@@ -177,7 +180,8 @@ def parse_adaptor(spec, vocabulary=math.inf):
     else:
         remedy = f"write one of {', '.join(SAMPLING_TYPES)}, or key=number,..."
         for part in spec.split(","):
-            name, _, number = SAMPLING_TYPES.get(part, part).partition("=")
+            keyword = SAMPLING_TYPES.get(part, part)
+            name, _, number = keyword.partition("=")
             require(NUMBER.fullmatch(number), f"adaptor {spec!r}: {remedy}")
             values[name] = float(number)
 
@@ -209,83 +213,98 @@ def check_adaptor(name, value, vocabulary):
 
 
 def entropy(log_pi):
-    """Of log-probs (..., V) -> (..., 1), in nats."""
+    """The entropy of each distribution, in nats.  Log-probs (..., V) -> (..., 1)"""
     return torch.special.entr(log_pi.exp()).sum(-1, keepdim=True)
 
 
-INDEX_BITS = 32  # the low half of a sort key is the token's index
+# A sort may put tokens of equal cost in any order.  So that a kept set is always the same, tokens
+# are sorted by keys of which no two are equal: the cost in the high half of an int64, the token's
+# index in the low half.
+INDEX_BITS = 32
 
 
 def sort_keys(cost):
-    """Costs >= 0 (..., V) -> int64 that sort by cost, then by index, so that no two are equal."""
-    keys = cost.float().view(torch.int32).long()  # bits of floats >= 0 sort as the floats do
-    keys.bitwise_left_shift_(INDEX_BITS)
-    return keys.bitwise_or_(torch.arange(cost.shape[-1], device=cost.device))
+    """Costs >= 0 (..., V) -> int64 keys that sort by cost, and equal costs by index."""
+    # The bits of a float32 >= 0, read as a whole number, grow as the float does; -0.0 comes first.
+    bits = cost.float().view(torch.int32).long()
+    high_half = bits.bitwise_left_shift_(INDEX_BITS)
+    return high_half.bitwise_or_(torch.arange(cost.shape[-1], device=cost.device))
 
 
 def smallest(keys, n):
-    """The n smallest keys of each row, ascending.  A partition is the fast way on a CPU."""
-    if keys.is_cpu:
-        return torch.from_numpy(np.sort(np.partition(keys, n - 1)[..., :n]))
+    """The n smallest keys of each row, ascending.  (..., V) -> (..., n)"""
+    if keys.is_cpu:  # there a partition, and a sort of its n keys, is faster than topk
+        first = np.partition(keys, n - 1)[..., :n]
+        return torch.from_numpy(np.sort(first))
     return keys.topk(n, largest=False).values
 
 
 def least_with_mass(log_pi, keys, x):
-    """The first tokens by key whose probabilities add up to x; the one that reaches x is kept."""
-    # Tokens are sorted by key until their mass reaches x.
+    """The fewest tokens, in the order of their keys, whose probabilities add up to x.
+
+    Log-probs and keys (..., V) -> booleans (..., V).  The token that reaches x is one of them.
+    """
     reached = max(x - 1e-6, 1e-9)  # a mass that is met up to rounding is met
     V = keys.shape[-1]
-    for n in (min(1024, V), V):  # all are sorted only where the first 1024 hold too little
-        first = smallest(keys, n)
-        tokens = first & (2**INDEX_BITS - 1)
+
+    # The mass of the first token, of the first two, ...  To sort 1024 tokens is usually enough; all
+    # V are sorted if there is a row in which these hold less than x.
+    for n in (min(1024, V), V):
+        first_keys = smallest(keys, n)
+        tokens = first_keys & (2**INDEX_BITS - 1)
         mass = log_pi.gather(-1, tokens).exp().cumsum(-1, dtype=torch.float64)
         if (mass[..., -1] >= reached).all():
             break
-    # Up to the token that reaches x, and with it.
-    last = torch.searchsorted(mass, torch.full_like(mass[..., :1], reached)).clamp(max=n - 1)
-    return keys <= first.gather(-1, last)
+
+    # Kept are the keys up to the one that reaches x; all n of them if rounding left too little.
+    goal = torch.full_like(mass[..., :1], reached)
+    last = torch.searchsorted(mass, goal).clamp(max=n - 1)
+    return keys <= first_keys.gather(-1, last)
 
 
 def above_cutoff(log_pi, log_cutoff):
-    """Tokens at least as likely as the cutoff, and always the likeliest one."""
+    """Tokens at least as likely as the cutoff up to rounding, and always the likeliest one."""
     kept = log_pi >= log_cutoff - 1e-6
     return kept.scatter(-1, log_pi.argmax(-1, keepdim=True), True)
 
 
 def kept_set(log_pi, name, x):
-    """The tokens S(pi) that an adaptor keeps.
+    """The tokens S(pi) that the adaptor name=x keeps.
 
     Log-probs (..., V), -inf for tokens dropped before -> booleans (..., V).  The sets are exact:
     of tokens that tie, those with the lowest index; a mass or cutoff met to 1e-6 is met.
     """
     if name == "top_k":
         keys = sort_keys(-log_pi)
-        return keys <= smallest(keys, int(x))[..., -1:]
+        largest_kept = smallest(keys, int(x))[..., -1:]
+        return keys <= largest_kept
     if name == "top_p":
         return least_with_mass(log_pi, sort_keys(-log_pi), x)
     if name == "typical_p":  # tokens whose surprise is close to the expected surprise come first
-        return least_with_mass(log_pi, sort_keys((-log_pi - entropy(log_pi)).abs()), x)
-    if name == "min_p":
+        distance = (-log_pi - entropy(log_pi)).abs()
+        return least_with_mass(log_pi, sort_keys(distance), x)
+    if name == "min_p":  # pi >= x max pi
         return above_cutoff(log_pi, math.log(x) + log_pi.amax(-1, keepdim=True))
-    if name == "eta_cutoff":  # pi >= min(x, sqrt(x) e^-H)
+    if name == "eta_cutoff":  # pi >= min(x, sqrt(x) e^-H), H the entropy of pi
         log_cutoff = (math.log(x) / 2 - entropy(log_pi)).clamp(max=math.log(x))
         return above_cutoff(log_pi, log_cutoff)
     raise ValueError(f"unknown adaptor {name!r}")
 
 
 def adapt(logits, adaptor):
-    """One step of the sampler, Eq. 2 and 3.  Logits (..., V) -> log_q (..., V), log_kept_mass (...)
+    """One step of the sampler, Eq. 2 and 3.  Logits (..., V) -> log_q (..., V), log_kept (...)
 
-    log_q: log probabilities of the sampler, -inf outside S.  log_kept_mass: log Z_t of Eq. 2, the
-    log of sum_v a_t(v); at T = 1 this is the mass of p_+ that is kept.
-    S is taken from softmax(logits / T), adaptor after adaptor in the library's order.
+    adaptor: a dictionary or text, see parse_adaptor.
+    log_q: log-probs of the sampler, -inf outside S_t.  log_kept: log Z_t of Eq. 2; at T = 1 this is
+    the log of the mass of p_+ that is kept.
     Raises SystemExit where nothing is kept, as of logits that are all -inf, or nan.
     """
     adaptor = parse_adaptor(adaptor, logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_p_plus = logits.log_softmax(-1, dtype=dtype)
 
-    # Eq. 2: temper, then drop what is not in S.
+    # Eq. 2: temper, then drop what is not in S_t.  Each adaptor chooses from the distribution that
+    # the ones before it leave, so log_q is normalised after each of them.
     log_a = log_p_plus / adaptor.get("temperature", 1.0)
     log_q = log_a
     if "temperature" in adaptor:
@@ -296,39 +315,41 @@ def adapt(logits, adaptor):
             log_a = log_a.masked_fill(~kept, -math.inf)
             log_q = log_a.log_softmax(-1)  # Eq. 3
 
-    # log Z_t = log a - log q of any kept token, so of the likeliest.  logsumexp is slow with -inf.
-    log_kept_mass = log_a.amax(-1) - log_q.amax(-1)
-    lost = int((~log_kept_mass.isfinite()).sum())
-    problem = f"adaptor {adaptor} keeps nothing at {lost} of {log_kept_mass.numel()} positions: "
+    # By Eq. 3, log Z_t = log a_t - log q at any kept token, such as the likeliest.  To sum a_t, as
+    # Eq. 2 does, gives the same, but logsumexp is slow with -inf.
+    log_kept = log_a.amax(-1) - log_q.amax(-1)
+    empty = int((~log_kept.isfinite()).sum())
+    problem = f"adaptor {adaptor} keeps nothing at {empty} of {log_kept.numel()} positions: "
     problem += "the logits there are -inf or nan; check the model and --dtype"
-    require(lost == 0, problem)
-    return log_q, log_kept_mass
+    require(empty == 0, problem)
+    return log_q, log_kept
 
 
 def listed_law(ids, weights, adaptor, vocabulary):
     """Eq. 2 to 4 for a p_+ that is a list of N different strings with their probabilities.
 
     p_+(v | y_<t) is the share of v among the strings that begin with y_<t.
-    (N, T) padded ids, (N,) weights -> log q (N,), sum_t log Z_t (N,)
+    (N, T) ids, all padded with one token, (N,) probabilities -> log q (N,), sum_t log Z_t (N,)
     """
     log_q = torch.zeros_like(weights)
     log_kept = torch.zeros_like(weights)
-    node = torch.zeros(len(ids), dtype=torch.long)  # the number of each string's prefix y_<t
+    prefix = torch.zeros(len(ids), dtype=torch.long)  # the number of each string's y_<t
     for token in ids.T:
-        # A node is a prefix.  mass[node, v]: what p_+ gives to its strings that go on with v.
-        mass = weights.new_zeros(node.max() + 1, vocabulary)
-        mass.index_put_((node, token), weights, accumulate=True)
+        # mass[i, v]: what p_+ gives to the strings that go on from prefix i with v.
+        mass = weights.new_zeros(prefix.max() + 1, vocabulary)
+        mass.index_put_((prefix, token), weights, accumulate=True)
+
+        # Where only one token can follow, it is certain: q = 1, Z_t = 1, and their logs stay 0.
         step_q = torch.zeros_like(mass)
-        step_kept_mass = torch.zeros_like(mass[:, 0])
+        step_kept = torch.zeros_like(mass[:, 0])
+        fork = (mass > 0).sum(1) > 1
+        logits = mass[fork].log()  # adapt normalises them
+        step_q[fork], step_kept[fork] = adapt(logits, adaptor)
+        log_q = log_q + step_q[prefix, token]
+        log_kept = log_kept + step_kept[prefix]
 
-        # adapt normalises, so the logs of masses serve as logits.
-        fork = (mass > 0).sum(1) > 1  # elsewhere the next token is certain
-        step_q[fork], step_kept_mass[fork] = adapt(mass[fork].log(), adaptor)
-
-        log_q = log_q + step_q[node, token]
-        log_kept = log_kept + step_kept_mass[node]
         # Prefixes one token longer get numbers: the same prefix and token, the same number.
-        node = (node * vocabulary + token).unique(return_inverse=True)[1]
+        _, prefix = (prefix * vocabulary + token).unique(return_inverse=True)
     return log_q, log_kept
 
 
@@ -343,22 +364,27 @@ def imh_chain(log_w, log_u):
     """
     log_w = torch.as_tensor(log_w).movedim(-1, 0).contiguous()  # one step of all chains: one row
     log_u = torch.as_tensor(log_u).movedim(-1, 0).contiguous()
-    lowest = torch.finfo(log_w.dtype).min / 4  # stands for -inf: lerp needs finite numbers
+
+    # lerp_ below needs finite numbers, so `lowest` stands for a log-weight of -inf: a quarter of
+    # the lowest float, for differences of log-weights must be finite too.  log_u stops at half of
+    # it: below any difference of finite log-weights, above that of -inf and a finite one.
+    lowest = torch.finfo(log_w.dtype).min / 4
+    log_w = log_w.clamp(min=lowest)
+    log_u = log_u.clamp(min=lowest / 2)
 
     held = torch.zeros(log_w.shape, dtype=torch.long, device=log_w.device)
-    state = torch.zeros_like(log_w[0])  # the index held, as a float
-    log_w_held = log_w[0].clamp(min=lowest)
-    accept = torch.empty_like(log_w[0])
+    state = torch.zeros_like(log_w[0])  # the index held; a float, as lerp_ wants it
+    log_w_held = log_w[0].clone()
+    accept = torch.empty_like(log_w[0])  # 1.0 or 0.0
     steps = torch.arange(len(log_w)).to(log_w)
     for i in range(1, len(log_w)):
-        # Eq. 5: u < w(y') / w(y).  In plain form, with log_w[i] as log_w_proposed:
-        #     accept = log_u[i] < log_w_proposed - log_w_held
-        #     log_w_held = where(accept, log_w_proposed, log_w_held)
+        # Eq. 5: u < w(y') / w(y).  In plain form:
+        #     accept = log_u[i] < log_w[i] - log_w_held
+        #     log_w_held = where(accept, log_w[i], log_w_held)
         #     state = where(accept, i, state)
         # lerp_ by 1.0 or 0.0 is the same choice without branches, which cost a CPU dearly.
-        proposed = log_w[i].clamp(min=lowest)
-        torch.lt(log_u[i].clamp(min=lowest / 2), proposed - log_w_held, out=accept)  # 1.0 or 0.0
-        log_w_held.lerp_(proposed, accept)
+        torch.lt(log_u[i], log_w[i] - log_w_held, out=accept)
+        log_w_held.lerp_(log_w[i], accept)
         state.lerp_(steps[i], accept)
         held[i] = state
     return held.movedim(0, -1)
@@ -375,20 +401,68 @@ class PoolLimit:
 
 
 def pool_limit(log_w):
-    """The limit in closed form.  (N,) log-weights -> PoolLimit"""
+    """The limit in closed form.  (N,) log-weights -> PoolLimit
+
+    A chain proposes each of the N stored draws equally often, so that on the pool q_j = 1 / N, and
+    target = w q is proportional to w alone: `weights`, the stationary law.
+    """
     N = len(log_w)
-    # Of all pairs, state i and proposal j: w_i q_j min(1, w_j / w_i) is the smaller of the two.
     weights = torch.as_tensor(log_w).softmax(0).numpy()
-    sorted_weights = np.sort(weights)[::-1]
-    # The i-th largest (i = 0, 1, ...) is the smaller of 2 i + 1 pairs: one with itself, and two
-    # with each larger one.
-    pairs = sorted_weights @ (2 * np.arange(N) + 1)  # sum_ij min(w_i, w_j)
+
+    # Acceptance: from state i, which has probability weights_i, propose j and accept it by Eq. 5,
+    #     sum_ij weights_i q_j min(1, w_j / w_i) = sum_ij min(weights_i, weights_j) / N.
+    # The i-th largest weight (i = 0, 1, ...) is the smaller one in 2 i + 1 of these pairs: one pair
+    # with itself, and two with each larger one.
+    descending = np.sort(weights)[::-1]
+    sum_of_minima = descending @ (2 * np.arange(N) + 1)
     return PoolLimit(
         weights=weights,
         log_Z=np.logaddexp.reduce(log_w) - math.log(N),
         ess=1 / (weights @ weights) / N,
-        accept=pairs / N,
+        accept=sum_of_minima / N,
     )
+
+
+@dataclass
+class Corpus:
+    """The scored responses of one setting, arrays (N,) in the order of the draws."""
+
+    prompts: list  # of text
+    log_prior: np.ndarray  # log p(y | x)
+    reward: np.ndarray  # r(x, y)
+    implicit: np.ndarray  # beta log p_+ / p
+    log_aligned: np.ndarray  # log p_+(y | x)
+    log_q: np.ndarray  # Eq. 3
+    log_kept: np.ndarray  # sum_t log Z_t, to check log_q by; nan in the authors' files
+
+
+def log_weights(corpus, T, target, beta):
+    """log w of Eq. 5 = log target - log q of each draw, up to a constant -> (N,)
+
+    Draws outside the support of q, as there are in files of others, get -inf.
+    """
+    if target == "global":
+        # Eq. 4 and 3: log g + log Z_g - log q = sum_t log Z_t = sum_t log a_t - log q.  By Eq. 2,
+        # sum_t log a_t = log p_+ / T, as drawn tokens are in S_t.  (Some files lack log_kept.)
+        log_target = corpus.log_aligned / T
+    elif target == "aligned":
+        log_target = corpus.log_aligned
+    elif target == "posterior":
+        log_target = corpus.log_prior + corpus.reward / beta  # Eq. 1
+    else:
+        raise ValueError(f"unknown target {target!r}")
+    outside = ~np.isfinite(corpus.log_q)
+    return np.where(outside, -math.inf, log_target - corpus.log_q)
+
+
+def pools_of(prompts, pooled):
+    """The draws that share a chain: arrays of indices, one per prompt, or all together."""
+    if pooled:
+        return [np.arange(len(prompts))]
+    pools = {}
+    for i, prompt in enumerate(prompts):
+        pools.setdefault(prompt, []).append(i)
+    return [np.array(pools[prompt]) for prompt in sorted(pools)]
 
 
 @dataclass
@@ -404,22 +478,32 @@ def run_chains(log_w, pools, length, burn_in, rng):
 
     A chain proposes its pool's draws at random, with replacement.
     """
-    # Two uniforms a step: which draw is proposed, and whether it is accepted.
-    u = rng.random((2, len(pools), length))
+    # Two uniforms a step: the first picks the proposal, the second decides whether it is accepted.
+    uniforms = rng.random((2, len(pools), length))
+    log_u = torch.tensor(uniforms[1]).log()
     proposals = []
-    for pool, uniforms in zip(pools, u[0]):
-        proposals.append(pool[(uniforms * len(pool)).astype(int)])
-    proposals = np.stack(proposals)
-    held = imh_chain(log_w[proposals], torch.tensor(u[1]).log()).numpy()
+    for pool, picks in zip(pools, uniforms[0]):
+        numbers = (picks * len(pool)).astype(int)
+        proposals.append(pool[numbers])
+    proposals = np.stack(proposals)  # (P, length) indices into log_w
+
+    # held[c, i]: the step whose proposal chain c holds at step i; i itself if it was accepted.
+    held = imh_chain(log_w[proposals], log_u).numpy()
+    accepted = held[:, 1:] == np.arange(1, length)
     states = np.take_along_axis(proposals, held, 1)
-    moved = held[:, 1:] == np.arange(1, length)
-    return Chains(states=states[:, burn_in:], accept=moved.mean().item())
+    return Chains(states=states[:, burn_in:], accept=accepted.mean().item())
+
+
+# The trade-off: means over corpora, which of them are typical, and their correlations.
+
+LOG_P, REWARD, IMPLICIT, LOG_P_PLUS = range(4)  # the columns of strings' values and of their means
 
 
 def mean_ranks(x):
     """Ranks from 1; equal values share the mean of theirs.  (n,) -> (n,)"""
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[inverse]
+    last = counts.cumsum()  # the last of the ranks that a value takes
+    return (last - (counts - 1) / 2)[inverse]
 
 
 def correlations(x, y):
@@ -429,6 +513,387 @@ def correlations(x, y):
     pearson = np.corrcoef(x, y)[0, 1]
     spearman = np.corrcoef(mean_ranks(x), mean_ranks(y))[0, 1]
     return [float(pearson), float(spearman)]
+
+
+def corpus_means(values, n, rng):
+    """Means of 1000 corpora of n strings, drawn with replacement.  (N, 4) -> (1000, 4)"""
+    members = rng.integers(len(values), size=(1000, n))
+    return values[members].mean(1)
+
+
+def typical_corpora(means, log_p_plus, n, eps):
+    """The corpora whose mean log p_+ is within eps standard errors of its expectation.
+
+    (B, 4) means of corpora of n strings, (N,) log p_+ of the strings -> (at most B, 4)
+
+    The expectation is over the strings that the corpora are drawn from.  For draws of p_+ itself it
+    is -H(p_+).  Draws of another q have another one, E_q log p_+, and few of their corpora would be
+    close to -H(p_+); but those close to E_q log p_+ share the sum in Eq. 1 just as well.
+    """
+    distance = abs(means[:, LOG_P_PLUS] - log_p_plus.mean())
+    return means[distance * math.sqrt(n) < eps * log_p_plus.std()]
+
+
+# Model and data: settings, prompts and the reward.
+
+
+def all_settings(sampling_types, temperatures):
+    """Names of the settings, each type at each temperature; greedy knows no temperature."""
+    names = []
+    for kind in sampling_types:
+        for T in temperatures:
+            name = f"{kind},temperature={T:g}"
+            if kind == "greedy":
+                name = kind
+            if name not in names:
+                names.append(name)
+    return names
+
+
+def first_turn(text):
+    """The first human turn of a transcript, to its first blank line."""
+    without_head = text.split("Human:", 1)[-1]
+    return without_head.strip().split("\n\n")[0]
+
+
+def load_prompts(args, tokenizer):
+    """The prompts to answer: [(ids, text), ...], drawn by the seed, the shortest first."""
+    # The template goes around the first turn of a transcript; without one the prompt is as it is.
+    texts = {}
+    for row in load_pairs(args.data, "test"):
+        text = row["prompt"]
+        require(isinstance(text, str), f"{args.data}: chat messages; give prompts that are text")
+        if args.template != "{}":
+            text = args.template.replace("{}", first_turn(text))
+        texts[text] = None  # each once, in the order of the data
+
+    # A prompt must leave room for one token at least.
+    longest = min(args.max_prompt_length, args.max_length - 1)
+    prompts = []
+    for text in texts:
+        ids = tokenizer(text).input_ids
+        if 0 < len(ids) <= longest:
+            prompts.append((ids, text))
+    problem = f"{args.data}: no prompt of up to {longest} tokens; "
+    problem += "raise --max-prompt-length or --max-length"
+    require(prompts, problem)
+
+    # A random choice, sorted so that prompts of about equal length share a chunk.
+    order = np.random.default_rng(args.seed).permutation(len(prompts))
+    chosen = [prompts[i] for i in order[: args.prompts]]
+    return sorted(chosen, key=prompt_length)
+
+
+def prompt_length(prompt):
+    """The number of tokens of (ids, text)."""
+    return len(prompt[0])
+
+
+@dataclass
+class Judge:
+    """What gives the reward."""
+
+    name: str  # tiny, implicit, or the folder or hub id of a reward model
+    model: object = None  # of the reward model
+    tokenizer: object = None  # likewise
+
+    def reward(self, row, implicit):
+        """The reward of one response: a row of a sample file, and its beta log p_+ / p."""
+        if self.name == "tiny":
+            return tiny_reward(row["prompt"], row["text"])
+        if self.name == "implicit":
+            return implicit
+        ids = self.tokenizer(row["prompt"] + row["text"], return_tensors="pt").input_ids
+        return self.model(ids.to(self.model.device)).logits.item()
+
+
+def load_judge(name, device):
+    """The Judge of --reward.  SystemExit: not a sequence classification model of one output."""
+    if name in ("tiny", "implicit"):
+        return Judge(name)
+    tokenizer = load_tokenizer(name)
+    model, info = AutoModelForSequenceClassification.from_pretrained(
+        model_folder(name), dtype=torch.float32, output_loading_info=True
+    )
+    # Of a model without such a head the library makes one up at random, and lists it as missing.
+    problem = f"{name}: not a reward model, with a sequence classification head of one output; "
+    problem += "give such a --reward, or implicit, or tiny"
+    require(not info["missing_keys"] and model.num_labels == 1, problem)
+    return Judge(name, model.to(device).eval().requires_grad_(False), tokenizer)
+
+
+# Sampling, in chunks that a killed run keeps.
+
+
+@dataclass
+class Response:
+    """One response, token by token as it is drawn."""
+
+    ids: list = field(default_factory=list)  # token ids, end-of-text included
+    log_q: list = field(default_factory=list)  # of every token, from the scores it was drawn from
+    log_kept: list = field(default_factory=list)  # log Z_t of every step
+
+
+def rows_in_cache(vocabulary):
+    """How many rows of logits stay in a CPU core's cache while an adaptor passes over them."""
+    return 1 + 2**19 // vocabulary  # 2 MB of float32
+
+
+def draw_tokens(logits, uniforms, adaptor):
+    """One token for each row by Eq. 3.  (R, V), (R,) -> tokens, their log q, log Z_t, (R,) each"""
+    # A block of rows at a time, small enough for the cache.
+    n = rows_in_cache(logits.shape[1])
+    tokens = []
+    log_q_drawn = []
+    log_kept = []
+    for block, u in zip(logits.split(n), uniforms.split(n)):
+        log_q, block_kept = adapt(block, adaptor)
+        block_tokens, block_log_q = sample_tokens(log_q, u)
+        tokens.append(block_tokens)
+        log_q_drawn.append(block_log_q)
+        log_kept.append(block_kept)
+    return torch.cat(tokens), torch.cat(log_q_drawn), torch.cat(log_kept)
+
+
+@torch.no_grad()
+def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
+    """Draw `copies` responses to each of P id lists by Eq. 3 -> a list of P * copies Responses
+
+    Response i answers prompt i // copies.  uniforms: (P * copies, max_new_tokens); a response
+    depends on its own prompt and row of uniforms only.
+    """
+    # The prompts are run once; then the cache takes one token of each response at a time.
+    found = [Response() for _ in uniforms]
+    # Slot s of the cache holds the text of response answered[s].
+    answered = torch.arange(len(uniforms), device=uniforms.device)
+    last = uniforms.shape[1] - 1
+    cache, _, logits = prefill(model, prompts, uniforms.shape[1], copies)
+    for t in range(uniforms.shape[1]):
+        # One token for each response that goes on.
+        logits = logits[:, : len(tokenizer)].float()
+        tokens, log_q_drawn, log_kept_drawn = draw_tokens(logits, uniforms[answered, t], adaptor)
+        log_q = log_q_drawn.tolist()
+        log_kept = log_kept_drawn.tolist()
+        for slot, (number, token) in enumerate(zip(answered.tolist(), tokens.tolist())):
+            found[number].ids.append(token)
+            found[number].log_q.append(log_q[slot])
+            found[number].log_kept.append(log_kept[slot])
+
+        # The responses that go on, in as few slots; those that can stay where they are do.
+        slots = stay_in_place((tokens != tokenizer.eos_token_id).nonzero()[:, 0])
+        if t == last or len(slots) == 0:
+            break
+        reorder(cache, slots)
+        answered = answered[slots]
+        _, logits = decode_step(model, cache, tokens[slots])
+    return found
+
+
+def turns(paths):
+    """The chunks that this process writes, one a turn; None in a turn with nothing to write.
+
+    A chunk depends on its own job only, so any process may write it, and one that is there is kept.
+    All processes take equally many turns, since after each one they ask together whether to stop.
+    """
+    world = dist.get_world_size()
+    own = []
+    for first in range(0, len(paths), world):
+        number = first + dist.get_rank()
+        if number < len(paths) and not paths[number].exists():
+            own.append(paths[number])
+        else:
+            own.append(None)
+    return own
+
+
+def write_chunk(path, rows):
+    """Write rows as JSON, whole or not at all, into a folder that may be new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, json.dumps(rows).encode())
+
+
+def remove_chunks(out):
+    """Delete the chunks of an earlier run."""
+    for folder in out.glob("*/"):
+        shutil.rmtree(folder)
+
+
+def generate(args):
+    """Write out/samples/<setting>/<chunk>.json: prompts, responses, ids, each token's log q."""
+    # Settings and prompts, which may be refused; then the run folder and the model.
+    device = setup(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    settings = all_settings(args.sampling_types, args.temperatures)
+    adaptors = [parse_adaptor(spec, len(tokenizer)) for spec in settings]
+    prompts = load_prompts(args, tokenizer)
+    out = start_run(args, "imh_adaptors") / "samples"
+    model = load_model(args.model, args.dtype)
+    if args.overwrite:
+        on_rank0(partial(remove_chunks, out), f"{out}: not emptied")
+
+    # A chunk is a few prompts under one setting.
+    size = max(1, args.batch_size // args.samples)
+    jobs = {}  # path: number of the setting, number of the first prompt
+    for i, spec in enumerate(settings):
+        for start in range(0, len(prompts), size):
+            jobs[out / spec / f"{start:05d}.json"] = (i, start)
+
+    for path in progress(turns(list(jobs))):
+        if path is not None:
+            i, start = jobs[path]
+            chunk = prompts[start : start + size]
+            longest_ids, _ = chunk[-1]  # prompts come the shortest first
+            # The uniforms depend on the seed and the chunk's place, not on the process.
+            shape = (len(chunk) * args.samples, args.max_length - len(longest_ids))
+            stream = np.random.default_rng([args.seed, i, start])
+            uniforms = torch.tensor(stream.random(shape), device=device)
+            rows = draw_chunk(model, chunk, args.samples, adaptors[i], uniforms, tokenizer)
+            write_chunk(path, rows)
+        if stop_requested():
+            raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
+    dist.barrier()  # now all chunks are there
+    say(f"{len(jobs)} chunks in {out}")
+
+
+def draw_chunk(model, prompts, samples, adaptor, uniforms, tokenizer):
+    """The rows of one chunk: `samples` responses to each of [(ids, text), ...]"""
+    drawn = sample(model, [ids for ids, _ in prompts], samples, adaptor, uniforms, tokenizer)
+    rows = []
+    for number, response in enumerate(drawn):
+        prompt_ids, text = prompts[number // samples]
+        row = {
+            "prompt": text,
+            "prompt_ids": prompt_ids,
+            "ids": response.ids,
+            "log_q": response.log_q,
+            "log_kept": response.log_kept,
+            "text": tokenizer.decode(response.ids, skip_special_tokens=True),
+        }
+        rows.append(row)
+    return rows
+
+
+# Scoring, in the same chunks.
+
+
+@torch.no_grad()
+def adaptor_logps(model, batch, adaptors, vocabulary):
+    """log p_+ of a packed batch's M response tokens, and log q under A adaptors -> (1 + A, M)
+
+    One forward pass; logits beyond the first `vocabulary` ones belong to no token.  The command
+    score gives no adaptors, as generate stores log q; texts that are from elsewhere need them.
+    """
+    # All rows of the batch in one, the head on response positions only.
+    name = type(model).__name__
+    fits = packs(model, batch)  # this also readies the model's attention for `segments`
+    require(fits, f"{name}: its rows cannot be packed, nor adaptors scored")
+    ids = batch["input_ids"].to(model.device)
+    positions = batch["position_ids"].to(model.device)
+    score_at = batch["score_at"].to(model.device)
+    targets = batch["targets"].to(model.device)[:, None]
+    output = model(
+        input_ids=ids,
+        position_ids=positions,
+        # A 4-d mask is taken as it is; the attention reads `segments` instead.
+        attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
+        segments=batch["segments"],
+        logits_to_keep=score_at,
+        use_cache=False,
+    )
+    logits = output.logits[0, :, :vocabulary]
+
+    # The adaptors pass over each block of rows while it is in a CPU core's cache.
+    n = rows_in_cache(vocabulary)
+    blocks = []
+    for block, block_targets in zip(logits.split(n), targets.split(n)):
+        found = []
+        for adaptor in ({}, *adaptors):  # {} is the model itself
+            log_q, _ = adapt(block.float(), adaptor)
+            found.append(log_q.gather(1, block_targets)[:, 0])
+        blocks.append(torch.stack(found))
+    return torch.cat(blocks, 1).double().cpu()
+
+
+def summed_logps(model, batch, vocabulary):
+    """log p(y | x) of each response in a packed batch, in float64 -> (R,)"""
+    logps = adaptor_logps(model, batch, [], vocabulary)[0]
+    return logps.new_zeros(batch["responses"]).index_add(0, batch["owner"], logps)
+
+
+def read_samples(path, vocabulary):
+    """The rows of one sample file, by prompt: {prompt ids: rows}.  SystemExit: unusable rows."""
+    groups = {}
+    for number, row in enumerate(read_rows(path)):
+        usable = row["ids"] and max(row["ids"]) < vocabulary
+        problem = f"{path}: row {number}: no response, or tokens that --model does not have; "
+        require(usable, problem + "delete the file, generate --resume")
+        groups.setdefault(tuple(row["prompt_ids"]), []).append(row)
+    return groups
+
+
+@torch.no_grad()
+def score_chunk(args, path, model, prior, judge, vocabulary):
+    """The scores of one sample file: each response's summed log-probs, and its rewards."""
+    # A prompt is run once for all its responses.
+    groups = list(read_samples(path, vocabulary).items())
+    packed = []
+    for prompt_ids, rows in groups:
+        packed.append(dict(prompt_ids=list(prompt_ids), responses=[row["ids"] for row in rows]))
+
+    # Eq. 1's ingredients: log p, log p_+ and the reward; log q is as it was when drawn.
+    found = []
+    for batch in pack_pairs(packed, args.tokens_per_microbatch, rank=0, world=1):
+        # The rows of this batch, in the order in which its responses are packed.
+        rows = []
+        for i in batch["index"]:
+            _, members = groups[i]
+            rows += members
+        log_prior = summed_logps(prior, batch, vocabulary).tolist()
+        log_aligned = summed_logps(model, batch, vocabulary).tolist()
+        for row, log_p, log_p_plus in zip(rows, log_prior, log_aligned):
+            scores = {"prompt": row["prompt"], "log_prior": log_p, "log_aligned": log_p_plus}
+            scores["log_q"] = math.fsum(row["log_q"])
+            scores["log_kept"] = math.fsum(row["log_kept"])
+            scores["implicit"] = args.beta * (log_p_plus - log_p)  # Eq. 1, up to beta log Z
+            scores["reward"] = judge.reward(row, scores["implicit"])
+            found.append(scores)
+    return found
+
+
+def score(args):
+    """Write out/scores/<setting>/<chunk>.json: each response's summed log-probs, and rewards."""
+    # Samples, models and reward are checked before the scores of an earlier run are touched.
+    device = setup(args.seed)
+    tokenizer = load_tokenizer(args.model)
+    prior_vocabulary = load_tokenizer(args.ref_model).get_vocab()
+    problem = f"{args.model} and {args.ref_model} have different vocabularies"
+    require(tokenizer.get_vocab() == prior_vocabulary, f"{problem}; give another --ref-model")
+    samples = Path(args.out, "samples")
+    sources = sorted(samples.glob("*/*.json"))
+    problem = f"{samples}: no <setting>/<chunk>.json; first run generate with this --out"
+    require(sources, problem)
+    judge = load_judge(args.reward, device)
+
+    # The scores are a run of their own inside the run folder, with the flags that they were made
+    # with.  --resume also begins a score that had not begun.
+    out = Path(args.out, "scores")
+    resume = args.resume and out.exists()
+    start_run(replace(args, out=str(out), resume=resume), "imh_adaptors")
+    model = load_model(args.model, args.dtype)
+    prior = load_model(args.ref_model, args.dtype)
+    if args.overwrite:
+        on_rank0(partial(remove_chunks, out), f"{out}: not emptied")
+
+    # A chunk of samples becomes a chunk of scores.
+    jobs = {out / source.relative_to(samples): source for source in sources}
+    for path in progress(turns(list(jobs))):
+        if path is not None:
+            rows = score_chunk(args, jobs[path], model, prior, judge, len(tokenizer))
+            write_chunk(path, rows)
+        if stop_requested():
+            raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
+    dist.barrier()  # now all chunks are there
+    say(f"{len(jobs)} chunks in {out}")
 
 
 # Figures: points against points.
@@ -444,7 +909,20 @@ class Panel:
     series: dict = field(default_factory=dict)  # {label: (n, 2) points}
 
 
-MARKERS = "osv^D"  # of the temperatures, the lowest first
+MARKERS = "osv^DP"  # of the temperatures, the lowest first
+
+
+def split_label(label):
+    """kind,temperature=T -> kind, "T"; any other label -> itself, "" """
+    kind, comma, temperature = label.rpartition(",temperature=")
+    if comma:
+        return kind, temperature
+    return label, ""
+
+
+def temperature_number(temperature):
+    """For sorting: "" comes first, then 0.5, 1, 1.5, 10, which would sort otherwise as text."""
+    return float(temperature or 0)
 
 
 def scatter(path, panels, caption):
@@ -460,28 +938,33 @@ def scatter(path, panels, caption):
     figure = Figure((4.5 * columns + 2.2, 3.9 * lines + 0.7), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).ravel()
 
-    # Colours go by adaptor and markers by temperature.
-    labels = list(panels[0].series)
-    kinds = list(dict.fromkeys(label.partition(",temperature=")[0] for label in labels))
-    heats = sorted({label.partition(",temperature=")[2] for label in labels})
+    # A colour for each adaptor and a marker for each temperature.
+    labels = [split_label(label) for label in panels[0].series]
+    colors = {}
+    for kind, _ in labels:
+        colors.setdefault(kind, f"C{len(colors)}")
+    markers = {}
+    for temperature in sorted({T for _, T in labels}, key=temperature_number):
+        markers[temperature] = MARKERS[len(markers) % len(MARKERS)]
+
+    # The points.
     for axis, panel in zip(axes, panels):
         for label, points in panel.series.items():
-            kind, _, heat = label.partition(",temperature=")
-            marker = MARKERS[heats.index(heat) % len(MARKERS)]
-            color = f"C{kinds.index(kind)}"
-            x, y = np.reshape(points, (-1, 2)).T
-            axis.plot(x, y, marker, color=color, ms=2.5, alpha=0.7, mew=0)
+            kind, temperature = split_label(label)
+            x, y = np.reshape(points, (-1, 2)).T  # also of no points
+            marker = markers[temperature]
+            axis.plot(x, y, marker, color=colors[kind], ms=2.5, alpha=0.7, mew=0)
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(panel.xlabel)
         axis.set_ylabel(panel.ylabel)
 
     # One legend for all panels: first the colours, then the markers.
     if len(labels) > 1:
-        for i, kind in enumerate(kinds):
-            axes[-1].plot([], [], "o", color=f"C{i}", label=kind)
-        for heat, marker in zip(heats, MARKERS):
-            if heat:
-                axes[-1].plot([], [], marker, color="grey", label=f"T = {heat}")
+        for kind, color in colors.items():
+            axes[-1].plot([], [], "o", color=color, label=kind)
+        for temperature, marker in markers.items():
+            if temperature:
+                axes[-1].plot([], [], marker, color="grey", label=f"T = {temperature}")
         handles, names = axes[-1].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center", fontsize=8)
     figure.suptitle(caption, fontsize=8)
@@ -496,8 +979,9 @@ def toy_world():
     """p_+ ~ Dirichlet(0.1) over 1000 strings and a prior like it -> p_+, log p, r, (1000,) each
 
     The prior is softmax(p_+^(1/42) + noise) and r = log p_+ / p: beta = 1 and Z = 1 in Eq. 1.
+    All constants and the stream, numpy's old generator, are the released ones.
     """
-    stream = np.random.RandomState(42)  # numpy's old generator, as released
+    stream = np.random.RandomState(42)
     p_plus = stream.dirichlet([0.1] * 1000)
     scores = p_plus ** (1 / 42) + stream.uniform(-0.42, 0.42, 1000)
     log_p = scores - np.log(np.exp(scores).sum())
@@ -513,7 +997,7 @@ def toy_corpora(p_plus, log_p, r):
     cdf = p_plus.cumsum() / p_plus.sum()
     for c in range(1000):
         u = np.sort(np.random.RandomState(c).random_sample(100_000))
-        # How many of the uniforms fall on each string's stretch of the cdf.
+        # How often each string is drawn: how many of the uniforms fall on its stretch of the cdf.
         counts = np.diff(u.searchsorted(cdf), prepend=0)
         means.append([counts @ log_p / len(u), counts @ r / len(u)])
     return np.array(means)
@@ -537,9 +1021,11 @@ def toy(args):
     H = -p_plus @ np.log(p_plus)
     print(f"toy: E r {p_plus @ r:.4f} = -H(p_+) {-H:.4f} - E log p {p_plus @ log_p:.4f}")
 
-    # By Eq. 1 the sum of the two means is the corpus's mean log p_+, and its expectation is -H.
+    # By Eq. 1 the sum of the two means is the corpus's mean log p_+, and its expectation is -H.  A
+    # corpus is typical, as released, if the two differ by less than 0.001.
     corpora = toy_corpora(p_plus, log_p, r)
-    typical = corpora[abs(corpora.sum(1) + H) < 0.001]
+    mean_log_p_plus = corpora.sum(1)
+    typical = corpora[abs(mean_log_p_plus + H) < 0.001]
     shown = {
         "strings": np.stack([log_p, r], 1),
         "corpora": corpora,
@@ -555,14 +1041,16 @@ def toy(args):
         panels[name] = Panel(title, "mean log p (nats)", "mean r (nats)", {"": points})
         print(f"  {name:20s} n {len(points):5d}  Pearson {pearson:+.4f}  Spearman {spearman:+.4f}")
 
-    draw_toy(
-        Path(f"{args.out}-toy", "figures"), {"p_+": p_plus, "p": np.exp(log_p), "r": r}, panels
-    )
+    columns = {"p_+": p_plus, "p": np.exp(log_p), "r": r}
+    draw_toy(Path(f"{args.out}-toy", "figures"), columns, panels)
     return found
 
 
 def draw_toy(folder, columns, panels):
-    """Three figures under the names of the notebook's.  {name: (1000,)}, {name of points: Panel}"""
+    """Three figures, each under the name of the released notebook's.
+
+    columns: {title: (1000,) a value of each string}; panels: {name of the points: Panel}
+    """
     caption = "of the authors' repository; a toy of 1000 strings, no language model"
 
     # The two distributions and the reward, string by string.
@@ -576,7 +1064,7 @@ def draw_toy(folder, columns, panels):
     name = "toy-distributions.png"
     scatter(folder / name, bars, f"As {name} {caption}")
 
-    # Each string's reward against its log p.
+    # Each string's reward against its log p: values, where the other panels show means.
     strings = replace(panels["strings"], xlabel="log p (nats)", ylabel="r (nats)")
     name = "toy-string-correlation.png"
     scatter(folder / name, [strings], f"As {name} {caption}")
@@ -603,7 +1091,7 @@ class ListedWorld:
     log_Z: torch.Tensor  # () of Eq. 1
     p_plus: torch.Tensor  # (n,) Eq. 1
     covered: float  # what the language model gives to the listed strings together
-    rng: np.random.Generator  # goes on to draw responses
+    rng: np.random.Generator  # of this prompt: drew the strings, and will draw from each q
 
 
 @dataclass
@@ -615,7 +1103,7 @@ class ExactValues:
     log_p_plus: torch.Tensor  # (n,) Eq. 1, token by token, as from a model
     error: float  # the largest deviation from log p + r / beta = log p_+ + log Z
     local: list = field(default_factory=list)  # E_q log p and E_q r
-    globally: list = field(default_factory=list)  # E_g log p and E_g r
+    globally: list = field(default_factory=list)  # E_g log p and E_g r (`global` is taken)
     log_Z_g: float = 0.0  # Eq. 4
     accept: float = 0.0  # of IMH from q to g, stationary
 
@@ -652,8 +1140,8 @@ def listed_worlds(args, tokenizer, prompts, support):
         # Eq. 1 over the list: log Z is a sum.
         log_Z = (log_p + reward / args.beta).logsumexp(0)
         p_plus = (log_p + reward / args.beta - log_Z).exp()
-        ids = [torch.tensor(y) for y in found]
-        ids = pad_sequence(ids, batch_first=True, padding_value=tokenizer.eos_token_id)
+        listed = [torch.tensor(ids) for ids in found]
+        ids = pad_sequence(listed, batch_first=True, padding_value=tokenizer.eos_token_id)
         covered = raw_log_p.logsumexp(0).exp().item()
         worlds.append(ListedWorld(text, ids, log_p, reward, log_Z, p_plus, covered, rng))
     return worlds
@@ -669,13 +1157,14 @@ def exact_values(world, adaptor, beta, vocabulary):
 
     # Eq. 3 and 4: the strings' probabilities under local and under global normalisation.
     q = log_q.exp()
-    g = (log_q + log_kept).softmax(0)
+    log_a = log_q + log_kept  # sum_t log a_t
+    g = log_a.softmax(0)
     values.local = [(q @ world.log_p).item(), (q @ world.reward).item()]
     values.globally = [(g @ world.log_p).item(), (g @ world.reward).item()]
-    values.log_Z_g = (log_q + log_kept).logsumexp(0).item()
+    values.log_Z_g = log_a.logsumexp(0).item()
 
-    # Eq. 5 with w = g / q.  move[i, j]: propose j and accept it, from i.  Strings outside the
-    # support are never proposed nor left, so that any finite weight will do for them.
+    # Eq. 5 with w = g / q.  move[i, j]: from i, propose j and accept it.  Strings outside the
+    # support have q = g = 0: whatever weight they get, they add nothing.
     log_w = log_kept.masked_fill(log_q == -math.inf, 0)
     move = q * (log_w - log_w[:, None]).clamp(max=0).exp()
     values.accept = (g @ move.sum(1)).item()
@@ -683,16 +1172,19 @@ def exact_values(world, adaptor, beta, vocabulary):
 
 
 def draw_rows(world, values, n, beta):
-    """n responses drawn from q, as rows of a score file."""
+    """n responses drawn from q, as rows of a score file.
+
+    Their log_Z is for whoever reads the file: with it a row can be checked against Eq. 1.
+    """
     q = values.log_q.exp().numpy()
     rows = []
-    for k in world.rng.choice(len(q), n, p=q / q.sum()):
+    for number in world.rng.choice(len(q), n, p=q / q.sum()):
         row = {"prompt": world.prompt, "log_Z": world.log_Z.item()}
-        row["log_prior"] = world.log_p[k].item()
-        row["reward"] = world.reward[k].item()
-        row["log_aligned"] = values.log_p_plus[k].item()
-        row["log_q"] = values.log_q[k].item()
-        row["log_kept"] = values.log_kept[k].item()
+        row["log_prior"] = world.log_p[number].item()
+        row["reward"] = world.reward[number].item()
+        row["log_aligned"] = values.log_p_plus[number].item()
+        row["log_q"] = values.log_q[number].item()
+        row["log_kept"] = values.log_kept[number].item()
         row["implicit"] = beta * (row["log_aligned"] - row["log_prior"])
         rows.append(row)
     return rows
@@ -701,8 +1193,11 @@ def draw_rows(world, values, n, beta):
 def exact(args, prompts=8, support=512, draws=64, settings=None):
     """Print E log p and E r under q and g where p_+ is exactly Eq. 1, setting by setting.
 
-    Writes draws of q as the scores of args.out, for imh and figures.
+    support: how many responses are drawn to list the strings of a prompt.
+    settings: by default EXACT_TYPES, each at each temperature.
     -> {setting: its ExactValues, one per prompt}
+
+    Writes `draws` draws of q for each prompt as the scores of args.out, for imh and figures.
     """
     tokenizer = load_tokenizer(args.ref_model)
     worlds = listed_worlds(args, tokenizer, prompts, support)
@@ -714,9 +1209,11 @@ def exact(args, prompts=8, support=512, draws=64, settings=None):
 
     # Setting by setting: exact numbers to the table, draws to a score file.
     remove_chunks(Path(args.out, "scores"))
+    if settings is None:
+        settings = all_settings(EXACT_TYPES, args.temperatures)
     found = {}
     means = []
-    for spec in settings or all_settings(EXACT_TYPES, args.temperatures):
+    for spec in settings:
         adaptor = parse_adaptor(spec, len(tokenizer))
         found[spec] = []
         rows = []
@@ -730,7 +1227,7 @@ def exact(args, prompts=8, support=512, draws=64, settings=None):
         print(f"{spec:32}", *(f"{x:8.3f}" for x in means[-1]), f"{worst:8.1e}", flush=True)
 
     # What the exact numbers say, with no draw in them.
-    means = np.array(means)
+    means = np.array(means)  # the first four columns: E_q log p, E_q r, E_g log p, E_g r
     local, _ = correlations(means[:, 0], means[:, 1])
     globally, _ = correlations(means[:, 2], means[:, 3])
     print(f"Seen here: between settings, E log p and E r correlate {local:+.2f} under local")
@@ -746,359 +1243,9 @@ def mean_values(values):
     return np.mean(columns, 0)
 
 
-# Generation and scoring, in chunks that a killed run keeps.
+# Corpora: the scores that imh and figures read.
 
-
-@dataclass
-class Response:
-    """One response, token by token as it is drawn."""
-
-    ids: list = field(default_factory=list)  # token ids, end-of-text included
-    log_q: list = field(default_factory=list)  # of every token, from the scores it was drawn from
-    log_kept: list = field(default_factory=list)  # log Z_t of every step
-
-
-def all_settings(sampling_types, temperatures):
-    """Names of the settings, each type at each temperature; greedy knows no temperature."""
-    names = []
-    for kind in sampling_types:
-        for T in temperatures:
-            name = f"{kind},temperature={T:g}"
-            if kind == "greedy":
-                name = kind
-            if name not in names:
-                names.append(name)
-    return names
-
-
-def rows_in_cache(vocabulary):
-    """How many rows of logits stay in a CPU core's cache while an adaptor passes over them."""
-    return 1 + 2**19 // vocabulary
-
-
-def draw_tokens(logits, uniforms, adaptor):
-    """One token for each row by Eq. 3.  (R, V), (R,) -> tokens, their log q, log Z_t, (R,) each"""
-    # A block of rows at a time, small enough for the cache.
-    n = rows_in_cache(logits.shape[1])
-    tokens = []
-    log_q_drawn = []
-    log_kept_mass = []
-    for block, u in zip(logits.split(n), uniforms.split(n)):
-        log_q, block_mass = adapt(block, adaptor)
-        block_tokens, block_log_q = sample_tokens(log_q, u)
-        tokens.append(block_tokens)
-        log_q_drawn.append(block_log_q)
-        log_kept_mass.append(block_mass)
-    return torch.cat(tokens), torch.cat(log_q_drawn), torch.cat(log_kept_mass)
-
-
-@torch.no_grad()
-def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
-    """`copies` responses to each of P id lists, drawn by Eq. 3 -> P copies Responses
-
-    uniforms: (P copies, max_new_tokens).  A response depends on its own prompt and uniforms only.
-    """
-    # The prompts are run once; then one step of the cache for each token.
-    found = [Response() for _ in uniforms]
-    rows = torch.arange(len(uniforms), device=uniforms.device)  # of each slot, its response
-    last = uniforms.shape[1] - 1
-    cache, _, logits = prefill(model, prompts, uniforms.shape[1], copies)
-    for t in range(uniforms.shape[1]):
-        # One token for each response that goes on.
-        logits = logits[:, : len(tokenizer)].float()
-        tokens, log_q_drawn, log_kept_mass = draw_tokens(logits, uniforms[rows, t], adaptor)
-        log_q = log_q_drawn.tolist()
-        log_kept = log_kept_mass.tolist()
-        for slot, (row, token) in enumerate(zip(rows.tolist(), tokens.tolist())):
-            found[row].ids.append(token)
-            found[row].log_q.append(log_q[slot])
-            found[row].log_kept.append(log_kept[slot])
-
-        # The responses that go on, in as few slots; those that can stay where they are do.
-        slots = stay_in_place((tokens != tokenizer.eos_token_id).nonzero()[:, 0])
-        if t == last or len(slots) == 0:
-            break
-        reorder(cache, slots)
-        rows = rows[slots]
-        _, logits = decode_step(model, cache, tokens[slots])
-    return found
-
-
-def chunks_to_write(paths):
-    """The paths of this process's share that are not there yet, one after another.
-
-    A chunk is whole or absent and depends on its own job only.  Exits between two when told to.
-    """
-    world = dist.get_world_size()
-    for first in progress(range(0, len(paths), world)):
-        number = first + dist.get_rank()
-        if number < len(paths) and not paths[number].exists():
-            yield paths[number]
-        if stop_requested():
-            raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
-    dist.barrier()
-    say(f"{len(paths)} chunks in {paths[0].parents[1]}")
-
-
-def write_chunk(path, rows):
-    """Write rows as JSON, whole or not at all, into a folder that may be new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(rows).encode())
-
-
-def remove_chunks(out):
-    """Delete the chunks of an earlier run."""
-    for folder in out.glob("*/"):
-        shutil.rmtree(folder)
-
-
-def first_turn(text):
-    """The first human turn of a transcript, to its first blank line."""
-    return text.split("Human:", 1)[-1].strip().split("\n\n")[0]
-
-
-def load_prompts(args, tokenizer):
-    """The prompts to answer: [(ids, text), ...], drawn by the seed, the shortest first."""
-    # The template goes around the first turn of a transcript; without one the prompt is as it is.
-    texts = {}
-    for row in load_pairs(args.data, "test"):
-        text = row["prompt"]
-        require(isinstance(text, str), f"{args.data}: chat messages; give prompts that are text")
-        if args.template != "{}":
-            text = args.template.replace("{}", first_turn(text))
-        texts[text] = None  # each once, in the order of the data
-
-    # A prompt must leave room for one token at least.
-    longest = min(args.max_prompt_length, args.max_length - 1)
-    prompts = []
-    for text in texts:
-        ids = tokenizer(text).input_ids
-        if 0 < len(ids) <= longest:
-            prompts.append((ids, text))
-    problem = f"{args.data}: no prompt of up to {longest} tokens; "
-    problem += "raise --max-prompt-length or --max-length"
-    require(prompts, problem)
-
-    order = np.random.default_rng(args.seed).permutation(len(prompts))
-    chosen = [prompts[i] for i in order[: args.prompts]]
-    return sorted(chosen, key=prompt_length)  # prompts of about equal length share a chunk
-
-
-def prompt_length(prompt):
-    """The number of tokens of (ids, text)."""
-    return len(prompt[0])
-
-
-def generate(args):
-    """Write out/samples/<setting>/<chunk>.json: prompts, responses, ids, each token's log q."""
-    # Settings, prompts and model; whatever is wrong with them ends the run before it writes.
-    device = setup(args.seed)
-    tokenizer = load_tokenizer(args.model)
-    settings = all_settings(args.sampling_types, args.temperatures)
-    adaptors = [parse_adaptor(spec, len(tokenizer)) for spec in settings]
-    prompts = load_prompts(args, tokenizer)
-    out = start_run(args, "imh_adaptors") / "samples"
-    model = load_model(args.model, args.dtype)
-    if args.overwrite:
-        on_rank0(partial(remove_chunks, out), f"{out}: not emptied")
-
-    # A chunk is a few prompts under one setting.
-    size = max(1, args.batch_size // args.samples)
-    jobs = {}
-    for i, spec in enumerate(settings):
-        for start in range(0, len(prompts), size):
-            jobs[out / spec / f"{start:05d}.json"] = (i, start)
-
-    # Its uniforms depend on the seed and its place, so that any process may write it.
-    for path in chunks_to_write(list(jobs)):
-        i, start = jobs[path]
-        chunk = prompts[start : start + size]
-        shape = (len(chunk) * args.samples, args.max_length - len(chunk[-1][0]))
-        stream = np.random.default_rng([args.seed, i, start])
-        uniforms = torch.tensor(stream.random(shape), device=device)
-        rows = draw_chunk(model, chunk, args.samples, adaptors[i], uniforms, tokenizer)
-        write_chunk(path, rows)
-
-
-def draw_chunk(model, prompts, samples, adaptor, uniforms, tokenizer):
-    """The rows of one chunk: `samples` responses to each of [(ids, text), ...]"""
-    drawn = sample(model, [ids for ids, _ in prompts], samples, adaptor, uniforms, tokenizer)
-    rows = []
-    for number, response in enumerate(drawn):
-        prompt_ids, text = prompts[number // samples]
-        row = {
-            "prompt": text,
-            "prompt_ids": prompt_ids,
-            "ids": response.ids,
-            "log_q": response.log_q,
-            "log_kept": response.log_kept,
-            "text": tokenizer.decode(response.ids, skip_special_tokens=True),
-        }
-        rows.append(row)
-    return rows
-
-
-@torch.no_grad()
-def adaptor_logps(model, batch, adaptors, vocabulary):
-    """log p_+ of a packed batch's M response tokens, and log q under A adaptors -> (1 + A, M)
-
-    One forward pass; logits beyond the first `vocabulary` ones belong to no token.
-    """
-    # All rows of the batch in one, the head on response positions only.
-    if not hasattr(model, "packs"):
-        response_logps(model, batch)  # readies packed attention, once
-    name = type(model).__name__
-    require(model.packs, f"{name}: its rows cannot be packed, nor adaptors scored")
-    ids = batch["input_ids"].to(model.device)
-    positions = batch["position_ids"].to(model.device)
-    score_at = batch["score_at"].to(model.device)
-    targets = batch["targets"].to(model.device)[:, None]
-    output = model(
-        input_ids=ids,
-        position_ids=positions,
-        # A 4-d mask is taken as it is; the attention reads `segments` instead.
-        attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
-        segments=batch["segments"],
-        logits_to_keep=score_at,
-        use_cache=False,
-    )
-    logits = output.logits[0, :, :vocabulary]
-
-    # The adaptors pass over each block of rows while it is in a CPU core's cache.
-    n = rows_in_cache(vocabulary)
-    blocks = []
-    for z, y in zip(logits.split(n), targets.split(n)):
-        found = []
-        for adaptor in ({}, *adaptors):
-            log_q, _ = adapt(z.float(), adaptor)
-            found.append(log_q.gather(1, y)[:, 0])
-        blocks.append(torch.stack(found))
-    return torch.cat(blocks, 1).double().cpu()
-
-
-@dataclass
-class Judge:
-    """What gives the reward."""
-
-    name: str  # tiny, implicit, or the folder or hub id of a reward model
-    model: object = None  # of the reward model
-    tokenizer: object = None  # likewise
-
-    def reward(self, row, implicit):
-        """Of one response, a row of a sample file; implicit: beta log p_+ / p."""
-        if self.name == "tiny":
-            return tiny_reward(row["prompt"], row["text"])
-        if self.name == "implicit":
-            return implicit
-        ids = self.tokenizer(row["prompt"] + row["text"], return_tensors="pt").input_ids
-        return self.model(ids.to(self.model.device)).logits.item()
-
-
-def load_judge(name, device):
-    """The Judge of --reward.  SystemExit: not a sequence classification model of one output."""
-    if name in ("tiny", "implicit"):
-        return Judge(name)
-    tokenizer = load_tokenizer(name)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        model_folder(name), dtype=torch.float32, output_loading_info=True
-    )
-    problem = f"{name}: not a reward model, with a sequence classification head of one output; "
-    problem += "give such a --reward, or implicit, or tiny"
-    require(not info["missing_keys"] and model.num_labels == 1, problem)
-    return Judge(name, model.to(device).eval().requires_grad_(False), tokenizer)
-
-
-def read_samples(path, vocabulary):
-    """The rows of one sample file, by prompt: {prompt ids: rows}.  SystemExit: unusable rows."""
-    groups = {}
-    for number, row in enumerate(read_rows(path)):
-        usable = row["ids"] and max(row["ids"]) < vocabulary
-        problem = f"{path}: row {number}: no response, or tokens that --model does not have; "
-        require(usable, problem + "delete the file, generate --resume")
-        groups.setdefault(tuple(row["prompt_ids"]), []).append(row)
-    return groups
-
-
-def summed_logps(model, batch, vocabulary):
-    """log p(y | x) of each response in a packed batch, in float64 -> (R,)"""
-    logps = adaptor_logps(model, batch, [], vocabulary)[0]
-    return logps.new_zeros(batch["responses"]).index_add(0, batch["owner"], logps)
-
-
-@torch.no_grad()
-def score_chunk(args, path, model, prior, judge, vocabulary):
-    """The scores of one sample file: each response's summed log-probs, and its rewards."""
-    # A prompt is run once for all its responses.
-    groups = list(read_samples(path, vocabulary).items())
-    packed = []
-    for prompt_ids, rows in groups:
-        packed.append(dict(prompt_ids=list(prompt_ids), responses=[row["ids"] for row in rows]))
-
-    # Eq. 1's ingredients: log p, log p_+ and the reward; log q is as it was when drawn.
-    found = []
-    for batch in pack_pairs(packed, args.tokens_per_microbatch, rank=0, world=1):
-        # pack_pairs numbers the responses in the order of its rows.
-        rows = []
-        for i in batch["index"]:
-            rows += groups[i][1]
-        log_prior = summed_logps(prior, batch, vocabulary).tolist()
-        log_aligned = summed_logps(model, batch, vocabulary).tolist()
-        for row, log_p, log_p_plus in zip(rows, log_prior, log_aligned):
-            scores = {"prompt": row["prompt"], "log_prior": log_p, "log_aligned": log_p_plus}
-            scores["log_q"] = math.fsum(row["log_q"])
-            scores["log_kept"] = math.fsum(row["log_kept"])
-            scores["implicit"] = args.beta * (log_p_plus - log_p)  # Eq. 1, up to beta log Z
-            scores["reward"] = judge.reward(row, scores["implicit"])
-            found.append(scores)
-    return found
-
-
-def score(args):
-    """Write out/scores/<setting>/<chunk>.json: each response's summed log-probs, and rewards."""
-    # Samples, models and reward are checked before the scores of an earlier run are touched.
-    device = setup(args.seed)
-    tokenizer = load_tokenizer(args.model)
-    prior_vocabulary = load_tokenizer(args.ref_model).get_vocab()
-    problem = f"{args.model} and {args.ref_model} have different vocabularies"
-    require(tokenizer.get_vocab() == prior_vocabulary, f"{problem}; give another --ref-model")
-    samples = Path(args.out, "samples")
-    sources = sorted(samples.glob("*/*.json"))
-    problem = f"{samples}: no <setting>/<chunk>.json; first run generate with this --out"
-    require(sources, problem)
-    judge = load_judge(args.reward, device)
-
-    # --resume also begins a score that had not begun.
-    out = Path(args.out, "scores")
-    resume = args.resume and out.exists()
-    start_run(replace(args, out=str(out), resume=resume), "imh_adaptors")
-    model = load_model(args.model, args.dtype)
-    prior = load_model(args.ref_model, args.dtype)
-    if args.overwrite:
-        on_rank0(partial(remove_chunks, out), f"{out}: not emptied")
-
-    jobs = {out / source.relative_to(samples): source for source in sources}
-    for path in chunks_to_write(list(jobs)):
-        rows = score_chunk(args, jobs[path], model, prior, judge, len(tokenizer))
-        write_chunk(path, rows)
-
-
-# Corpora: what imh and figures read.
-
-
-@dataclass
-class Corpus:
-    """The scored responses of one setting, arrays (N,) in the order of the draws."""
-
-    prompts: list  # of text
-    log_prior: np.ndarray  # log p(y | x)
-    reward: np.ndarray  # r(x, y)
-    implicit: np.ndarray  # beta log p_+ / p
-    log_aligned: np.ndarray  # log p_+(y | x)
-    log_q: np.ndarray  # Eq. 3
-    log_kept: np.ndarray  # sum_t log Z_t; nan in the authors' files
-
-
-NUMBERS = ("log_prior", "reward", "implicit", "log_aligned", "log_q", "log_kept")
+NUMBERS = ("log_prior", "reward", "implicit", "log_aligned", "log_q", "log_kept")  # of a Corpus
 
 
 def make_corpus(rows):
@@ -1136,7 +1283,7 @@ def read_scores(folder):
     return found
 
 
-RELEASED = {  # of the authors' files: end of the name -> our column: theirs
+RELEASED = {  # kind of the authors' file: {our column: theirs}
     "scoredreward": {"reward": "score"},
     "scorednll": {"log_prior": "negative_log_probability"},
     "scoredcorrectionnll": {
@@ -1144,6 +1291,8 @@ RELEASED = {  # of the authors' files: end of the name -> our column: theirs
         "log_q": "samplingbiased_negative_log_probability",
     },
 }
+# The adaptor, the temperature and the kind of file in a name such as
+# MODEL_l256_promptseed42_numprompt1000_numgenerations2_top_p095_t0.5_humanassistant_scorednll.csv
 RELEASED_NAME = re.compile(r"numgenerations\d+_(.+?)_t([\d.]+)_.*?(scored[a-z]+)")
 
 
@@ -1161,15 +1310,15 @@ def read_released(folder, beta):
         kind, T, end = match.groups()
         setting_rows = joined.setdefault(f"{kind},temperature={T}", {})
         sign = 1 if end == "scoredreward" else -1  # they store negative log-probs
-        for number, row in enumerate(read_rows(path), 2):
+        for line, row in enumerate(read_rows(path), 2):  # line 1 names the columns
             for column in ("prompt", "generated_text", *RELEASED[end].values()):
-                problem = f"{path}:{number}: no column {column!r} in {', '.join(row)}"
+                problem = f"{path}:{line}: no column {column!r} in {', '.join(row)}"
                 require(row.get(column) is not None, problem)
             scores = setting_rows.setdefault((row["prompt"], row["generated_text"]), {})
             for ours, theirs in RELEASED[end].items():
                 scores[ours] = sign * float(row[theirs] or "nan")
 
-    # What is complete is kept.
+    # What has all four columns, and numbers in them, is kept.
     found = {}
     for spec, setting_rows in joined.items():
         found[spec] = []
@@ -1193,10 +1342,10 @@ class Record:
     target: str
     prompts: int  # chains; 1 if pooled
     n: int  # strings of a corpus
-    # Means of log p, reward, implicit reward and log p_+:
+    # Means of log p, reward, implicit reward and log p_+, in this order:
     local: list = field(default_factory=list)  # over the draws
     chain: list = field(default_factory=list)  # over the chains' states
-    snis: list = field(default_factory=list)  # of an infinite chain: importance sampling
+    snis: list = field(default_factory=list)  # in the limit: self-normalised importance sampling
     # Of the chains, and of the limit (means over the chains):
     accept: float = math.nan  # share of the proposals that the chains accepted
     accept_limit: float = math.nan  # the same of an infinite chain
@@ -1207,47 +1356,8 @@ class Record:
     implicit: list = field(default_factory=list)  # the same with the implicit reward
     r_all: float = math.nan  # Pearson's of the means of 1000 corpora
     r_typ: float = math.nan  # of the typical ones of these
-    # Up to 100 corpora of each kind, as means like `local`: local, chain, typical
+    # {local, chain or typical: up to 100 corpora, each as four means like `local`}
     corpora: dict = field(default_factory=dict)
-
-
-def log_weights(corpus, T, target, beta):
-    """log w of Eq. 5 = log target - log q of each draw, up to a constant -> (N,)"""
-    if target == "global":
-        log_target = corpus.log_aligned / T  # Eq. 4; S_t holds every token that was drawn
-    elif target == "aligned":
-        log_target = corpus.log_aligned
-    elif target == "posterior":
-        log_target = corpus.log_prior + corpus.reward / beta  # Eq. 1
-    else:
-        raise ValueError(f"unknown target {target!r}")
-    outside = ~np.isfinite(corpus.log_q)  # q cannot propose these: no weight
-    return np.where(outside, -math.inf, log_target - corpus.log_q)
-
-
-def pools_of(prompts, pooled):
-    """The draws that share a chain: arrays of indices, one per prompt, or all together."""
-    if pooled:
-        return [np.arange(len(prompts))]
-    pools = {}
-    for i, prompt in enumerate(prompts):
-        pools.setdefault(prompt, []).append(i)
-    return [np.array(pools[prompt]) for prompt in sorted(pools)]
-
-
-def corpus_means(values, n, rng):
-    """Means of 1000 corpora of n strings, drawn with replacement.  (N, 4) -> (1000, 4)"""
-    return values[rng.integers(len(values), size=(1000, n))].mean(1)
-
-
-def typical_corpora(means, log_p_plus, n, eps):
-    """The corpora whose mean log p_+ is within eps standard errors of its expectation.
-
-    The expectation is over the strings that the corpora are drawn from.
-    (B, 4) means of corpora of n strings, (N,) log p_+ of the strings -> (at most B, 4)
-    """
-    distance = abs(means[:, 3] - log_p_plus.mean())
-    return means[distance * math.sqrt(n) < eps * log_p_plus.std()]
 
 
 def imh_setting(args, spec, corpus, rng):
@@ -1255,7 +1365,9 @@ def imh_setting(args, spec, corpus, rng):
     # Four values of each string; their means are what corpora are compared by.
     T = parse_adaptor(spec).get("temperature", 1)
     log_p_plus = corpus.log_aligned
-    if args.target == "posterior":  # p_+ is not the model but Eq. 1, up to log Z(x)
+    if args.target == "posterior":
+        # p_+ is not the model's but that of Eq. 1.  log Z(x) is unknown and stays in: this is the
+        # very sum of the trade-off, log p + r / beta.
         log_p_plus = corpus.log_prior + corpus.reward / args.beta
     values = np.stack([corpus.log_prior, corpus.reward, corpus.implicit, log_p_plus], 1)
     log_w = log_weights(corpus, T, args.target, args.beta)
@@ -1277,15 +1389,16 @@ def imh_setting(args, spec, corpus, rng):
     record.ess = float(np.mean([limit.ess for limit in limits]))
     record.log_Z = float(np.mean([limit.log_Z for limit in limits]))
 
-    # Corpora as drawn and after IMH.  The typical ones are chosen among those as drawn (as
-    # released); under posterior the draws are the prior's, so among those of the chains' states.
+    # Corpora as drawn and after IMH.  Under global and aligned the trade-off is looked for among
+    # those as drawn; these are draws of q, so that typical means near E_q log p_+.  Under posterior
+    # the draws are the prior's and only the states of the chains follow Eq. 1: among those after.
     local = corpus_means(values, record.n, rng)
     chain = corpus_means(after, record.n, rng)
     if args.target == "posterior":
-        aligned = chain
-        typical = typical_corpora(chain, after[:, 3], record.n, args.eps)
+        compared = chain
+        typical = typical_corpora(chain, after[:, LOG_P_PLUS], record.n, args.eps)
     else:
-        aligned = local
+        compared = local
         typical = typical_corpora(local, log_p_plus, record.n, args.eps)
     for kind, means in (("local", local), ("chain", chain), ("typical", typical)):
         record.corpora[kind] = means[:100].tolist()
@@ -1293,20 +1406,21 @@ def imh_setting(args, spec, corpus, rng):
     # The trade-off: of strings, of all corpora, of typical corpora.
     record.strings = correlations(corpus.log_prior, corpus.reward)
     record.implicit = correlations(corpus.log_prior, corpus.implicit)
-    record.r_all = correlations(aligned[:, 0], aligned[:, 1])[0]
-    record.r_typ = correlations(typical[:, 0], typical[:, 1])[0]
+    record.r_all, _ = correlations(compared[:, LOG_P], compared[:, REWARD])
+    record.r_typ, _ = correlations(typical[:, LOG_P], typical[:, REWARD])
     return record
 
 
 def imh(args):
     """Run IMH over each setting's draws, write out/imh.json and print a table -> Records"""
-    # A line a setting; chance depends on the seed and the setting's number.
     print(f"IMH to {args.target}: mean log p and mean reward; correlations of the two")
     head = f"{'':32}   as drawn        | chain            | limit            |"
     print(f"{head} accept  limit   ess  log_Z | strings corpora typical")
+
+    # One line for each setting; its chance depends on the seed and its number.
     records = []
-    for spec, corpus in read_corpora(args).items():
-        rng = np.random.default_rng([args.seed, len(records)])
+    for number, (spec, corpus) in enumerate(read_corpora(args).items()):
+        rng = np.random.default_rng([args.seed, number])
         record = imh_setting(args, spec, corpus, rng)
         records.append(record)
         print_record(record)
@@ -1320,10 +1434,11 @@ def print_record(record):
     """One line of imh's table."""
     line = f"{record.setting:32}"
     for means in (record.local, record.chain, record.snis):
-        line += f" {means[0]:8.3f} {means[1]:7.3f} |"
+        line += f" {means[LOG_P]:8.3f} {means[REWARD]:7.3f} |"
     line += f" {record.accept:6.3f} {record.accept_limit:6.3f} {record.ess:5.3f}"
     line += f" {record.log_Z:6.2f} |"
-    line += f" {record.strings[0]:+7.2f} {record.r_all:+7.2f} {record.r_typ:+7.2f}"
+    pearson, _ = record.strings
+    line += f" {pearson:+7.2f} {record.r_all:+7.2f} {record.r_typ:+7.2f}"
     print(line, flush=True)
 
 
@@ -1335,13 +1450,13 @@ def what_is_seen(records):
     # Between settings: one point each.
     before = np.array([record.local for record in records])
     after = np.array([record.chain for record in records])
-    local, _ = correlations(before[:, 0], before[:, 1])
-    chain, _ = correlations(after[:, 0], after[:, 1])
+    local, _ = correlations(before[:, LOG_P], before[:, REWARD])
+    chain, _ = correlations(after[:, LOG_P], after[:, REWARD])
     seen = f"Seen here: typical corpora of one setting correlate {typical:+.2f} on average,\n"
     seen += (
         f"the means of the {len(records)} settings {local:+.2f} as drawn and {chain:+.2f} after IMH"
     )
-    if typical < -0.5:
+    if typical < -0.5:  # Eq. 1 has it near -1
         return f"{seen}:\nreward is paid for in likelihood, as the paper finds."
     return f"{seen}:\nnot the paper's trade-off, which needs p_+ to be Eq. 1 for this very reward."
 
@@ -1349,12 +1464,12 @@ def what_is_seen(records):
 def reward_panels(records, corpora, column, ylabel):
     """Strings, and corpora of each setting: as drawn, after IMH, and typical -> four Panels
 
-    column: 1 for the reward, 2 for the implicit reward.
+    column: REWARD or IMPLICIT, which of the two is drawn against log p.
     """
     strings = Panel("strings as drawn", "log p(y | x) of the prior (nats)", ylabel)
     for spec, corpus in corpora.items():
         reward = corpus.reward
-        if column == 2:
+        if column == IMPLICIT:
             reward = corpus.implicit
         strings.series[spec] = np.stack([corpus.log_prior, reward], 1)
     panels = [strings]
@@ -1368,8 +1483,8 @@ def reward_panels(records, corpora, column, ylabel):
     for kind, title in titles.items():
         panel = Panel(f"corpora of {n} strings {title}", "mean log p (nats)", f"mean {ylabel}")
         for record in records:
-            means = np.reshape(record.corpora[kind], (-1, 4))
-            panel.series[record.setting] = means[:, [0, column]]
+            means = np.reshape(record.corpora[kind], (-1, 4))  # also of no corpora
+            panel.series[record.setting] = means[:, [LOG_P, column]]
         panels.append(panel)
 
     # The correlation over all points of a panel goes into its title.
@@ -1387,12 +1502,12 @@ def figures(args):
     records = [Record(**row) for row in read_rows(path)]
     corpora = read_corpora(args)
     ylabel = "reward (the judge's unit)"
-    draw_reward(args, records, corpora, 1, ylabel, "correlations.png")
+    draw_reward(args, records, corpora, REWARD, ylabel, "correlations.png")
     if all(np.ptp(corpus.implicit) == 0 for corpus in corpora.values()):
         print("implicit reward: the same for every response, since p_+ is the prior; no figure")
     else:
         ylabel = "implicit reward (nats)"
-        draw_reward(args, records, corpora, 2, ylabel, "correlations_dpo_secret.png")
+        draw_reward(args, records, corpora, IMPLICIT, ylabel, "correlations_dpo_secret.png")
     print(f"figures in {Path(args.out, 'figures')}")
 
 
@@ -1406,8 +1521,8 @@ def draw_reward(args, records, corpora, column, ylabel, name):
     print(f"{name}: {'; '.join(titles)}")
 
 
-def check(args):
-    """Refuse numbers out of their range before anything is loaded."""
+def check(args, command):
+    """Refuse bad numbers, and --csv where it is not read, before anything is loaded."""
     require(0 < args.beta < math.inf, "--beta: above 0, and finite")
     require(args.prompts > 0, "--prompts: at least 1")
     require(args.max_length > 1, "--max-length: at least 2")
@@ -1415,13 +1530,16 @@ def check(args):
     require(args.corpus_size > 0, "--corpus-size: at least 1")
     require(0 <= args.burn_in < args.chain_length, "--burn-in: 0 <= --burn-in < --chain-length")
     require(0 < args.eps < math.inf, "--eps: above 0, and finite")
+    reads_csv = command in ("imh", "figures")
+    problem = f"--csv: {command} does not read it; run imh, then figures, with this --csv"
+    require(reads_csv or not args.csv, problem)
     for spec in all_settings(args.sampling_types, args.temperatures):
         parse_adaptor(spec)
 
 
 def main(args, command="all"):
-    check(args)
-    # Generate and score use every process; the rest is light and needs one.
+    check(args, command)
+    # Generate and score use every process; the rest is light and needs one, which torchrun names.
     first = os.environ.get("RANK", "0") == "0"
     if command in ("all", "toy") and first:
         toy(args)

@@ -634,7 +634,7 @@ def test_readers_of_the_tiny_world():
             expected = common.tiny_reward(row["prompt"], text)
             assert readers.mean[i, j].item() == pytest.approx(expected)
             assert readers.divides[i, j] == common.tiny_attributes(text)["monster"]
-    wins = readers.first_wins.view(len(rows), 6)
+    wins = readers.p_first_wins.view(len(rows), 6)
     for i, row in enumerate(rows[:20]):
         first, second = (
             row["responses"].index(row["chosen"]),

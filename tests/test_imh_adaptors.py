@@ -1107,6 +1107,9 @@ def test_bad_csvs(tmp_path):
     args = Args(csv=str(tmp_path), out=str(tmp_path))
     with pytest.raises(SystemExit, match="needs CSVs"):
         imh.imh(args)
+    for command in ("all", "exact", "generate"):  # they would make scores of their own
+        with pytest.raises(SystemExit, match="--csv"):
+            imh.main(args, command)
     released_csvs(tmp_path, drop="samplingbiased_negative_log_probability")
     with pytest.raises(
         SystemExit, match=r"conditioned.csv:2: no column 'samplingbiased_negative_log_probability'"
@@ -1186,6 +1189,24 @@ def test_killed_runs_continue(models, scored, tmp_path):
     with pytest.raises(SystemExit, match="seed 0 -> 1"):
         imh.generate(imh.replace(scored, out=str(killed), resume=True, seed=1))
     imh.imh(imh.replace(scored, out=str(two)))
+
+
+def test_markers_go_by_the_number_of_the_temperature(tmp_path, monkeypatch):
+    """Five temperatures and greedy: 10 comes last, and each temperature is in the legend."""
+    drawn = []
+    monkeypatch.setattr(
+        imh.Figure, "legend", lambda _, handles, names, **place: drawn.extend(zip(handles, names))
+    )
+    labels = [f"top_k=5,temperature={T}" for T in ("10", "1.5", "0.5", "0.75", "1")]
+    panel = imh.Panel("", "", "", {label: [[0, 0]] for label in [*labels, "greedy"]})
+    imh.scatter(tmp_path / "a.png", [panel], "")
+    assert [(name, handle.get_marker()) for handle, name in drawn[2:]] == [
+        ("T = 0.5", "s"),
+        ("T = 0.75", "v"),
+        ("T = 1", "^"),
+        ("T = 1.5", "D"),
+        ("T = 10", "P"),
+    ]
 
 
 def test_help_is_instant():
