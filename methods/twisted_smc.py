@@ -7,7 +7,8 @@ Zhao, Brekelmans, Makhzani, Grosse 2024, https://arxiv.org/abs/2404.17546
     proposal, Eq. 14-15  q = p0 psi_t / Z^pi_t, Z^pi_t = sum_v p0(v | s_{1:t-1}) psi_t(s_{1:t-1}, v)
     weights, Eq. 10      w_t = p0 psi_t / (q psi_{t-1}), and phi takes the place of psi_T
     weights, Eq. 16      w_t = Z^pi_t / psi_{t-1} under that proposal
-    estimate, Eq. 8      Z-hat = product over blocks of mean_k prod_t w_t^k, with E Z-hat = Z
+    estimate, Eq. 8      Z-hat = product of mean_k prod_t w_t^k over blocks, with E Z-hat = Z;
+                         a block is the steps from one resampling to the next
     bounds, Eq. 24       E log Z-hat <= log Z <= E log Z-hat with one exact sample retained
 
     python methods/twisted_smc.py                          the tiny world, six learners, 90 seconds
@@ -20,7 +21,8 @@ Fig. 3; toxicity-story and sentiment-review for the texts of App. H.1.
 
 Three things differ from the paper. There is no resampling after t = 1 under the twist proposal,
 where all weights are equal. Losses are means over t where Table 1 has sums, as in the released
-code, whose learning rates need it. FUDGE serves every potential with a known bound, as phi / bound.
+code, whose learning rates need it. FUDGE, which needs phi <= 1, learns phi / bound where a bound is
+known.
 
 Four things differ from the released code. FUDGE continues each exact prefix s_{1:t} itself, and not
 s_{1:t-1}, so that the label of s_t depends on s_t. RL averages its two batches. PPO trains its
@@ -39,7 +41,7 @@ LEARNERS = ("ctl", "rl", "sixo", "fudge", "dpg", "ppo")
 
 @dataclass
 class Args:
-    # What to sample from: sigma ~ p0 phi^beta (Eq. 1; Eq. 19 with phi = exp(r)).
+    # What to sample from: sigma is proportional to p0 phi^beta (Eq. 1; Eq. 19 with phi = exp(r)).
     model: str = "tiny"  # p0: tiny, a local folder or a hub id
     prompt: str = (  # the text that p0 continues
         "\n\nHuman: Tell me a story about a fox in a cave."
@@ -47,35 +49,40 @@ class Args:
     )
     T: int = 5  # tokens generated; the end token is a token like others
     # phi is one of: tiny:monster, tiny:polite, tiny:happy, tiny:reward (the tiny world);
-    # class:LABEL, threshold:ETA, reward (of --classifier);
+    # class:LABEL (the probability of that label, by --classifier), threshold:ETA (is its score
+    # below ETA?), reward (exp of its score);
     # infilling, continuation (p0 of the tokens that follow);
     # FILE.py:FUNCTION (your own log phi)
     potential: str = "tiny:monster"
-    beta: float = 1.0  # phi^beta; the inverse of DPO's beta
+    beta: float = 1.0  # phi^beta; the inverse of DPO's beta; 1 for infilling and threshold
     classifier: str = ""  # sequence classification model of the potentials class, threshold, reward
     c: int = 0  # infilling: the number of tokens that follow, on which sigma is conditioned
-    continuation: str = ""  # the text that follows: for continuation, and to show under infilling
+    continuation: str = ""  # the text that follows, for continuation; infilling only shows its use
     # Who learns: one learner, all six, none (psi = 1), or a policy that is evaluated as q.
     learner: Literal["ctl", "rl", "sixo", "fudge", "dpg", "ppo", "all", "none", "policy"] = "all"
     policy: str = ""  # for --learner policy: a causal LM with the vocabulary of --model
     twist: Literal["linear", "mlp", "body", "body-mlp"] = "mlp"  # head on p0 or on a trained copy
-    K: int = 64  # particles of an update, or per condition
-    # infilling, per update: CTL draws this many conditions with K particles each; the other
-    # learners draw conditions * K conditions with one particle each
+    K: int = 64  # particles of an update; under infilling see --conditions
+    # only infilling, where an update has conditions * K particles: CTL draws this many conditions,
+    # each with K particles; every other learner draws a new condition for each particle
     conditions: int = 1
-    train_on_exact: bool = False  # positives are exact samples (Tables 9, 10); not of FUDGE and PPO
-    lr: float = 0.0  # Adam's rate for every learner; 0: each its own, from the row --rates
-    rates: str = "tiny"  # a row of the table LR: tiny, toxicity, sentiment, infilling, ...
+    # learn from exact samples (Tables 9, 10); FUDGE and PPO ignore it, and infilling always does
+    train_on_exact: bool = False
+    lr: float = 0.0  # Adam's rate for every learner; 0: each learner has its own, see --rates
+    rates: str = "tiny"  # while --lr is 0: the row of table LR (tiny, toxicity, sentiment, ...)
     max_steps: int = 96  # updates
-    eval_every: int = 32  # in updates, also saves; 0: after 0, 2, 4, 8, ... (the paper's epochs)
+    # updates from one evaluation and checkpoint to the next; 0: after 0, 2, 4, 8, ... updates (the
+    # paper's epochs)
+    eval_every: int = 32
     # How it is measured (Section 5).
     proposal: Literal["twist", "base"] = "twist"  # q of the bounds: Eq. 14 or p0
     scheme: Literal["systematic", "multinomial"] = "systematic"  # of resampling; paper: multinomial
-    tau: float = 2.0  # resample where ESS < tau K: above 1 at every step (the paper), 0 never
-    exact: int = 200  # exact samples, for upper bounds and KL(sigma | q); 0: none
-    exact_samples: str = ""  # their file, made if absent; empty: in the run folder
-    bound_K: tuple[int, ...] = (8, 32)  # particles of the bounds; the KLs use the last
-    runs: int = 8  # runs of each bound
+    # resample where ESS < tau K; above 1: at every step (the paper), 0: never
+    tau: float = 2.0
+    exact: int = 200  # how many exact samples, for upper bounds and KL(sigma | q); 0: none
+    exact_samples: str = ""  # file that holds them, made if absent; empty: in the run folder
+    bound_K: tuple[int, ...] = (8, 32)  # bounds for each of these K; the KLs use the last
+    runs: int = 8  # of each bound; under infilling the KLs use so many conditions and no more
     seeds: int = 1  # repetitions with seed, seed + 1, ... (the paper's tables: 5)
     seed: int = 0  # of all random draws
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of p0; twists stay float32
@@ -84,8 +91,9 @@ class Args:
     overwrite: bool = False  # delete the run that is in the run folder
 
 
-# Learning rates by the learner's name: the released code's last commands.  Its first release had
-# 1e-4 for CTL on toxicity, 4096 updates for toxicity and sentiment, 6000 and 16384 for infilling.
+# Learning rates by the learner's name.  All rows but "tiny" are from the commands in the newest
+# README of the released code.  Its first README had 1e-4 for CTL on toxicity, 4096 updates for
+# toxicity and sentiment, and 6000 and 16384 for infilling.
 LR = {
     "tiny": {"ctl": 3e-3, "rl": 5e-3, "sixo": 3e-3, "fudge": 3e-3, "dpg": 3e-3, "ppo": 1e-3},
     "toxicity": {"ctl": 3e-5, "rl": 3e-5, "sixo": 3e-5, "fudge": 1e-4, "dpg": 3e-5, "ppo": 1e-6},
@@ -113,7 +121,7 @@ TOXICITY = Args(  # App. G: prompt, T, K and evaluation; updates and rates from 
     model="roneneldan/TinyStories-33M",
     prompt="Once upon a time, there was a",
     T=20,
-    potential="class:0",  # a single logit is that of class 1, "not toxic"
+    potential="class:0",  # toxic: the model's only logit is that of class 1, "not toxic"
     classifier="nicholasKluge/ToxicityModel",
     twist="body",
     K=100,
@@ -192,6 +200,7 @@ PRESETS = {
     "toxicity-threshold": TOXICITY_THRESHOLD,
     "toxicity-story": TOXICITY_STORY,
     "sentiment": SENTIMENT,
+    # as released, one rate for all learners
     "sentiment-exact": replace(SENTIMENT, max_steps=512, train_on_exact=True, lr=1e-4),
     "sentiment-review": SENTIMENT_REVIEW,
     "infilling": INFILLING,
@@ -237,30 +246,38 @@ from common import setup, start_run, stop_requested  # processes
 
 @dataclass
 class Step:
-    """One token for each of n particles, and what it weighs; all (n,), logarithms in nats."""
+    """One token for each of n particles, and its log-probs and twists; all (n,), in nats."""
 
     tokens: torch.Tensor  # s_t
     log_p: torch.Tensor  # log p0(s_t | s_{1:t-1})
     log_q: torch.Tensor  # log q(s_t | s_{1:t-1})
     log_psi: torch.Tensor  # log psi_t(s_{1:t})
-    log_norm: torch.Tensor  # log Z^pi_t(s_{1:t-1}), Eq. 15
+    log_Z_pi: torch.Tensor  # log Z^pi_t(s_{1:t-1}), Eq. 15
 
 
 @dataclass
 class Particles:
-    """What smc returns: N runs of K particles; (N, K, T) goes along each particle's ancestry."""
+    """What smc returns: the whole sequences of N runs' K particles at T.
 
-    tokens: torch.Tensor  # (N, K, T)
-    log_p: torch.Tensor  # (N, K, T), as in Step
-    log_q: torch.Tensor  # (N, K, T)
-    log_psi: torch.Tensor  # (N, K, T)
-    log_norm: torch.Tensor  # (N, K, T)
-    lineage: torch.Tensor  # (N, K, T), the slot in which final particle k's ancestor stood at t
+    What a particle took over from its ancestors in resampling is part of its sequence.
+    """
+
+    # Of every token, (N, K, T): what Step has of it.
+    tokens: torch.Tensor
+    log_p: torch.Tensor
+    log_q: torch.Tensor
+    log_psi: torch.Tensor
+    log_Z_pi: torch.Tensor
+    lineage: torch.Tensor  # (N, K, T), the slot in which sequence k's ancestor stood at t
+
+    # Of every sequence or run.
     log_phi: torch.Tensor | None = None  # (N, K)
     log_w: torch.Tensor | None = None  # (N, K), since the last resampling
     log_Z: torch.Tensor | None = None  # (N,), log Z-hat
     ess: torch.Tensor | None = None  # (N, T), before resampling
-    o: torch.Tensor | None = None  # (N, c), conditions: this and the next two come from sample()
+
+    # What sample() adds.
+    o: torch.Tensor | None = None  # (N, c), conditions
     states: torch.Tensor | None = None  # (N, K, T, d), hidden states of p0 before each token
     z: torch.Tensor | None = None  # (N, K, T, d), hidden states that the twist's head reads
 
@@ -271,76 +288,91 @@ def ess(log_w):
 
 
 def reweigh(log_w, increment):
-    """log_w + increment, but a weight of zero stays zero: its increment may be inf or nan."""
+    """log_w + increment, but a weight of zero stays zero.
+
+    Where psi_{t-1} was 0 the increment divides by it, and may be inf or nan.
+    """
     return torch.where(log_w == -torch.inf, log_w, log_w + increment)
 
 
 def retained_shift(w, cdf, slot, u):
-    """Shift (N, 1) of systematic resampling's grid that gives the retained particle an offspring.
+    """Draw the shift of systematic resampling, given that the retained particle is a parent.
 
     w, cdf (N, K): weights and their sums.  slot (N, 1): the retained particle.  u (N, 1): uniforms.
-    -> shift, and home (N, 1), the grid point that hits that particle.
+    -> shift (N, 1), and home (N, 1), the offspring that goes on from that particle.
+
+    Without that condition the grid has the points (i + shift) / K for i = 0, ..., K - 1, and shift
+    is uniform in (0, 1].  One of these points, chosen at random, is then uniform in (0, 1] itself.
+    The retained offspring is such a random choice.  The condition says that its point lies on the
+    retained particle's stretch of the cdf, so the point is uniform on that stretch.  Once it is
+    drawn, it fixes the rest of the grid.
     """
     K = w.shape[1]
-    # x is drawn uniformly from the stretch of the cdf that belongs to the retained particle.
-    x = cdf.gather(1, slot) - w.gather(1, slot) * u
-    # The K grid points are (i + shift) / K.  The one that hits x has i = home, which fixes shift.
-    home = (K * x).ceil().long().clamp(1, K) - 1
-    return K * x - home, home
+    # The point of the retained offspring: uniform on the retained particle's stretch of the cdf.
+    point = cdf.gather(1, slot) - w.gather(1, slot) * u
+    # It is (home + shift) / K with a shift in (0, 1].
+    home = (K * point).ceil().long().clamp(1, K) - 1
+    return K * point - home, home
 
 
 def resample(log_w, u, scheme="systematic", slot=None):
     """Draw ancestors for N runs: particle k has K w_k offspring on average.
 
-    log_w (N, K): log-weights.  u (N, K + 1): uniforms.  -> ancestors (N, K), home (N, 1).
-    slot (N, 1): where the retained particle stands.  Exactly one of its offspring is retained
-    again; home (N, 1) is that offspring's place among the K.  The law of the other K - 1 is the
-    scheme's, given that, as Prop. 5.1 needs.  Without a retained particle both are None.
+    log_w (N, K): log-weights.  u (N, K + 1): uniforms, K to draw with and one for the retained
+    particle.  slot (N, 1): where the retained particle stands.
+    -> parents (N, K), home (N, 1).  Exactly one offspring of the retained particle is retained
+    again; home is that offspring's place among the K.  The law of the other K - 1 is the scheme's,
+    given that, as Prop. 5.1 needs.  Without a retained particle slot and home are None.
     """
     K = log_w.shape[1]
     w = log_w.softmax(-1)
     cdf = w.cumsum(-1)
     u_right = 1 - u  # in (0, 1]: never hits a particle without weight
-    home = slot
 
     # K points in (0, 1]; each one draws the particle on whose stretch of the cdf it lies.
     if scheme == "systematic":
         shift = u_right[:, :1]
+        home = None
         if slot is not None:
             shift, home = retained_shift(w, cdf, slot, u[:, K:])
         points = (torch.arange(K, device=w.device) + shift) / K
     elif scheme == "multinomial":
+        # The K draws are independent and alike, so it does not matter which of them the retained
+        # offspring replaces: it stays where its parent stood.
         points = u_right[:, :K]
+        home = slot
     else:
         raise ValueError(f"unknown resampling scheme {scheme!r}")
 
-    ancestors = torch.searchsorted(cdf, points * cdf[:, -1:]).clamp(max=K - 1)
+    # Rounding leaves the last sum a little off 1; scaled by it no point lies beyond.
+    parents = torch.searchsorted(cdf, points * cdf[:, -1:]).clamp(max=K - 1)
     if slot is not None:
-        ancestors = ancestors.scatter(1, home, slot)
-    return ancestors, home
+        parents = parents.scatter(1, home, slot)
+    return parents, home
 
 
-def follow(slot, home, parents, moved):
-    """Where the retained particle's offspring stands after stay_in_place has permuted them all.
+def follow(slot, home, parents, sources):
+    """Where the retained offspring stands after stay_in_place has permuted the offspring.
 
-    slot (N, 1): the retained particle.  home (N, 1): its retained offspring among `parents` (N, K).
-    moved (N, K): the same parents, permuted.  -> (N, 1)
-    If `home` is the r-th of the offspring it stays the r-th: always taking the first would not do,
-    since under the systematic scheme the slots are not alike.
+    slot (N, 1): the retained particle.  home (N, 1): its retained offspring's place in `parents`
+    (N, K).  sources (N, K): the same parents, permuted.  -> (N, 1)
+    The offspring of one particle are copies, and `home` is the r-th of them.  After the permutation
+    it is again the r-th.  To take the first each time would be wrong: the systematic scheme reads
+    the particles in the order of their slots, so its draws would not be those that Prop. 5.1 needs.
     """
-    # rank: home is the r-th of the offspring (1, 2, ...).
-    rank = (parents == slot).cumsum(-1).gather(1, home)
-    # The r-th of them in the permuted order is the one child that has this rank.
-    child = moved == slot
-    is_rth = child & (child.cumsum(-1) == rank)
+    # r = 1, 2, ... of home among the offspring of the retained particle.
+    r = (parents == slot).cumsum(-1).gather(1, home)
+    # The slot at which the permuted offspring, counted from the left, are r in number.
+    is_offspring = sources == slot
+    is_rth = is_offspring & (is_offspring.cumsum(-1) == r)
     return is_rth.int().argmax(-1, keepdim=True)
 
 
 def log_sum_exp(x):
-    """(n, V) -> (n,) in float64; on a CPU a few rows at a time, which stay in its cache."""
+    """(n, V) -> (n,) in float64."""
     rows = len(x)
     if x.is_cpu:
-        rows = max(8, 2**18 // x.shape[1])
+        rows = max(8, 2**18 // x.shape[1])  # so many rows fit the processor's cache
     return torch.cat([part.logsumexp(-1) for part in x.split(rows)]).double()
 
 
@@ -356,51 +388,52 @@ def propose(logits, log_psi, proposal, forced=None):
     forced (n,): tokens of retained particles, -1 for the others; None: all are free.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # p0, p0 psi_t and q over the vocabulary, none of them normalised.
-    log_p_psi = logits
+    # Unnormalised logarithms of p0 psi_t and of q, (n, V); those of p0 are the logits.
+    p_psi_logits = logits
     if log_psi is not None:
-        log_p_psi = logits + log_psi
-    log_q = logits  # q = p0
+        p_psi_logits = logits + log_psi
+    q_logits = logits  # q = p0
     if proposal == "twist":
-        log_q = log_p_psi  # Eq. 14
+        q_logits = p_psi_logits  # Eq. 14
 
-    # sample_tokens returns log q of the drawn token: its score less that is the log-normaliser of
-    # q, which so needs no other pass over the vocabulary.
+    # Draw.  A token's logit less its log-prob is the log-normaliser of q: no sum over V is needed.
     uniforms = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
-    tokens, log_q_of_token = sample_tokens(log_q, uniforms)
-    norm_q = pick(log_q, tokens) - log_q_of_token
+    tokens, log_q_of_drawn = sample_tokens(q_logits, uniforms)
+    log_sum_q = pick(q_logits, tokens) - log_q_of_drawn
 
-    # The log-normalisers of p0 and of p0 psi_t: at least one of the two is q.
-    if log_psi is None:  # both are
-        norm_p = norm_q
-        norm_p_psi = norm_q
+    # The log-normalisers of p0 and of p0 psi_t.  That of q is one of the two, or both.
+    if log_psi is None:
+        log_sum_p = log_sum_q
+        log_sum_p_psi = log_sum_q
     elif proposal == "twist":
-        norm_p = log_sum_exp(logits)
-        norm_p_psi = norm_q
+        log_sum_p = log_sum_exp(logits)
+        log_sum_p_psi = log_sum_q
     else:
-        norm_p = norm_q
-        norm_p_psi = log_sum_exp(log_p_psi)
+        log_sum_p = log_sum_q
+        log_sum_p_psi = log_sum_exp(p_psi_logits)
 
     # Retained particles take their own token, which has its own probability.
     if forced is not None:
         tokens = torch.where(forced < 0, tokens, forced)
-    log_psi_of_token = torch.zeros_like(norm_p)
+    log_psi_of_token = torch.zeros_like(log_sum_p)
     if log_psi is not None:
         log_psi_of_token = pick(log_psi, tokens)
     return Step(
         tokens=tokens,
-        log_p=pick(logits, tokens) - norm_p,
-        log_q=pick(log_q, tokens) - norm_q,
+        log_p=pick(logits, tokens) - log_sum_p,
+        log_q=pick(q_logits, tokens) - log_sum_q,
         log_psi=log_psi_of_token,
-        log_norm=norm_p_psi - norm_p,  # Eq. 15
+        log_Z_pi=log_sum_p_psi - log_sum_p,  # Eq. 15
     )
 
 
 def draw_ancestors(log_w, low, scheme, slot):
-    """Resample the runs that are `low` (N,) -> ancestors (N K,), moved (N, K), slot.
+    """Resample some of the N runs -> ancestors (N K,), sources (N, K), slot.
 
-    log_w (N, K): log-weights.  slot (N, 1) or None: the retained particle, before and after.
-    moved[n, k]: the slot of run n from which slot k goes on; ancestors: the same, of all N K slots.
+    log_w (N, K): log-weights.  low (N,): true for the runs to resample, whose ESS is low.
+    slot (N, 1) or None: where the retained particle stands, before and after.
+    sources[n, k]: the slot of run n from which slot k goes on.  ancestors: the same with all N K
+    slots in one row, as a KV cache has them.
     """
     if slot is not None and slot.shape[1] != 1:
         raise ValueError(
@@ -412,7 +445,7 @@ def draw_ancestors(log_w, low, scheme, slot):
     parents, home = resample(log_w, uniforms, scheme, slot)
 
     # In the runs that are not low every particle goes on as it is.
-    own = torch.arange(K, device=log_w.device).repeat(N, 1)
+    own = torch.arange(K, device=log_w.device).repeat(N, 1)  # own[n, k] = k
     parents = torch.where(low[:, None], parents, own)
     if slot is not None:
         home = torch.where(low[:, None], home, slot)
@@ -420,10 +453,10 @@ def draw_ancestors(log_w, low, scheme, slot):
     # Survivors keep their slots, so that only the slots of dead particles are overwritten.
     first_row = K * torch.arange(N, device=log_w.device)[:, None]  # of each run, among all N K
     ancestors = stay_in_place((first_row + parents).view(-1))
-    moved = ancestors.view(N, K) - first_row
+    sources = ancestors.view(N, K) - first_row
     if slot is not None:
-        slot = follow(slot, home, parents, moved)
-    return ancestors, moved, slot
+        slot = follow(slot, home, parents, sources)
+    return ancestors, sources, slot
 
 
 def log_mean(log_w):
@@ -431,33 +464,34 @@ def log_mean(log_w):
     return log_w.logsumexp(-1) - math.log(log_w.shape[1])
 
 
-def along_ancestry(path, moves, own):
-    """The Steps of every particle at T, each step taken from the ancestor it had then -> Particles.
+def along_ancestry(steps, sources_of, own):
+    """Whole sequences from what was drawn slot by slot -> Particles.
 
-    path: the T Steps.  moves: for every t < T `moved` (N, K), the slots at t that the slots at
-    t + 1 went on from.  own (N, K): the slots at T, 0 to K - 1.
-    lineage[n, k, t]: the slot in which the ancestor at t of final particle k stood.
+    steps: the T Steps.  sources_of: for every t < T `sources` (N, K), the slots at t from which the
+    slots at t + 1 went on.  own (N, K): own[n, k] = k, the slots at T.
+    A sequence may have stood in another slot at each t.  lineage[n, k, t] is the slot at t of the
+    sequence that ends in slot k.
     """
-    # Backwards from T: slots[t] = moved_t[slots[t + 1]].
+    # Backwards from T: a sequence's slot at t is the source of its slot at t + 1.
     slots = [own]
-    for moved in reversed(moves):
-        slots.append(moved.gather(1, slots[-1]))
+    for sources in reversed(sources_of):
+        slots.append(sources.gather(1, slots[-1]))
     slots.reverse()
     lineage = torch.stack(slots, -1)
 
-    # What happened in each slot, (N, K, T); then the same along the lineages.
+    # What was drawn in each slot, (N, K, T); then the same for each sequence.
     shape = lineage.shape
-    tokens = torch.stack([step.tokens for step in path], -1).view(shape)
-    log_p = torch.stack([step.log_p for step in path], -1).view(shape)
-    log_q = torch.stack([step.log_q for step in path], -1).view(shape)
-    psi = torch.stack([step.log_psi for step in path], -1).view(shape)
-    log_norm = torch.stack([step.log_norm for step in path], -1).view(shape)
+    tokens = torch.stack([step.tokens for step in steps], -1).view(shape)
+    log_p = torch.stack([step.log_p for step in steps], -1).view(shape)
+    log_q = torch.stack([step.log_q for step in steps], -1).view(shape)
+    log_psi = torch.stack([step.log_psi for step in steps], -1).view(shape)
+    log_Z_pi = torch.stack([step.log_Z_pi for step in steps], -1).view(shape)
     return Particles(
         tokens=tokens.gather(1, lineage),
         log_p=log_p.gather(1, lineage),
         log_q=log_q.gather(1, lineage),
-        log_psi=psi.gather(1, lineage),
-        log_norm=log_norm.gather(1, lineage),
+        log_psi=log_psi.gather(1, lineage),
+        log_Z_pi=log_Z_pi.gather(1, lineage),
         lineage=lineage,
     )
 
@@ -469,27 +503,28 @@ def smc(
 
     scores(last, ancestors) -> logits, log_psi: (N K, V) each, log p0(. | s_{1:t-1}), unnormalised,
         and log psi_t(s_{1:t-1}, .), None for psi = 1.  It first reorders its state by `ancestors`
-        (N K,), then appends the tokens `last` (N K,); either is None where there is nothing to do.
+        (N K,), then appends the tokens `last` (N K,).  Both are None in the first call;
+        `ancestors` is also None after a step without resampling.
     log_phi(tokens (N, K, T)) -> (N, K): the terminal potential; -inf is allowed.
     proposal: "twist" (Eq. 14) or "base", which is q = p0.
     tau: a run resamples where ESS < tau K, so never for 0 (SIS) and at every step above 1.
-    retained (N, R, T): tokens forced on the first R particles, -1 leaves one free.  R must be 1
-        where there is resampling, which that particle survives.
+    retained (N, R, T): the tokens that the first R particles of each run must take; where it is -1
+        the token is drawn.  With resampling R must be 1, and that particle survives.
     Weights are float64, and in log space throughout.
     """
     if proposal not in ("twist", "base"):
         raise ValueError(f"unknown proposal {proposal!r}")
     logits, log_psi = scores(None, None)
-    own = torch.arange(K, device=logits.device).repeat(N, 1)  # (N, K), the slots of each run
+    own = torch.arange(K, device=logits.device).repeat(N, 1)  # own[n, k] = k
     log_w = torch.zeros(N, K, dtype=torch.float64, device=logits.device)  # of the present block
     log_Z = log_w.new_zeros(N)
-    psi_before = log_w  # log psi_0 = 0
-    slot = None  # of the retained particles
+    log_psi_before = torch.zeros_like(log_w)  # psi_0 = 1
+    slot = None  # (N, R), where the retained particles stand
     if retained is not None:
         slot = own[:, : retained.shape[1]]
-    path = []  # a Step for each t
-    moves = []  # for each t < T, the slot that each particle goes on from
-    ess_of = []
+    steps = []  # a Step for each t
+    sources_of = []  # for each t < T, the slots that the next step goes on from
+    ess_at = []
 
     for t in range(T):
         # Propose: extend every particle by one token, drawn from q (Eq. 14) unless it is retained.
@@ -497,16 +532,16 @@ def smc(
         if retained is not None:
             forced = torch.full_like(own, -1).scatter(1, slot, retained[:, :, t]).view(-1)
         step = propose(logits, log_psi, proposal, forced)
-        path.append(step)
-        psi = step.log_psi.view(N, K)
+        steps.append(step)
+        log_psi_now = step.log_psi.view(N, K)
 
         # Weigh: under the twist proposal w_t does not depend on the token that was drawn.
         if proposal == "twist":
-            increment = step.log_norm.view(N, K) - psi_before  # Eq. 16
+            increment = step.log_Z_pi.view(N, K) - log_psi_before  # Eq. 16
         else:
-            increment = psi - psi_before  # Eq. 10 with q = p0
+            increment = log_psi_now - log_psi_before  # Eq. 10 with q = p0
         log_w = reweigh(log_w, increment)
-        ess_of.append(ess(log_w))
+        ess_at.append(ess(log_w))
         if t == T - 1:
             break
 
@@ -515,63 +550,65 @@ def smc(
         # twist proposal, where w_1 = Z^pi_1 is one number for all particles.
         last = step.tokens
         ancestors = None
-        moved = own
+        sources = own
         # A run whose particles are all dead (ESS 0) is left alone.
-        low = (ess_of[-1] < tau * K) & (ess_of[-1] > 0)
+        low = (ess_at[-1] < tau * K) & (ess_at[-1] > 0)
         if low.any() and (t > 0 or proposal == "base"):
-            ancestors, moved, slot = draw_ancestors(log_w, low, scheme, slot)
+            ancestors, sources, slot = draw_ancestors(log_w, low, scheme, slot)
             log_Z = log_Z + torch.where(low, log_mean(log_w), 0.0)
             log_w = torch.where(low[:, None], 0.0, log_w)
-            psi = psi.gather(1, moved)  # of the parents, as the last tokens are
+            log_psi_now = log_psi_now.gather(1, sources)  # of the parents, as the last tokens are
             last = last[ancestors]
-        moves.append(moved)
-        psi_before = psi
+        sources_of.append(sources)
+        log_psi_before = log_psi_now
         logits, log_psi = scores(last, ancestors)
 
-    # At T the true potential takes the place of psi_T (Eq. 10), and the last block ends (Eq. 8).
-    particles = along_ancestry(path, moves, own)
+    # The loop weighed step T with psi_T, like every other step.  Here the true potential takes its
+    # place (Eq. 10), and the last block ends (Eq. 8).
+    particles = along_ancestry(steps, sources_of, own)
     particles.log_phi = log_phi(particles.tokens).double()
-    particles.log_w = reweigh(log_w, particles.log_phi - psi)
+    particles.log_w = reweigh(log_w, particles.log_phi - log_psi_now)
     particles.log_Z = log_Z + log_mean(particles.log_w)
-    ess_of[-1] = ess(particles.log_w)
-    particles.ess = torch.stack(ess_of, -1)
+    ess_at[-1] = ess(particles.log_w)
+    particles.ess = torch.stack(ess_at, -1)
     return particles
 
 
-def log_Z_bounds(run, exact, K):
+def log_Z_bounds(run_smc, K, R, exact_tokens=None):
     """Stochastic bounds on log Z (Prop. 5.1, Eq. 24) of R runs with K particles each.
 
-    run(K, N, tau=..., retained=...): a function that returns smc's N runs of K particles, on a
+    run_smc(K, N, tau=..., retained=...): a function that returns smc's N runs of K particles, on a
     target and with a twist of the caller's; without tau it resamples as the caller does.
-    exact: R exact samples of sigma, (R, T); any others would void the upper bounds.  If it is a
-    number, which is R, there are lower bounds only.
+    exact_tokens (R, T): an exact sample of sigma for each run; any others would void the upper
+    bounds.  If it is None there are lower bounds only.
     -> {name: (R,)}, and the Particles of the lower bounds, without and with resampling.
-    smc_*: as `run` resamples.  sis_*: never, which is IWAE; for K = 1 these are F_q = E_q log w and
-    G_q = E_sigma log w.
+    smc_*: as `run_smc` resamples.  sis_*: never, which is IWAE; for K = 1 these are F_q = E_q log w
+    and G_q = E_sigma log w.
     """
-    has_upper = not isinstance(exact, int)
-    R = len(exact) if has_upper else exact
-    sis = run(K, R, tau=0.0)
-    twisted = run(K, R)
+    sis = run_smc(K, R, tau=0.0)
+    twisted = run_smc(K, R)
     bounds = {"sis_lower": sis.log_Z, "smc_lower": twisted.log_Z}
-    if has_upper:
-        retained = exact[:, None]  # one particle of each run
-        bounds["sis_upper"] = run(K, R, tau=0.0, retained=retained).log_Z
-        bounds["smc_upper"] = run(K, R, retained=retained).log_Z
+    if exact_tokens is not None:
+        retained = exact_tokens[:, None]  # (R, 1, T), one particle of each run
+        bounds["sis_upper"] = run_smc(K, R, tau=0.0, retained=retained).log_Z
+        bounds["smc_upper"] = run_smc(K, R, retained=retained).log_Z
     return bounds, sis, twisted
 
 
 # ---- Section 4, Table 1: the learners' losses
 
-# Each takes log psi_t(s_{1:t}) or log q(s_t | s_{1:t-1}) of K particles, (..., K, T), and gives the
-# mean over t, (...).
+# Each takes log psi_t(s_{1:t}) or log q(s_t | s_{1:t-1}) of K particles, (..., K, T), and gives a
+# loss (...), its mean over t.
 
 
 def ctl_loss(log_psi, W, log_psi_neg, w_neg):
-    """Contrastive twist learning, Eq. 21-22: sum_t KL(sigma(s_{1:t}) | pi_t).
+    """Contrastive twist learning, Eq. 21-22: KL(sigma(s_{1:t}) | pi_t), mean over t.
 
-    W (..., K) ~ p0 phi / q of the whole sequence, for every t.  w_neg (..., K, T) ~ p0 psi_t / q
-    of prefixes.  Both sum to 1 over K.  The value is a surrogate; its gradient is that of the KL.
+    log_psi: of positives, which stand for sigma by their weights W (..., K).  W is proportional to
+    p0 phi / q of the whole sequence, and serves its prefixes of every length t.
+    log_psi_neg: of negatives, which stand for pi_t by their weights w_neg (..., K, T), proportional
+    to p0 psi_t / q of the prefix s_{1:t}.
+    Both weights sum to 1 over K.  The value is a surrogate; its gradient is that of the KL.
     Each psi_t is learned up to a constant.
     """
     positive = (W[..., None].detach() * log_psi).sum(-2)  # E_sigma log psi_t
@@ -580,49 +617,76 @@ def ctl_loss(log_psi, W, log_psi_neg, w_neg):
 
 
 def rl_loss(log_psi, targets):
-    """Soft-Q, App. C.1.1.  targets (..., K, T): log sum_v p0 psi_{t+1} for t < T, log phi for T."""
+    """Soft-Q, App. C.1.1: squared error of log psi_t and its target, mean over particles too.
+
+    targets (..., K, T): for t < T log sum_v p0(v | s_{1:t}) psi_{t+1}(s_{1:t}, v), for T log phi.
+    """
     return (targets.detach() - log_psi).square().mean((-2, -1))
 
 
 def sixo_loss(log_psi, W, log_psi_neg):
-    """Noise contrastive estimation, App. C.3: sigma's prefixes, weighted W (..., K), and p0's."""
+    """Noise contrastive estimation, App. C.3: psi_t tells sigma's prefixes from p0's.
+
+    log_psi: of positives, which stand for sigma by their weights W (..., K), as in ctl_loss.
+    log_psi_neg: of draws of p0, which count alike.
+    """
     positive = (W[..., None].detach() * F.logsigmoid(log_psi)).sum(-2)
     negative = F.logsigmoid(-log_psi_neg).mean(-2)
     return -(positive + negative).mean(-1)
 
 
 def fudge_loss(logits, phi):
-    """App. C.4: cross-entropy of psi_t = sigmoid(logits) and phi in [0, 1] of p0's continuation."""
-    return -(phi * F.logsigmoid(logits) + (1 - phi) * F.logsigmoid(-logits)).mean((-2, -1))
+    """App. C.4: cross-entropy of psi_t(s_{1:t}) and a label phi, mean over particles too.
+
+    logits: psi_t = sigmoid(logits).  phi (..., K, T or 1): the potential, in [0, 1], of a
+    continuation of s_{1:t} by p0.
+    """
+    cross_entropy = -phi * F.logsigmoid(logits) - (1 - phi) * F.logsigmoid(-logits)
+    return cross_entropy.mean((-2, -1))
 
 
 def dpg_loss(log_q, W):
-    """App. E.3: KL(sigma | q) up to a constant.  psi_t is free up to c(s_{1:t-1}), so it defines a
-    proposal but no target pi_t (Prop. E.2)."""
+    """App. E.3: KL(sigma | q) up to a constant, from samples weighted W (..., K), as in ctl_loss.
+
+    Any factor c(s_{1:t-1}) of psi_t leaves q as it is.  So the learned psi_t defines a proposal but
+    no target pi_t (Prop. E.2).
+    """
     return -(W[..., None].detach() * log_q).sum(-2).mean(-1)
 
 
-def gae(rewards, values, lam=0.95):
-    """Advantages (GAE), gamma = 1.  (..., T) each -> advantages, returns, whitened advantages."""
-    advantages = rewards + F.pad(values[..., 1:], (0, 1)) - values
+def generalised_advantages(rewards, values, decay=0.95):
+    """PPO's generalised advantage estimates (GAE), without discount.
+
+    rewards, values (..., T): r_t, and the critic's V_t before the token s_t; V_{T+1} = 0.
+    A_t = (r_t + V_{t+1} - V_t) + decay A_{t+1}.
+    -> advantages A, returns A + V, and A with mean 0 and variance 1, (..., T) each.
+    """
+    next_values = F.pad(values[..., 1:], (0, 1))
+    advantages = rewards + next_values - values
     for t in reversed(range(rewards.shape[-1] - 1)):
-        advantages[..., t] += lam * advantages[..., t + 1]
+        advantages[..., t] += decay * advantages[..., t + 1]
     whitened = (advantages - advantages.mean()) / (advantages.var() + 1e-8).sqrt()
     return advantages, advantages + values, whitened
 
 
-def ppo_loss(log_q, old_log_q, advantages, values, old_values, returns, clip=0.2, vf=0.1):
-    """App. E.2: clipped policy and value losses.
+def ppo_loss(log_q, old_log_q, advantages, values, old_values, returns, clip=0.2, value_weight=0.1):
+    """App. E.2: clipped policy and value losses, mean over particles too.
 
-    With the rewards r_t = (log p0 - log q) / beta, plus log phi / beta at T, its minimum is that of
-    KL(q | sigma).
+    The reward of a token is (log p0 - log q) / beta; that of the last one also has log phi / beta.
+    log phi contains beta already, since phi is the paper's exp(beta r); so log phi / beta is r.
+    The rewards add up to (log Z - KL(q | sigma)) / beta on average, which is to be maximised.
     """
+    # Policy: the pessimistic one of two objectives.
     ratio = (log_q - old_log_q).exp()
-    clipped = ratio.clamp(1 - clip, 1 + clip)
-    policy = torch.maximum(-advantages * ratio, -advantages * clipped)
-    near = old_values + (values - old_values).clamp(-clip, clip)
-    value = 0.5 * torch.maximum((values - returns).square(), (near - returns).square())
-    return (policy + vf * value).mean((-2, -1))
+    clipped_ratio = ratio.clamp(1 - clip, 1 + clip)
+    policy_loss = torch.maximum(-advantages * ratio, -advantages * clipped_ratio)
+
+    # Critic: the worse of two squared errors.
+    clipped_values = old_values + (values - old_values).clamp(-clip, clip)
+    error = (values - returns).square()
+    clipped_error = (clipped_values - returns).square()
+    value_loss = 0.5 * torch.maximum(error, clipped_error)
+    return (policy_loss + value_weight * value_loss).mean((-2, -1))
 
 
 # ---- The twist
@@ -631,10 +695,11 @@ def ppo_loss(log_q, old_log_q, advantages, values, old_values, returns, clip=0.2
 class Twist(nn.Module):
     """App. G.2: log psi_t(s_{1:t-1}, .) of every next token from s_{t-1}'s hidden state z (..., d).
 
-    layers: 1 (linear) or 3 (MLP).  condition: z is joined by e (..., d), the hidden state of o's
-    last token.  body: a trainable transformer; without one z comes from the frozen p0, which runs
-    anyway.  log_sigmoid: FUDGE's psi in (0, 1).  Weights are Xavier normal and biases 0: at first
-    psi is near 1, and q near p0.
+    layers: 1 (linear) or 3 (MLP).
+    condition: the head reads z and beside it e (..., d), the hidden state of o's last token.
+    body: a trainable transformer that gives z; without one the frozen p0 does, which runs anyway.
+    log_sigmoid: psi is in (0, 1), as FUDGE has it.
+    Weights are Xavier normal and biases 0: at first psi is near 1 (FUDGE's near 1/2), q near p0.
     """
 
     def __init__(self, d, V, layers=1, condition=False, body=None, log_sigmoid=False):
@@ -642,26 +707,25 @@ class Twist(nn.Module):
         self.body = body
         self.condition = condition
         self.log_sigmoid = log_sigmoid
-        if condition:
-            d = 2 * d
+        width = 2 * d if condition else d
         # All layers are square but the last, which has an output for every token.
         self.layers = nn.ModuleList()
         for _ in range(layers - 1):
-            self.layers.append(nn.Linear(d, d))
-        self.layers.append(nn.Linear(d, V))
-        self.critic = nn.Linear(d, 1)  # PPO's value of s_{1:t-1}
+            self.layers.append(nn.Linear(width, width))
+        self.layers.append(nn.Linear(width, V))
+        self.critic = nn.Linear(width, 1)  # PPO's value of s_{1:t-1}
         for layer in [*self.layers, self.critic]:
             nn.init.xavier_normal_(layer.weight)
             nn.init.zeros_(layer.bias)
 
     def join(self, z, e):
-        """z (..., d), with e (..., d) beside it under a condition, in the precision of the head."""
+        """z (..., d), or z and e side by side (..., 2 d), in the dtype of the head's weights."""
         if e is not None:
             z = torch.cat([z, e.expand(*z.shape[:-1], -1)], -1)
         return z.to(self.critic.weight.dtype)
 
     def features(self, z, e):
-        """What the last layer reads, (..., d)."""
+        """What the last layer reads, (..., width)."""
         z = self.join(z, e)
         for layer in self.layers[:-1]:
             z = layer(z).relu()
@@ -693,7 +757,7 @@ class Twist(nn.Module):
 
 @dataclass
 class Policy:
-    """A language model q in the twist's place: psi_t(s_{1:t}) = q(s_t | s_{1:t-1}) / p0."""
+    """A language model q in the twist's place: psi_t = q / p0, both of s_t given s_{1:t-1}."""
 
     body: nn.Module  # a causal LM with p0's vocabulary
 
@@ -703,12 +767,12 @@ def make_twist(args, learner, world, model):
     if learner == "none":
         return None
     if learner == "policy":
-        ours = load_tokenizer(args.model).get_vocab()
-        same = bool(args.policy) and load_tokenizer(args.policy).get_vocab() == ours
         problem = (
             f"--policy {args.policy!r}: name a model with the vocabulary of --model {args.model}"
         )
-        require(same, problem)
+        require(args.policy, problem)
+        vocabulary_of_p0 = load_tokenizer(args.model).get_vocab()
+        require(load_tokenizer(args.policy).get_vocab() == vocabulary_of_p0, problem)
         return Policy(load_model(args.policy, args.dtype))
     if learner not in LEARNERS:
         raise ValueError(f"unknown learner {learner!r}")
@@ -728,14 +792,22 @@ def make_twist(args, learner, world, model):
         tied = head.weight is body.get_input_embeddings().weight
         if not tied:
             head.requires_grad_(False)
-    twist = Twist(world.d, world.V, layers, world.conditional, body, learner == "fudge")
+    twist = Twist(
+        world.d,
+        world.V,
+        layers,
+        condition=world.conditional,
+        body=body,
+        log_sigmoid=learner == "fudge",
+    )
     twist.critic.requires_grad_(learner == "ppo")
     return twist.to(model.device)
 
 
 # ---- Potentials of decoded texts
 
-# Each has log_phi(tokens (M, T), texts) -> (M,), and log_bound >= log phi, or None if unbounded.
+# Each has log_phi(tokens (M, T), texts) -> (M,), which contains beta, and log_bound, a number that
+# log phi never exceeds, or None if no such number is known.
 
 
 class TinyPotential:
@@ -748,10 +820,10 @@ class TinyPotential:
     def __init__(self, what, beta):
         self.what = what
         self.beta = beta
-        best = math.log(0.98)
+        largest = math.log(0.98)  # of log phi, without beta
         if what == "reward":
-            best = 3.0  # tiny_reward is at most 3
-        self.log_bound = beta * best
+            largest = 3.0  # tiny_reward is at most 3
+        self.log_bound = beta * largest
 
     def log_phi(self, tokens, texts):
         # What the prompt says does not count, only the story that follows it.
@@ -769,7 +841,10 @@ class TinyPotential:
 
 
 class FilePotential:
-    """exp(beta f(tokens, texts)) for a user's f; an attribute f.log_bound allows rejection."""
+    """exp(beta f(tokens, texts)) for a user's function f.
+
+    It may have an attribute f.log_bound, a number that f never exceeds; rejection needs it.
+    """
 
     def __init__(self, path, name, beta):
         # The file is run as a module, and the function is taken from it.
@@ -789,7 +864,7 @@ class FilePotential:
         return self.beta * torch.as_tensor(self.function(tokens, texts), dtype=torch.float64)
 
 
-FLOOR = 1e-16  # of the threshold's phi outside the set, as in the released code
+FLOOR = 1e-16  # phi of the texts that miss a threshold, as in the released code
 
 
 class ClassifierPotential:
@@ -799,8 +874,10 @@ class ClassifierPotential:
     sigmoid(score) and p(0) = sigmoid(-score); one with two has score = logit 1 - logit 0.
 
     class:LABEL    phi^beta = p(label | text)^beta
-    threshold:ETA  phi = 1[score < eta] + FLOOR, whatever beta is
+    threshold:ETA  phi = 1[score < eta] + FLOOR; beta is 1
     reward         phi^beta = exp(beta score), of a model with one logit
+
+    kind, what: what is before and after the colon.
     """
 
     def __init__(self, kind, what, classifier, beta, device):
@@ -816,15 +893,15 @@ class ClassifierPotential:
         self.judge = judge.to(device).requires_grad_(False)
         judge.config.pad_token_id = self.tokenizer.pad_token_id
 
-        # Which labels the potential needs, and how large it can be.
-        n = judge.config.num_labels
+        # Does the model have the logits that the potential needs?  And how large can log phi be?
+        n = judge.config.num_labels  # as many logits; 1 logit makes two classes
         if kind == "class":
             self.label = int(what)
             fits = 0 <= self.label < max(2, n)
             self.log_bound = 0.0
         elif kind == "threshold":
             self.eta = float(what)
-            fits = n < 3
+            fits = n in (1, 2)
             self.log_bound = math.log1p(FLOOR)
         elif kind == "reward":
             fits = n == 1
@@ -835,7 +912,8 @@ class ClassifierPotential:
             f"potential {kind}:{what}: {classifier} has {n} labels, {judge.config.id2label}; class "
             "needs one of them, threshold 1 or 2, reward 1, and all must be trained"
         )
-        require(fits and not info["missing_keys"], problem)
+        untrained = info["missing_keys"]  # weights that are not in the file, so they are random
+        require(fits and not untrained, problem)
 
     def logits(self, texts):
         """(M, labels), in batches of 256 texts."""
@@ -861,7 +939,7 @@ class ClassifierPotential:
         if self.kind == "reward":
             return self.beta * score
 
-        # A class: the two of a single logit, or those of a softmax.
+        # The probability of a class: by sigmoid if there is one logit, else by softmax.
         if not single:
             return self.beta * logits.log_softmax(-1)[:, self.label]
         if self.label == 1:
@@ -870,7 +948,7 @@ class ClassifierPotential:
 
 
 def text_potential(args, device):
-    """The potential of args, or None for those that p0 itself gives: infilling, continuation."""
+    """The potential of --potential; None for infilling and continuation, which p0 itself gives."""
     kind, _, what = args.potential.rpartition(":")
     if args.potential in ("infilling", "continuation"):
         return None
@@ -917,28 +995,29 @@ class LMWorld:
 
     V: token ids that are drawn.  T: tokens of a sequence.  c: of a condition or continuation.
     d: width of a hidden state.  conditional: sigma( . | o) for a condition o (N, c) (Sec. 3.3).
-    log_bound >= log phi, or None.  log_floor: up to it a sequence counts as a miss.
+    log_bound: a number that log phi never exceeds, or None if none is known.
+    log_floor: a sequence is a hit, which tells of sigma, only if its log phi is above this.
     """
 
     def __init__(self, model, tokenizer, args):
         self.model = model
         self.tokenizer = tokenizer
-        self.name = args.potential
+        self.name = args.potential  # for messages
         self.beta = args.beta
         self.prompt = tokenizer(args.prompt).input_ids
         self.V = min(len(tokenizer), len(model.get_output_embeddings().weight))  # no padded rows
         self.d = model.get_output_embeddings().weight.shape[1]
         self.T = args.T
 
-        # The potential: of decoded texts, or of what follows under p0.
-        self.of_texts = text_potential(args, model.device)
+        # The potential: of decoded texts, or the probability under p0 of what follows.
+        self.text_potential = text_potential(args, model.device)
         self.conditional = args.potential == "infilling"
-        self.log_bound = 0.0
-        if self.of_texts is not None:
-            self.log_bound = self.of_texts.log_bound
-        self.log_floor = -math.inf
+        self.log_bound = 0.0  # log of a probability
+        if self.text_potential is not None:
+            self.log_bound = self.text_potential.log_bound
+        self.log_floor = -math.inf  # hits are all sequences with phi above 0
         if args.potential.startswith("threshold:"):
-            self.log_floor = math.log(2 * FLOOR)
+            self.log_floor = math.log(2 * FLOOR)  # phi of a miss is FLOOR, that of a hit 1
 
         # The tokens that follow s_{1:T}: those of --continuation, or c that are drawn (infilling,
         # where a --continuation is only shown).
@@ -986,6 +1065,7 @@ class LMWorld:
 
     def hidden(self, body, tokens):
         """Hidden states of a body before each token, teacher-forced.  (N, K, T) -> (N, K, T, d)"""
+        # The state before a token is that at the token before it, so the last token is not read.
         ids = self.after_prompt(tokens)[:, :-1]
         states = body.base_model(ids).last_hidden_state[:, -self.T :].float()
         return states.unflatten(0, tokens.shape[:2])
@@ -999,7 +1079,7 @@ class LMWorld:
 
     def log_phi(self, tokens, o=None):
         """log phi^beta, (N, K), of sequences (N, K, T), under conditions o (N, c)."""
-        if self.of_texts is not None:
+        if self.text_potential is not None:
             values = self.log_phi_of_texts(self.after_prompt(tokens))
         else:
             # p0 of what follows: the condition of each run, or the one continuation.
@@ -1012,7 +1092,7 @@ class LMWorld:
     def log_phi_of_texts(self, ids):
         """log phi (M,) of the texts of (M, P + T) ids; exits if the answer is no log phi."""
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answer = self.of_texts.log_phi(ids[:, -self.T :], texts)
+        answer = self.text_potential.log_phi(ids[:, -self.T :], texts)
         values = torch.as_tensor(answer, dtype=torch.float64, device=ids.device)
         problem = (
             f"potential {self.name}: gives an array of shape {tuple(values.shape)} for "
@@ -1032,9 +1112,10 @@ class LMWorld:
 
     @torch.no_grad()
     def log_p_of_last(self, tokens):
-        """log p0 (N K,) of the last c tokens of (N, K, T + c) after what is before, 256 at once."""
+        """log p0 (N K,) of the last c of the tokens (N, K, T + c), given those before them."""
         sums = []
         for ids in self.after_prompt(tokens).split(256):
+            # The logits for a token are those one position before it; those after all are not used.
             logits = self.model(ids, use_cache=False, logits_to_keep=self.c + 1).logits
             log_p = logits[:, :-1, : self.V].float().log_softmax(-1)
             sums.append(log_p.gather(-1, ids[:, -self.c :, None]).sum((1, 2)))
@@ -1105,22 +1186,25 @@ def states_along(states, lineage):
 
 
 @torch.no_grad()
-def sample(world, twist, K, N=1, o=None, T=None, **options):
+def sample_p0(world, N, T):
+    """N draws of T tokens from p0 alone, (N, T).  phi is not used, so any T will do."""
+    scores = Scores(world, None, N, 1, None)
+    particles = smc(scores, no_potential, T, 1, N, proposal="base", tau=0.0)
+    return particles.tokens[:, 0]
+
+
+@torch.no_grad()
+def sample(world, twist, K, N=1, o=None, **options):
     """smc on a world -> Particles: N runs, or one for each row of o (N, c).
 
-    twist: a Twist, a Policy, or None for psi = 1.  options: those of smc.  T: another length than
-    the world's, for draws of p0 alone (BDMC).  The hidden states of p0 (states) and of the twist's
-    body (z) are kept: a head trains on them without another pass.
+    twist: a Twist, a Policy, or None for psi = 1.  options: those of smc.  The hidden states of p0
+    (states) and of the twist's body (z) are kept: a head trains on them without another pass.
     """
     log_phi = partial(world.log_phi, o=o)
-    if T is None:
-        T = world.T
-    elif T != world.T:
-        log_phi = no_potential
     if o is not None:
         N = len(o)
     scores = Scores(world, twist, N, K, o)
-    particles = smc(scores, log_phi, T, K, N, **options)
+    particles = smc(scores, log_phi, world.T, K, N, **options)
     particles.o = o
     particles.states = states_along(scores.states, particles.lineage)
     particles.z = particles.states
@@ -1130,7 +1214,10 @@ def sample(world, twist, K, N=1, o=None, T=None, **options):
 
 
 def head_inputs(world, twist, particles):
-    """z (N, K, T, d) and e (N, 1, 1, d) that the twist's head reads, with gradient into a body."""
+    """What the twist's head reads, with gradient into its body if it has one.
+
+    -> z (N, K, T, d), and e (N, 1, 1, d) of the conditions, or None.
+    """
     z = particles.z
     if twist.body is not None:
         z = world.hidden(twist.body, particles.tokens)
@@ -1140,7 +1227,7 @@ def head_inputs(world, twist, particles):
     return z, e
 
 
-def log_psi(world, twist, particles):
+def log_psi_of_particles(world, twist, particles):
     """log psi_t(s_{1:t}) of particles, (N, K, T), with gradient."""
     z, e = head_inputs(world, twist, particles)
     return twist.log_psi_of(particles.tokens, z, e)
@@ -1149,12 +1236,12 @@ def log_psi(world, twist, particles):
 def log_q_in_full(world, twist, particles):
     """log q(s_t | s_{1:t-1}) of particles, (N, K, T), with gradient; makes (N, K, T, V) tensors."""
     z, e = head_inputs(world, twist, particles)
-    log_p_psi = world.head(particles.states) + twist(z, e)
-    return log_p_psi.log_softmax(-1).gather(-1, particles.tokens[..., None])[..., 0]
+    q_logits = world.head(particles.states) + twist(z, e)  # Eq. 14
+    return q_logits.log_softmax(-1).gather(-1, particles.tokens[..., None])[..., 0]
 
 
-def log_q(world, twist, particles):
-    """log q(s_t | s_{1:t-1}) of particles, (N, K, T); nothing V-sized waits for backward()."""
+def log_q_of_particles(world, twist, particles):
+    """As log_q_in_full, but its (N, K, T, V) tensors are not kept; backward() makes them anew."""
     return checkpoint(log_q_in_full, world, twist, particles, use_reentrant=False)
 
 
@@ -1166,53 +1253,57 @@ class Batch:
     """What one update of a learner is made from; N is 1, or the number of conditions."""
 
     samples: Particles  # K own draws: p0's for SIXO and FUDGE, q's for the others
-    positives: Particles  # particles that stand for sigma; may be the samples again
-    W: torch.Tensor  # (N, K'), weights of the positives, which sum to 1; all 0 if none has any
-    hit: torch.Tensor  # (N,), 1 if some positive has weight; 0 drops the run from the loss
+    positives: Particles  # n particles that stand for sigma; they may be the samples again
+    W: torch.Tensor  # (N, n), weights of the positives; they sum to 1, or are all 0
+    hit: torch.Tensor  # (N,), factor of a run's loss: 0 if all its W are 0, else 1
     w_neg: torch.Tensor | None = None  # CTL: (N, K, T), weights of the samples' prefixes under pi_t
-    targets: torch.Tensor | None = None  # RL, FUDGE: (N, K, T or 1), for the samples' psi
-    positive_targets: torch.Tensor | None = None  # the same for exact positives, if there are any
+    targets: torch.Tensor | None = None  # RL, FUDGE: (N, K, T or 1), what psi_t of samples fits
+    positive_targets: torch.Tensor | None = None  # the same for positives that are exact
     advantages: torch.Tensor | None = None  # PPO: (N, K, T), whitened
     returns: torch.Tensor | None = None  # PPO: (N, K, T)
     values: torch.Tensor | None = None  # PPO: (N, K, T), the critic's before the update
 
 
-def draw_positives(learner, world, twist, samples, exact, scheme):
-    """Particles that stand for sigma, and their weights W (N, K').
+def draw_positives(learner, world, twist, samples, exact_tokens, scheme):
+    """Particles that stand for sigma, and their weights W (N, n).
 
-    W sums to 1 over the positives, or is 0 where all weights are 0.  Resampling is used, as in the
-    released code, only by SIXO and by CTL under conditions; the latter is conditional SMC with its
-    one exact sample.  exact (N, n, T): exact samples, or None.
+    exact_tokens (N, n, T): exact samples of sigma, or None.
+    W sums to 1 over the positives, or is 0 where all weights are 0.  As in the released code, only
+    two of the cases resample.
     """
     N, K, _ = samples.tokens.shape
     o = samples.o
 
-    # Exact samples count alike; all others by their weight p0 phi / q.
-    if exact is not None and learner == "ctl" and world.conditional:
-        positives = sample(world, twist, K, N, o, scheme=scheme, retained=exact)
-    elif exact is not None:
-        # All particles are forced: this only scores the exact samples.
-        n = exact.shape[1]
-        positives = sample(world, twist, n, N, o, tau=0.0, retained=exact)
+    if exact_tokens is not None and learner == "ctl" and world.conditional:
+        # Conditional SMC: the one exact sample is retained among K particles, with resampling.
+        positives = sample(world, twist, K, N, o, scheme=scheme, retained=exact_tokens)
+    elif exact_tokens is not None:
+        # The exact samples themselves, which count alike.  All tokens are forced: nothing is drawn.
+        n = exact_tokens.shape[1]
+        positives = sample(world, twist, n, N, o, tau=0.0, retained=exact_tokens)
         return positives, torch.full_like(positives.log_w, 1 / n)
     elif learner == "sixo":
+        # Its samples are draws of p0, so new ones are drawn from q, with resampling.
         positives = sample(world, twist, K, N, o, scheme=scheme)
     else:
+        # The samples of q again.
         positives = samples
+    # Weights p0 phi / q (since the last resampling, where there is any).
     return positives, positives.log_w.softmax(-1).nan_to_num(0.0)
 
 
 def soft_values(particles):
-    """RL's targets (N, K, T), App. C.1.1: log sum_v p0 psi_{t+1} for t < T, log phi for T."""
-    return torch.cat([particles.log_norm[..., 1:], particles.log_phi[..., None]], -1)
+    """RL's targets (N, K, T), App. C.1.1: for t < T log Z^pi_{t+1}(s_{1:t}), for T log phi."""
+    return torch.cat([particles.log_Z_pi[..., 1:], particles.log_phi[..., None]], -1)
 
 
-def fudge_labels(world, exact, o=None):
-    """phi (N, T) of a continuation by p0 of every prefix s_{1:t} of exact samples (N, T)."""
-    # Every prefix of every sample, (T, N, T); -1 leaves what follows it to p0.
-    N, T = exact.shape
-    keep = torch.ones(T, T, dtype=torch.bool, device=exact.device).tril()  # row t: s_{1:t+1}
-    prefixes = torch.where(keep[:, None], exact, -1)
+def fudge_labels(world, sequences, o=None):
+    """phi (N, T) of a continuation by p0 of every prefix s_{1:t} of N sequences (N, T)."""
+    # Every prefix of every sequence, (T, N, T): row t - 1 keeps s_{1:t}, and -1 leaves the tokens
+    # after it to p0.
+    N, T = sequences.shape
+    keep = torch.ones(T, T, dtype=torch.bool, device=sequences.device).tril()
+    prefixes = torch.where(keep[:, None], sequences, -1)
 
     # One run of one particle for each prefix.
     prefixes = prefixes.reshape(T * N, 1, T)
@@ -1222,48 +1313,51 @@ def fudge_labels(world, exact, o=None):
     return particles.log_phi.exp().view(T, N).T
 
 
-def draw_batch(learner, world, twist, K, exact=None, o=None, beta=1.0, scheme="systematic"):
+def draw_batch(learner, world, twist, K, exact_tokens=None, o=None, beta=1.0, scheme="systematic"):
     """Draw what one update of a learner needs -> Batch.
 
-    K particles for each row of o (N, c), or once.  exact (N, n, T): n exact samples each, or None.
+    o (N, c): a run of K particles for each of these conditions; None: one run.
+    exact_tokens (N, n, T): n exact samples for each run, or None.
     """
     if learner not in LEARNERS:
         raise ValueError(f"unknown learner {learner!r}")
     N = 1 if o is None else len(o)
     if learner in ("sixo", "fudge"):
-        samples = sample(world, None, K, N, o, proposal="base", tau=0.0, scheme=scheme)
+        samples = sample(world, None, K, N, o, proposal="base", tau=0.0)
     else:
-        samples = sample(world, twist, K, N, o, tau=0.0, scheme=scheme)
+        samples = sample(world, twist, K, N, o, tau=0.0)
 
-    # Positives outside the set of a threshold, or of weight 0, say nothing of sigma.
-    positives, W = draw_positives(learner, world, twist, samples, exact, scheme)
+    # Positives that miss a threshold say nothing of sigma; the weight of the others sums to 1.
+    positives, W = draw_positives(learner, world, twist, samples, exact_tokens, scheme)
     W = W * (positives.log_phi > world.log_floor)
     hit = (W.sum(-1) > 0).double()
-    W = W / W.sum(-1, keepdim=True).clamp(min=1e-300)
+    W = W / W.sum(-1, keepdim=True).clamp(min=1e-300)  # no 0 / 0 where there is no hit
     batch = Batch(samples, positives, W, hit)
 
     # What each learner wants to know of its own samples.
     if learner == "ctl":
-        # Prefixes of q, weighted to be those of pi_t (Eq. 9).
+        # The samples' prefixes are of q; weighted p0 psi_t / q they stand for pi_t (Eq. 9).
         ratio = (samples.log_p - samples.log_q).cumsum(-1)
         batch.w_neg = (ratio + samples.log_psi).softmax(1)
     elif learner == "rl":
         batch.targets = soft_values(samples)
-        if exact is not None:
+        if exact_tokens is not None:
             batch.positive_targets = soft_values(positives)
     elif learner == "fudge":
-        batch.targets = (samples.log_phi - world.log_bound).exp()[..., None]  # psi is phi / bound
-        # Samples of p0 hardly ever fit their condition; exact prefixes, continued by p0, do.
-        if exact is not None and world.conditional:
-            batch.positive_targets = fudge_labels(world, exact[:, 0], o)[:, None]
+        # One label phi / bound for all prefixes of a sample, each of which p0 has continued.
+        batch.targets = (samples.log_phi - world.log_bound).exp()[..., None]
+        # Samples of p0 hardly ever fit their condition; exact prefixes, continued by p0, do.  The
+        # bound of a conditional phi, which is a probability, is 1.
+        if exact_tokens is not None and world.conditional:
+            batch.positive_targets = fudge_labels(world, exact_tokens[:, 0], o)[:, None]
     elif learner == "ppo":
-        # The reward at T is log phi, and log q / p0 is the cost of every token.
         with torch.no_grad():
             z, e = head_inputs(world, twist, samples)
             batch.values = twist.value(z, e).double()
-        terminal = F.pad(samples.log_phi[..., None], (world.T - 1, 0))
-        rewards = (samples.log_p - samples.log_q + terminal) / beta
-        _, batch.returns, batch.advantages = gae(rewards, batch.values)
+        # Every token costs log q / p0, and the last one earns log phi, which contains beta.
+        earned = F.pad(samples.log_phi[..., None], (world.T - 1, 0))  # 0 before T
+        rewards = (samples.log_p - samples.log_q + earned) / beta
+        _, batch.returns, batch.advantages = generalised_advantages(rewards, batch.values)
     return batch
 
 
@@ -1280,17 +1374,18 @@ def batch_loss(learner, world, twist, batch):
     samples = batch.samples
     positives = batch.positives
     if learner == "ctl":
-        log_psi_neg = log_psi(world, twist, samples)
+        log_psi_neg = log_psi_of_particles(world, twist, samples)
         log_psi_pos = log_psi_neg
         if positives is not samples:
-            log_psi_pos = log_psi(world, twist, positives)
+            log_psi_pos = log_psi_of_particles(world, twist, positives)
         return (batch.hit * ctl_loss(log_psi_pos, batch.W, log_psi_neg, batch.w_neg)).mean()
     if learner == "sixo":
-        log_psi_pos = log_psi(world, twist, positives)
-        log_psi_neg = log_psi(world, twist, samples)
+        log_psi_pos = log_psi_of_particles(world, twist, positives)
+        log_psi_neg = log_psi_of_particles(world, twist, samples)
         return (batch.hit * sixo_loss(log_psi_pos, batch.W, log_psi_neg)).mean()
     if learner == "dpg":
-        return (batch.hit * dpg_loss(log_q(world, twist, positives), batch.W)).mean()
+        log_q_pos = log_q_of_particles(world, twist, positives)
+        return (batch.hit * dpg_loss(log_q_pos, batch.W)).mean()
     if learner in ("rl", "fudge"):
         loss = regression_loss(learner, world, twist, samples, batch.targets).mean()
         if batch.positive_targets is None:
@@ -1300,9 +1395,11 @@ def batch_loss(learner, world, twist, batch):
     if learner == "ppo":
         z, e = head_inputs(world, twist, samples)
         values = twist.value(z, e).double()
-        new = log_q(world, twist, samples)
-        old = samples.log_q
-        return ppo_loss(new, old, batch.advantages, values, batch.values, batch.returns).mean()
+        log_q = log_q_of_particles(world, twist, samples)
+        losses = ppo_loss(
+            log_q, samples.log_q, batch.advantages, values, batch.values, batch.returns
+        )
+        return losses.mean()
     raise ValueError(f"unknown learner {learner!r}")
 
 
@@ -1310,24 +1407,24 @@ def batch_loss(learner, world, twist, batch):
 
 
 @dataclass
-class Exact:
+class ExactSamples:
     """Exact samples of sigma, each with its condition."""
 
     tokens: torch.Tensor  # (M, T)
     o: torch.Tensor | None  # (M, c): infilling, where sample i is from sigma( . | o_i)
 
 
-def exact_samples(world, n, batch=1000, patience=1000):
-    """n exact samples of sigma -> Exact.
+def draw_exact_samples(world, n, batch=1000, patience=1000):
+    """Draw n exact samples of sigma -> ExactSamples.
 
-    Infilling: T + c tokens of p0, cut in two (BDMC, Sec. 3.3).  Otherwise rejection: draws of p0
-    are kept with chance phi / bound; it gives up when fewer than one sample is found in `patience`
-    batches, on average.
+    Infilling: T + c tokens of p0, cut in two.  The first part is then an exact sample under the
+    second as its condition (BDMC, Sec. 3.3).
+    Otherwise rejection: a draw of p0 is kept with probability phi / bound.  Draws are made in
+    batches.  It gives up after `patience` of them, and `patience` more for each sample found.
     """
     if world.conditional:
-        T = world.T + world.c
-        tokens = sample(world, None, 1, n, T=T, proposal="base", tau=0.0).tokens[:, 0]
-        return Exact(tokens[:, : world.T], tokens[:, world.T :])
+        tokens = sample_p0(world, n, world.T + world.c)
+        return ExactSamples(tokens[:, : world.T], tokens[:, world.T :])
 
     # Rejection, in batches.
     kept = []
@@ -1340,7 +1437,7 @@ def exact_samples(world, n, batch=1000, patience=1000):
         accepted = torch.rand_like(log_phi).log() < log_phi - world.log_bound
         kept.extend(particles.tokens[0, accepted])
 
-        # Say how far it is, and stop if it leads nowhere.
+        # Say how many there are, and stop if there are far too few.
         if draws % (100 * batch) == 0:
             print(f"exact samples: {len(kept)} of {n} after {draws} draws of p0", flush=True)
         problem = (
@@ -1348,7 +1445,7 @@ def exact_samples(world, n, batch=1000, patience=1000):
             "change it or --beta, or take --exact 0: no upper bounds"
         )
         require(draws < patience * batch * (1 + len(kept)), problem)
-    return Exact(torch.stack(kept[:n]), None)
+    return ExactSamples(torch.stack(kept[:n]), None)
 
 
 def target_of(args):
@@ -1363,7 +1460,7 @@ def target_of(args):
     return target
 
 
-def read_exact_samples(path, args, world):
+def read_exact_samples(path, args):
     """Exact samples that an earlier run has written; exits if they are of another target."""
     try:
         saved = torch.load(path, "cpu")
@@ -1385,41 +1482,44 @@ def read_exact_samples(path, args, world):
     require(len(tokens) >= args.exact, few)
     if o is not None:
         o = o[: args.exact]
-    return Exact(tokens[: args.exact], o)
+    return ExactSamples(tokens[: args.exact], o)
 
 
 def load_exact_samples(args, world, out, device):
-    """Exact samples from --exact-samples; the first process draws and writes them if need be."""
+    """The run's exact samples, from the file --exact-samples -> ExactSamples, called `pool` below.
+
+    If there is no such file, the first process draws them and writes it.
+    """
     path = Path(args.exact_samples or out / "exact_samples.pt")
-    found = [None]
+    found = [None]  # a list, as broadcast_object_list needs one
     if dist.get_rank() == 0 and path.exists():
-        found = [read_exact_samples(path, args, world)]
+        found = [read_exact_samples(path, args)]
     elif dist.get_rank() == 0:
         # Draw, and write under another name first, so that the file is never half-written.
         print(f"drawing {args.exact} exact samples: {path}", flush=True)
-        exact = exact_samples(world, args.exact)
+        drawn = draw_exact_samples(world, args.exact)
         path.parent.mkdir(parents=True, exist_ok=True)
-        contents = {"target": target_of(args), "tokens": exact.tokens.cpu(), "o": None}
-        if exact.o is not None:
-            contents["o"] = exact.o.cpu()
-        partial = Path(f"{path}.tmp")
-        torch.save(contents, partial)
-        partial.replace(path)
-        found = [Exact(contents["tokens"], contents["o"])]
+        contents = {"target": target_of(args), "tokens": drawn.tokens.cpu(), "o": None}
+        if drawn.o is not None:
+            contents["o"] = drawn.o.cpu()
+        unfinished = Path(f"{path}.tmp")
+        torch.save(contents, unfinished)
+        unfinished.replace(path)
+        found = [ExactSamples(contents["tokens"], contents["o"])]
 
     # The others get them from the first process.
     dist.broadcast_object_list(found)
-    exact = found[0]
-    exact.tokens = exact.tokens.to(device)
-    if exact.o is not None:
-        exact.o = exact.o.to(device)
-    return exact
+    pool = found[0]
+    pool.tokens = pool.tokens.to(device)
+    if pool.o is not None:
+        pool.o = pool.o.to(device)
+    return pool
 
 
 # ---- Section 5: evaluation
 
 
-def interval(x):
+def half_width(x):
     """Half of the 95 % interval of the mean of independent values (n,); nan for one value."""
     if len(x) < 2:
         return math.nan
@@ -1427,7 +1527,11 @@ def interval(x):
 
 
 def midpoint(bounds):
-    """log Z (R,) as released: the middle of the tighter of two pairs of bounds, and its gap."""
+    """log Z of R runs as the released code has it -> log Z (R,), gap.
+
+    There are two pairs of bounds, without and with resampling.  The gap of a pair is its upper
+    bound less its lower one, mean over runs.  log Z is the middle of the pair with the smaller gap.
+    """
     sis_gap = (bounds["sis_upper"] - bounds["sis_lower"]).mean().item()
     smc_gap = (bounds["smc_upper"] - bounds["smc_lower"]).mean().item()
     if smc_gap < sis_gap:
@@ -1435,65 +1539,68 @@ def midpoint(bounds):
     return (bounds["sis_lower"] + bounds["sis_upper"]) / 2, sis_gap
 
 
-def kl_estimates(run, exact, bounds, log_w):
+def kl_estimates(run_smc, pool, bounds, log_w):
     """Both KLs of the proposal q to sigma, and log Z, with half widths -> {name: value}.
 
-    bounds {name: (R,)}: those of log_Z_bounds.  log_w (R, K): log p0 phi / q of q's samples.
-    KL(sigma | q) takes all exact samples; under conditions only the R that have a log Z.
+    run_smc: as in log_Z_bounds.  pool: ExactSamples.  bounds {name: (R,)}: those of log_Z_bounds.
+    log_w (R, K): log p0 phi / q of q's samples.
+    Only R conditions have a log Z: under conditions KL(sigma | q) takes no more exact samples than
+    these, else all there are.
     """
-    conditional = exact.o is not None
+    conditional = pool.o is not None
     log_Z, gap = midpoint(bounds)  # (R,)
-    record = {"log_Z": log_Z.mean().item(), "log_Z_ci": interval(log_Z), "gap": gap}
+    record = {"log_Z": log_Z.mean().item(), "log_Z_ci": half_width(log_Z), "gap": gap}
 
-    # log w of exact samples, each a particle of its own run.
-    M = len(exact.tokens)
+    # log w of exact samples, (M,): each one is the only particle of a run, under its condition.
+    M = len(pool.tokens)
     if conditional:
         M = len(log_Z)
-    retained = exact.tokens[:M, None]
-    G_q = run(1, M, tau=0.0, retained=retained, proposal="twist").log_w[:, 0]
+    retained = pool.tokens[:M, None]
+    log_w_exact = run_smc(1, M, tau=0.0, retained=retained, proposal="twist").log_w[:, 0]
 
-    # Both KLs (Eq. 23).  `error` is what log Z adds to their half widths.
+    # Both KLs (Eq. 23), value by value; and the half width that the error of log Z adds to them.
     if conditional:  # every condition has its own log Z, whose error is in the spread
         kl_q_sigma = log_Z - log_w.mean(1)
-        kl_sigma_q = G_q - log_Z
-        error = 0.0
+        kl_sigma_q = log_w_exact - log_Z
+        log_Z_error = 0.0
     else:
         log_Z_mean = log_Z.mean()
         kl_q_sigma = (log_Z_mean - log_w).flatten()
-        kl_sigma_q = G_q - log_Z_mean
-        error = interval(log_Z)
+        kl_sigma_q = log_w_exact - log_Z_mean
+        log_Z_error = half_width(log_Z)
     record["kl_q_sigma"] = kl_q_sigma.mean().item()
-    record["kl_q_sigma_ci"] = math.hypot(interval(kl_q_sigma), error)
+    record["kl_q_sigma_ci"] = math.hypot(half_width(kl_q_sigma), log_Z_error)
     record["kl_sigma_q"] = kl_sigma_q.mean().item()
-    record["kl_sigma_q_ci"] = math.hypot(interval(kl_sigma_q), error)
-    record["G_q"] = G_q.mean().item()
+    record["kl_sigma_q_ci"] = math.hypot(half_width(kl_sigma_q), log_Z_error)
+    record["G_q"] = log_w_exact.mean().item()
     return record
 
 
-def evaluate(args, world, twist, exact):
+def evaluate(args, world, twist, pool):
     """Bounds on log Z for every K of --bound-K, and both KLs with the last -> {name: value}.
 
-    Without exact samples there are lower bounds only.  Under conditions each has its own log Z.
+    pool: the run's ExactSamples.  If it is None there are lower bounds only.
+    Under conditions each has its own log Z.
     """
     # R runs, each with an exact sample and under that sample's condition if there are any.
     R = args.runs
     o = None
-    retained = R  # without exact samples
-    if exact is not None:
-        R = min(R, len(exact.tokens))
-        retained = exact.tokens[:R]
-        if exact.o is not None:
-            o = exact.o[:R]
+    exact_tokens = None
+    if pool is not None:
+        R = min(R, len(pool.tokens))
+        exact_tokens = pool.tokens[:R]
+        if pool.o is not None:
+            o = pool.o[:R]
     options = {"proposal": args.proposal, "scheme": args.scheme, "tau": args.tau}
-    run = partial(sample, world, twist, o=o, **options)
+    run_smc = partial(sample, world, twist, o=o, **options)
 
     # The bounds (Eq. 24); what follows reads those of the last K.
     record = {}
     for K in args.bound_K:
-        bounds, sis, twisted = log_Z_bounds(run, retained, K)
+        bounds, sis, twisted = log_Z_bounds(run_smc, K, R, exact_tokens)
         for name, values in bounds.items():
             record[f"{name}_{K}"] = values.mean().item()
-            record[f"{name}_{K}_ci"] = interval(values)
+            record[f"{name}_{K}_ci"] = half_width(values)
     for t, value in enumerate(twisted.ess.mean(0).tolist(), 1):
         record[f"ess_{t}"] = value
 
@@ -1501,7 +1608,7 @@ def evaluate(args, world, twist, exact):
     # their proposal is p0.
     q_samples = sis
     if args.proposal != "twist":
-        q_samples = run(args.bound_K[-1], R, tau=0.0, proposal="twist")
+        q_samples = run_smc(args.bound_K[-1], R, tau=0.0, proposal="twist")
     log_phi = q_samples.log_phi
     problem = (
         f"potential {args.potential}: zero on all {log_phi.numel()} samples, so log Z-hat = "
@@ -1509,29 +1616,29 @@ def evaluate(args, world, twist, exact):
     )
     require(log_phi.max() > -math.inf, problem)
     record["kl_prior"] = (q_samples.log_q - q_samples.log_p).sum(-1).mean().item()
-    record["reward"] = log_phi.mean().item() / args.beta
+    record["reward"] = log_phi.mean().item() / args.beta  # without the beta that log phi contains
     record["hits"] = (log_phi > world.log_floor).double().mean().item()
     record["F_q"] = q_samples.log_w.mean().item()
     record["conditional"] = float(o is not None)
 
-    if exact is None:
+    if pool is None:
         record["lower"] = max(bounds["sis_lower"].mean(), bounds["smc_lower"].mean()).item()
         return record
-    record.update(kl_estimates(run, exact, bounds, q_samples.log_w))
+    record.update(kl_estimates(run_smc, pool, bounds, q_samples.log_w))
     return record
 
 
-# What is printed, and the columns of the table.  lower: the larger lower bound on log Z, where
-# there are no exact samples.  hits: the share of q's samples whose phi is above 0, or above a
-# threshold's floor.
+# What is printed, and the columns of the table.  gap: between the bounds whose middle is log Z.
+# lower: the larger lower bound on log Z, where there are no exact samples.  kl_prior: KL(q | p0).
+# hits: the share of q's samples whose phi is above 0, or above a threshold's floor.
 SHOWN = ("kl_q_sigma", "kl_sigma_q", "log_Z", "gap", "lower", "kl_prior", "reward", "hits")
 
 
-def evaluate_and_log(args, world, twist, exact, out, step):
+def evaluate_and_log(args, world, twist, pool, out, step):
     """The first process evaluates; all of them log its record to out/metrics.jsonl."""
     found = [None]
     if dist.get_rank() == 0:
-        found = [evaluate(args, world, twist, exact)]
+        found = [evaluate(args, world, twist, pool)]
     dist.broadcast_object_list(found)
     record = found[0]
     line = {name: record[name] for name in SHOWN if name in record}  # first, since they are printed
@@ -1543,38 +1650,41 @@ def evaluate_and_log(args, world, twist, exact, out, step):
 
 
 def is_due(step, eval_every):
-    """Whether to evaluate after `step` updates: at multiples, or for 0 at 0, 2, 4, 8, ..."""
-    if eval_every:
+    """Whether to evaluate after `step` updates.
+
+    At the multiples of eval_every; if that is 0, at 0, 2, 4, 8, ..., where the paper's epochs end.
+    """
+    if eval_every > 0:
         return step % eval_every == 0
-    power_of_two = (step & (step - 1)) == 0  # of 0 too
-    return power_of_two and step != 1
+    only_one_bit = (step & (step - 1)) == 0  # true of the powers of two, and of 0
+    return only_one_bit and step != 1
 
 
-def draw_exact(args, learner, world, exact):
-    """What an update's batch starts from -> K, retained, o.
+def draw_exact_and_conditions(args, learner, world, pool):
+    """What an update's batch starts from -> K, exact_tokens, o.
 
-    K: particles of each of the N runs.  retained (N, n, T): exact samples, which are the positives,
-    or None.  o (N, c): conditions, or None.
+    pool: the run's ExactSamples, or None.  K: particles of each of the batch's N runs.
+    exact_tokens (N, n, T): exact samples to learn from, or None.  o (N, c): conditions, or None.
     """
     if world.conditional and learner == "ctl":
         # K particles for each new condition, with the exact sample that BDMC draws with it.
-        fresh = exact_samples(world, args.conditions)
+        fresh = draw_exact_samples(world, args.conditions)
         return args.K, fresh.tokens[:, None], fresh.o
     if world.conditional:
-        # The same number of particles, but each has a condition of its own.
-        fresh = exact_samples(world, args.conditions * args.K)
+        # The same number of particles, but each has a condition and an exact sample of its own.
+        fresh = draw_exact_samples(world, args.conditions * args.K)
         return 1, fresh.tokens[:, None], fresh.o
     if args.train_on_exact:
-        # K of the exact samples that are there.
-        chosen = torch.randint(len(exact.tokens), (args.K,), device=exact.tokens.device)
-        return args.K, exact.tokens[chosen][None], None
+        # K of the pool, drawn with replacement.
+        chosen = torch.randint(len(pool.tokens), (args.K,), device=pool.tokens.device)
+        return args.K, pool.tokens[chosen][None], None
     return args.K, None, None
 
 
-def update(args, learner, world, twist, exact, optimizer, step):
-    """One update of a learner's twist, of every process's own batch with the mean gradient."""
-    K, retained, o = draw_exact(args, learner, world, exact)
-    batch = draw_batch(learner, world, twist, K, retained, o, args.beta, args.scheme)
+def update(args, learner, world, twist, pool, optimizer, step):
+    """One update of a learner's twist.  Every process draws a batch; their mean gradient counts."""
+    K, exact_tokens, o = draw_exact_and_conditions(args, learner, world, pool)
+    batch = draw_batch(learner, world, twist, K, exact_tokens, o, args.beta, args.scheme)
 
     # One step of Adam, with the mean gradient of all processes; PPO uses its batch four times.
     weights = optimizer.param_groups[0]["params"]
@@ -1585,16 +1695,16 @@ def update(args, learner, world, twist, exact, optimizer, step):
         for weight in weights:
             dist.all_reduce(weight.grad)
             weight.grad /= dist.get_world_size()
-        norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights]).item()
+        grad_norm = torch.nn.utils.get_total_norm([weight.grad for weight in weights]).item()
         problem = (
             f"{learner}, update {step}: the loss or its gradient is not finite; take a smaller "
             "--lr, and for rl a potential that is nowhere zero"
         )
-        require(math.isfinite(norm), problem)
+        require(math.isfinite(grad_norm), problem)
         optimizer.step()
 
 
-def train(args, learner, seed, world, model, exact, out):
+def train(args, learner, seed, world, model, pool, out):
     """One learner with one seed -> its twist; evaluations go to out/metrics.jsonl."""
     out.mkdir(parents=True, exist_ok=True)
 
@@ -1602,7 +1712,7 @@ def train(args, learner, seed, world, model, exact, out):
     torch.manual_seed(seed)
     twist = make_twist(args, learner, world, model)
     torch.manual_seed(1000 * seed + dist.get_rank())
-    updates = 0
+    updates = 0  # "none" and "policy" are only evaluated
     step = 0
     optimizer = None
     if learner in LEARNERS:
@@ -1627,10 +1737,10 @@ def train(args, learner, seed, world, model, exact, out):
         if is_due(step, args.eval_every) or step >= updates:
             if step > begun:
                 save_checkpoint(out, step, twist, optimizer)
-            evaluate_and_log(args, world, twist, exact, out, step)
+            evaluate_and_log(args, world, twist, pool, out, step)
         if step >= updates:
             return twist
-        update(args, learner, world, twist, exact, optimizer, step)
+        update(args, learner, world, twist, pool, optimizer, step)
         step += 1
 
 
@@ -1644,7 +1754,7 @@ def print_text(args, world, twist):
     if world.conditional and world.continuation:
         o = torch.tensor([world.continuation], device=world.model.device)
     elif world.conditional:
-        o = exact_samples(world, 1).o
+        o = draw_exact_samples(world, 1).o
     particles = sample(world, twist, args.K, o=o, tau=0.0)
     k = particles.log_w[0].softmax(-1).multinomial(1).item()
     text = world.tokenizer.decode(particles.tokens[0, k])
@@ -1660,7 +1770,10 @@ def read_history(out):
 
 
 def values_over_seeds(name, records, log_Z):
-    """The value of a column for every seed's record; the KLs are taken with one common log Z."""
+    """The value of a column for every seed's record.
+
+    The KLs (Eq. 23) are taken anew with one common log Z, unless each condition has its own.
+    """
     values = []
     for record in records:
         if name == "kl_q_sigma" and not record["conditional"]:
@@ -1681,7 +1794,7 @@ TITLES = {
 }
 
 
-def pretty(name):
+def title_of(name):
     """A column's title: KLs as the paper writes them, others by their name."""
     if name.startswith("kl"):
         return TITLES[name]
@@ -1689,32 +1802,35 @@ def pretty(name):
 
 
 def table_rows(finals, names, log_Z):
-    """Cells of the table, and a warning for each KL below the gap of its bounds on log Z.
+    """Cells of the table, and a warning for each KL that the gap of the bounds on log Z may hide.
 
     finals: {learner: last records, one for each seed}.  log_Z: the common one of the KLs.
     """
-    rows, warnings = [], []
+    rows = []
+    warnings = []
     for learner, records in finals.items():
         row = [learner]
+        gap = records[0].get("gap", 0.0)  # that of the first seed
         for name in names:
             # Mean and half of its 95 % interval: over seeds if there are several, else samples.
             values = values_over_seeds(name, records, log_Z)
             mean = values.mean().item()
             width = records[0].get(f"{name}_ci", math.nan)
             if len(values) > 1:
-                width = interval(values)
+                width = half_width(values)
             cell = f"{mean:.3f}"
             if not math.isnan(width):
                 cell = f"{cell} ± {width:.3f}"
             row.append(cell)
 
-            # A gap between the bounds hides a KL, unless it is within the KL's own noise.  The gap
-            # is that of the first seed.
-            gap = records[0].get("gap", 0.0)
-            hidden = gap > max(0.0, mean) and not gap < width
-            if name in ("kl_q_sigma", "kl_sigma_q") and hidden:
+            # log Z may lie anywhere between its bounds, so a KL is known no better than their gap.
+            # Warn if the KL is smaller than the gap, unless its own noise is larger still: then the
+            # table's ± says enough.  A gap below 0 is noise.  Without a ± (nan) there is a warning.
+            gap_hides_kl = gap > 0 and gap > mean
+            noise_is_larger = width > gap
+            if name in ("kl_q_sigma", "kl_sigma_q") and gap_hides_kl and not noise_is_larger:
                 warnings.append(
-                    f"warning, {learner}: {pretty(name)} = {mean:.3f} is less than the gap "
+                    f"warning, {learner}: {title_of(name)} = {mean:.3f} is less than the gap "
                     f"{gap:.3f} between the bounds on log Z; a larger --bound-K closes it"
                 )
         rows.append(row)
@@ -1726,18 +1842,23 @@ def write_table(out, records):
 
     records: {(learner, seed): its evaluations}.
     """
+    # The common log Z of the KLs is the median over learners and seeds, as released; of two in the
+    # middle the larger.  Without exact samples there are no KLs, and the 0 is not used.
     finals = {}
-    middles = []
+    log_Zs = []
     for (learner, _), history in records.items():
         finals.setdefault(learner, []).append(history[-1])
-        middles.append(history[-1].get("log_Z", 0.0))
-    log_Z = sorted(middles)[len(middles) // 2]  # the median, as released
-    first = next(iter(records.values()))
-    if len(first) > 1:
-        finals = {"untrained": [first[0]], **finals}
-    names = [name for name in SHOWN if name in first[0]]
+        log_Zs.append(history[-1].get("log_Z", 0.0))
+    log_Z = sorted(log_Zs)[len(log_Zs) // 2]
+
+    # Above the learners, the first one before its first update.
+    first_history = next(iter(records.values()))
+    untrained = first_history[0]
+    if len(first_history) > 1:
+        finals = {"untrained": [untrained], **finals}
+    names = [name for name in SHOWN if name in untrained]
     rows, warnings = table_rows(finals, names, log_Z)
-    rows.insert(0, ["q"] + [pretty(name) for name in names])
+    rows.insert(0, ["q"] + [title_of(name) for name in names])
 
     # Cells of a column have one width.
     widths = []
@@ -1757,7 +1878,7 @@ MARKERS = {"ctl": "o", "rl": "s", "sixo": "D", "fudge": "^", "dpg": "v", "ppo": 
 
 
 def style_of(learner, seed, args):
-    """Colour and marker of a learner; its name once, for the legend."""
+    """Colour and marker of a learner; and at the first seed its name, for the legend."""
     label = learner if seed == args.seed else None
     return {
         "color": COLOURS.get(learner, "k"),
@@ -1788,19 +1909,15 @@ def draw_bounds(axis, learner, history, args, known):
 
     known: (log Z, half width of its interval) from elsewhere, or None.
     """
+    curves = {"sis_lower": "o-", "sis_upper": "o--", "smc_lower": "s-", "smc_upper": "s--"}
     for record, color in ((history[0], "0.65"), (history[-1], COLOURS.get(learner, "k"))):
-        for name, line in (
-            ("sis_lower", "o-"),
-            ("sis_upper", "o--"),
-            ("smc_lower", "s-"),
-            ("smc_upper", "s--"),
-        ):
+        for name, line_style in curves.items():
             if f"{name}_{args.bound_K[0]}" not in record:
                 continue  # no upper bounds without exact samples
             means = [record[f"{name}_{K}"] for K in args.bound_K]
             widths = [record[f"{name}_{K}_ci"] for K in args.bound_K]
             axis.errorbar(
-                args.bound_K, means, widths, fmt=line, color=color, ms=4, capsize=3, lw=1.2
+                args.bound_K, means, widths, fmt=line_style, color=color, ms=4, capsize=3, lw=1.2
             )
 
     # Where log Z really is, if it is known.
@@ -1819,9 +1936,9 @@ def draw_bounds(axis, learner, history, args, known):
 def draw_ess(axis, records, args):
     """Effective sample size of the last evaluation against t."""
     for (learner, seed), history in records.items():
-        T = range(1, args.T + 1)
-        share = [history[-1][f"ess_{t}"] / args.bound_K[-1] for t in T]
-        axis.plot(T, share, **style_of(learner, seed, args))
+        steps = range(1, args.T + 1)
+        share = [history[-1][f"ess_{t}"] / args.bound_K[-1] for t in steps]
+        axis.plot(steps, share, **style_of(learner, seed, args))
     axis.set(title="after training", xlabel="t, tokens", ylabel="ESS before resampling / K")
     axis.set_ylim(0, 1.03)
     axis.xaxis.get_major_locator().set_params(integer=True)
@@ -1867,7 +1984,7 @@ def known_log_Z(args):
 
 # ---- The run
 
-LEAST = {
+LEAST = {  # the smallest value that an option may have
     "T": 1,
     "K": 1,
     "conditions": 1,
@@ -1909,8 +2026,11 @@ def check_potential(args):
         problem = "give a label (0, 1, ...) after class:, and a --classifier"
     elif kind == "threshold":
         digits = what.removeprefix("-").replace(".", "", 1)  # of a number such as -1.5
-        fits = args.classifier and digits.isdecimal()
-        problem = "give a number after threshold:, and a --classifier"
+        fits = args.classifier and digits.isdecimal() and args.beta == 1
+        problem = (
+            "give a number after threshold:, a --classifier, and --beta 1, since no power changes "
+            "a phi of 0 or 1"
+        )
     else:
         fits = False
         problem = (
@@ -1932,12 +2052,13 @@ def check(args):
     require(known, f"unknown learner {args.learner!r}: choose one of {', '.join(LEARNERS)}, all")
     check_potential(args)
 
-    # Learners that compare particles by weight; with several conditions only CTL does so within K.
-    compared = ("all", "ctl", "sixo", "dpg")
-    if args.conditions > 1:
-        compared = ("all", "ctl")
+    # CTL, SIXO and DPG learn from how the weights of K particles differ.  Under infilling SIXO and
+    # DPG do not: there they learn from one exact sample for each condition.
+    need_weights = ("all", "ctl", "sixo", "dpg")
+    if args.potential == "infilling":
+        need_weights = ("all", "ctl")
     problem = "--K 1: the weight of one particle is always 1, so nothing is learned; take 2 or more"
-    require(args.K > 1 or args.learner not in compared, problem)
+    require(args.K > 1 or args.learner not in need_weights, problem)
 
 
 def choose_learners(args, world):
@@ -1973,9 +2094,9 @@ def main(args):
             shutil.rmtree(old)
 
     # Exact samples, for upper bounds and KL(sigma | q).
-    exact = None
+    pool = None
     if world.log_bound is not None and args.exact > 0:
-        exact = load_exact_samples(args, world, out, device)
+        pool = load_exact_samples(args, world, out, device)
 
     # Train and evaluate every learner, with every seed.
     records = {}
@@ -1983,7 +2104,7 @@ def main(args):
         for learner in learners:
             say(f"{learner}, seed {seed}")
             folder = out / f"{learner}-seed{seed}"
-            twist = train(args, learner, seed, world, model, exact, folder)
+            twist = train(args, learner, seed, world, model, pool, folder)
             if first:
                 records[learner, seed] = read_history(folder)
                 print_text(args, world, twist)

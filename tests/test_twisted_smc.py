@@ -228,7 +228,7 @@ def test_proposal_and_its_normalisers():
             [0.2346529391, 0.2466838526, 0.5186632083],
         ],
     )
-    norm = S.log_norm[0].view(3, 3, 3, 3)
+    norm = S.log_Z_pi[0].view(3, 3, 3, 3)
     close(norm[:, 0, 0, 0], [0.0385296970] * 3)
     close(norm[:, 0, 0, 1], [-0.1701068328, 0.0956134397, 0.4633533502])
     close(
@@ -277,7 +277,7 @@ def test_conditional_world_w2():
     close(means, [0.1180023726, 0.1097196467])
     # BDMC: pairs (s, o) are joint draws, so a frequency's error is at most 0.5 / 100; 4.5 sigma
     torch.manual_seed(0)
-    exact = t.exact_samples(W2, 10_000)
+    exact = t.draw_exact_samples(W2, 10_000)
     s, o = exact.tokens, exact.o
     close((o == torch.arange(3)).double().mean(0), Z, atol=0.0225, rtol=0)
     close((s[o[:, 0] == 0, 0] == 0).double().mean(), 0.5917553191, atol=0.036, rtol=0)
@@ -524,7 +524,10 @@ def test_log_Z_bounds_are_ordered():
     E = enumerate_sequences(W1, w1_twist())
     exact = ALL[torch.multinomial(E.log_sigma.exp(), 4000, replacement=True)]
     bounds, _, _ = t.log_Z_bounds(
-        lambda K, N, **options: t.sample(W1, None, K, N, proposal="base", **options), exact, 2
+        lambda K, N, **options: t.sample(W1, None, K, N, proposal="base", **options),
+        2,
+        len(exact),
+        exact,
     )
     mean = {name: bounds[name].mean().item() for name in bounds}
     assert mean == pytest.approx(
@@ -536,7 +539,7 @@ def test_log_Z_bounds_are_ordered():
         < LOG_Z
         < min(mean["sis_upper"], mean["smc_upper"])
     )
-    only, _, _ = t.log_Z_bounds(lambda K, N, **options: t.sample(W1, None, K, N, **options), 3, 2)
+    only, _, _ = t.log_Z_bounds(lambda K, N, **options: t.sample(W1, None, K, N, **options), 2, 3)
     assert set(only) == {"sis_lower", "smc_lower"} and len(only["smc_lower"]) == 3
 
 
@@ -711,8 +714,13 @@ EXPECTED = {
 def population_loss(name, twist):
     """The loss's expectation, over all 27 sequences with their probabilities as weights."""
     E, S = enumerate_sequences(W1, twist), forced(ALL, twist)
-    psi, sigma, q, p = t.log_psi(W1, twist, S), E.log_sigma.exp(), E.log_q.exp(), E.log_p.exp()
-    targets = torch.cat([S.log_norm[..., 1:], S.log_phi[..., None]], -1)[0]
+    psi, sigma, q, p = (
+        t.log_psi_of_particles(W1, twist, S),
+        E.log_sigma.exp(),
+        E.log_q.exp(),
+        E.log_p.exp(),
+    )
+    targets = torch.cat([S.log_Z_pi[..., 1:], S.log_phi[..., None]], -1)[0]
     if name == "ctl":
         return t.ctl_loss(
             psi, sigma[None], psi, (S.log_p.sum(-1, keepdim=True) + S.log_psi).softmax(1)
@@ -725,7 +733,10 @@ def population_loss(name, twist):
         return (p * t.sixo_loss(psi[0, :, None], (sigma / p)[:, None], psi[0, :, None])).sum()
     if name == "fudge":
         return (p * t.fudge_loss(psi[0, :, None], E.log_phi.exp()[:, None, None])).sum()
-    return t.dpg_loss(t.log_q(W1, twist, S), sigma[None])[0] + (sigma * E.log_sigma).sum() / 3
+    return (
+        t.dpg_loss(t.log_q_of_particles(W1, twist, S), sigma[None])[0]
+        + (sigma * E.log_sigma).sum() / 3
+    )
 
 
 @pytest.mark.parametrize("name", EXPECTED)
@@ -768,7 +779,7 @@ def test_gradients_vanish_at_the_optimum():
 
 def test_fixed_batch():
     twist, S, N = w1_twist(), forced(B, w1_twist()), forced(NEGATIVES, w1_twist())
-    psi, W = t.log_psi(W1, twist, S), S.log_w.softmax(-1)
+    psi, W = t.log_psi_of_particles(W1, twist, S), S.log_w.softmax(-1)
     close(S.log_w, [[-0.4045348003, -0.5760716926, -0.8851991209, -0.6804790204]])
     close(W, [[0.3105978882, 0.2616380916, 0.1920651795, 0.2356988407]])
     close([S.log_Z.item(), S.log_w.mean().item()], [-0.6215729939, -0.6365711585])
@@ -800,14 +811,15 @@ def test_fixed_batch():
         ],
     )
     close(
-        t.rl_loss(psi, torch.cat([S.log_norm[..., 1:], S.log_phi[..., None]], -1)).detach(),
+        t.rl_loss(psi, torch.cat([S.log_Z_pi[..., 1:], S.log_phi[..., None]], -1)).detach(),
         [0.1314900735],
     )
-    close(t.sixo_loss(psi, W, t.log_psi(W1, twist, N)).detach(), [1.3255800725])
+    close(t.sixo_loss(psi, W, t.log_psi_of_particles(W1, twist, N)).detach(), [1.3255800725])
     close(
-        t.fudge_loss(t.log_psi(W1, twist, N), N.log_phi.exp()[..., None]).detach(), [0.6908955051]
+        t.fudge_loss(t.log_psi_of_particles(W1, twist, N), N.log_phi.exp()[..., None]).detach(),
+        [0.6908955051],
     )
-    nll = t.dpg_loss(t.log_q(W1, twist, S), W)
+    nll = t.dpg_loss(t.log_q_of_particles(W1, twist, S), W)
     close(nll.detach(), [1.0889125065])
     every = twist(S.states)  # the paper's surrogate: log psi of the token minus its mean under q
     mean = ((W1.head(S.states) + every).softmax(-1).detach() * every).sum(-1)
@@ -818,7 +830,7 @@ def test_fixed_batch():
 
 
 def test_ppo_by_hand():
-    advantages, returns, whitened = t.gae(
+    advantages, returns, whitened = t.generalised_advantages(
         *(torch.tensor(x, dtype=torch.float64) for x in ([-0.1, 0.2, 1.0], [0.3, 0.1, 0.4]))
     )
     close(advantages, [0.7165, 1.07, 0.6])
@@ -860,7 +872,7 @@ def test_fudge_labels_and_the_released_off_by_one():
         abs(means[0][0] - means[0][2]) > 0.3 and abs(means[1][0] - means[1][2]) < 0.06
     )  # the released ones forget s_3
     twist, sigma = w1_twist(), E.log_sigma.exp()
-    logits = t.log_psi(W1, twist, forced(ALL, twist))[0, :, None]
+    logits = t.log_psi_of_particles(W1, twist, forced(ALL, twist))[0, :, None]
     for columns, expected in (
         (psi[:3], [-0.01283053, -0.00224517, 0.00469038]),
         (psi[1:], [0.00118901, -0.00864808, -0.01050037]),
@@ -1025,9 +1037,13 @@ def test_cache_follows_resampling(folder, options):
             S.log_psi[n, k], psi.gather(1, S.tokens[n, k][:, None])[:, 0], atol=1e-4, rtol=1e-4
         )
         norm = (logits + psi).logsumexp(-1) - logits.logsumexp(-1)
-        torch.testing.assert_close(S.log_norm[n, k], norm, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(t.log_psi(world, twist, S), S.log_psi, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(t.log_q(world, twist, S).double(), S.log_q, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(S.log_Z_pi[n, k], norm, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        t.log_psi_of_particles(world, twist, S), S.log_psi, atol=1e-4, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        t.log_q_of_particles(world, twist, S).double(), S.log_q, atol=1e-4, rtol=1e-4
+    )
     if o is not None:  # phi = p0(o | s_{1:T})
         ids = torch.tensor([prompt + S.tokens[2, 7].tolist() + o[2].tolist()])
         log_p = (
@@ -1047,7 +1063,7 @@ def test_rejection_sampling_is_exact(folder):
     torch.manual_seed(10)
     args = small(folder, "", T=2, beta=2.0)
     world = t.lm_world(t.load_model(args.model), t.load_tokenizer(args.model), args)
-    exact = t.exact_samples(world, 3000)
+    exact = t.draw_exact_samples(world, 3000)
     s, o = exact.tokens, exact.o
     S = t.sample(world, None, 20_000, tau=0.0)
     W = S.log_w[0].softmax(-1)
@@ -1187,7 +1203,7 @@ def test_a_policys_twist_is_its_normalised_ratio(folder):
     world = t.lm_world(model, t.load_tokenizer(args.model), args)
     S = t.sample(world, t.make_twist(args, "policy", world, model), 8)
     close(S.log_psi, S.log_q - S.log_p, atol=1e-4, rtol=0)  # logits are float32
-    close(S.log_norm, torch.zeros_like(S.log_norm), atol=1e-4, rtol=0)
+    close(S.log_Z_pi, torch.zeros_like(S.log_Z_pi), atol=1e-4, rtol=0)
 
 
 def test_policy_is_evaluated_with_both_bounds(folder, tmp_path):
@@ -1249,7 +1265,7 @@ def test_evaluation_beside_exact_values(name, log_Z):
     t.setup(0)
     for step in range(64):
         t.update(args, "dpg", world, twist, None, optimizer, step)
-    last = t.evaluate(args, world, twist, t.exact_samples(world, 99))
+    last = t.evaluate(args, world, twist, t.draw_exact_samples(world, 99))
     exact_log_Z, exact_kl, _ = exact_values(world, twist)
     assert exact_log_Z == pytest.approx(log_Z, abs=1e-9) and exact_kl < 0.03
     assert abs(last["kl_q_sigma"] - exact_kl) < 0.02  # 99 runs of 32: error 0.004
@@ -1298,6 +1314,7 @@ def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
         (dict(potential="class:x", classifier="y"), "label"),
         (dict(potential="class:3", classifier="{folder}/judge3"), "3 labels"),
         (dict(potential="threshold:", classifier="y"), "number"),
+        (dict(potential="threshold:0", classifier="y", beta=2.0), "--beta 1"),
         (dict(potential="class:2", classifier="{folder}/judge1"), "1 labels"),
         (dict(potential="threshold:0", classifier="{folder}/judge3"), "3 labels"),
         (dict(potential="reward", classifier="{folder}/judge2"), "2 labels"),
@@ -1309,6 +1326,7 @@ def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
         (dict(prompt="the cat met the dog" * 20), "--prompt"),
         (dict(prompt=""), "--prompt"),
         (dict(K=1), "--K 1"),
+        (dict(K=1, conditions=2, learner="dpg"), "--K 1"),
         (dict(beta=-1.0), "--beta"),
         (dict(bound_K=(0,)), "--bound-K"),
         (dict(train_on_exact=True, exact=0), "--exact"),
@@ -1325,7 +1343,7 @@ def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
     ],
 )
 def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, options, words):
-    monkeypatch.setattr(t.exact_samples, "__defaults__", (1000, 3))  # patience: three batches
+    monkeypatch.setattr(t.draw_exact_samples, "__defaults__", (1000, 3))  # patience: three batches
     options = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in options.items()}
     with pytest.raises(SystemExit) as stop:
         t.main(small(folder, tmp_path / "run", **options))
