@@ -643,6 +643,19 @@ def _step_cache(model, cache, tokens):
     return hidden[0], out.logits[:, -1]
 
 
+def head_logits(model, hidden):
+    """Next-token logits (..., V) of final-norm hidden states (..., d), scaled and capped as the
+    model's family does it (Cohere, Granite; Gemma 2)."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden.to(model.dtype))
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
 def stay_in_place(ancestors):
     """Permute (n,) ancestors so that survivors keep their slots, and only dead slots change.
 
@@ -905,6 +918,7 @@ class Encoded:
 
     prompt_ids: list  # a BOS first, where the tokenizer or the template puts one
     responses: list  # ids of each response, its end included
+    is_chat: bool  # written by the chat template; else the end is one EOS
 
 
 def encode_rows(rows, tokenizer):
@@ -954,7 +968,7 @@ def encode_rows(rows, tokenizer):
         else:
             prompt = bos + prompt
             responses = [response[skip:] + [tokenizer.eos_token_id] for response in responses]
-        found.append(_usable(prompt, responses))
+        found.append(_usable(prompt, responses, texts.is_chat))
     return found
 
 
@@ -967,13 +981,13 @@ def _text_bos(tokenizer):
     return []
 
 
-def _usable(prompt, responses):
+def _usable(prompt, responses, is_chat):
     """Encoded, or why such ids cannot be used."""
     if not prompt:
         return "empty prompt"
     if responses and min(map(len, responses)) < 2:  # nothing but the end
         return "empty response"
-    return Encoded(prompt, responses)
+    return Encoded(prompt, responses, is_chat)
 
 
 def _chat_responses(tokenizer, texts, prompt, wholes):
@@ -1023,16 +1037,23 @@ def end_tokens(model, tokenizer):
 
 
 def encode_prompt(prompt, tokenizer):
-    """The ids from which a response to the prompt, text or chat messages, is sampled.
+    """The ids from which a response to the prompt is sampled.
 
-    Raises SystemExit if it cannot be used.
+    prompt: text, or chat messages, which may be given as JSON.  SystemExit if it cannot be used.
     """
+    if isinstance(prompt, str) and prompt.startswith('[{"'):
+        try:
+            prompt = json.loads(prompt)
+        except ValueError:
+            pass  # then it is text
     (found,) = encode_rows([{"prompt": prompt, "responses": []}], tokenizer)
     require(not isinstance(found, str), f"the prompt {str(prompt)[:40]!r} cannot be used: {found}")
     return found.prompt_ids
 
 
-def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, what="tokens"):
+def tokenize_pairs(
+    rows, tokenizer, max_length=512, max_prompt_length=256, what="tokens", example=True
+):
     """Rows of text -> rows of ids, those that can be used.
 
     -> [{"prompt_ids": ids, "responses": [ids, ...], "row": index into rows,
@@ -1041,7 +1062,7 @@ def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, what=
     The ids are those of `encode_rows`.  If prompt and longest response exceed max_length, the
     prompt is cut, once for all its responses, to max_prompt_length.  If they still do, responses
     are cut to max_length - max_prompt_length; a cut one has no EOS.  `what` begins the line that is
-    printed; None: no line.
+    printed; None: no line.  example=True: the run's first row is shown.
     Raises SystemExit for lengths out of range, a tokenizer without EOS, a row that is longer than
     the model's context, and if no row is left.
     """
@@ -1079,38 +1100,37 @@ def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, what=
         responses_cut = sum(row["responses_cut"] for row in kept)
         note = f"; prompts cut {prompts_cut}, responses cut {responses_cut}"
         report(what, len(kept), dropped, note)
-        _show_example(tokenizer, kept[0])
-    _require_context(tokenizer, kept)
+        if example:
+            show_example(tokenizer, kept[0]["prompt_ids"], kept[0]["responses"][0])
+    require_context(tokenizer, kept)
     return kept
 
 
-def _require_context(tokenizer, rows):
-    """SystemExit if a row is longer than the context of the tokenizer's model (load_tokenizer)."""
+def require_context(tokenizer, rows, new_tokens=0, lower="--max-length"):
+    """SystemExit if a row is longer than the context of the tokenizer's model (load_tokenizer).
+
+    new_tokens: that are to be sampled after a prompt.  lower: the flag that helps.
+    """
     context = tokenizer.model_max_length
     longest = 0
     for row in rows:
-        longest = max(longest, len(row["prompt_ids"]) + max(map(len, row["responses"])))
-    require(
-        longest <= context,
-        f"the model reads {context} tokens, but a row has {longest}: --max-length {context}",
-    )
+        response = max(map(len, row.get("responses", [])), default=0)
+        longest = max(longest, len(row["prompt_ids"]) + response + new_tokens)
+    problem = f"the model reads {context} tokens, but a row has up to {longest}: lower {lower}"
+    require(longest <= context, problem)
 
 
-@functools.lru_cache(maxsize=1)
-def _example_lines():
-    """The example that this run has printed, if any."""
-    return []
+_examples = []  # the example that this run has printed, if any
 
 
-def _show_example(tokenizer, row):
-    """Once a run, one line: the end of a prompt ||| the start of its first response."""
-    if _example_lines():
+def show_example(tokenizer, prompt_ids, response_ids):
+    """Once a run, one line: the end of a prompt ||| the start of its response, as models see it."""
+    if _examples:
         return
-    prompt = tokenizer.decode(row["prompt_ids"])
-    response = tokenizer.decode(row["responses"][0])
-    line = f"example: {prompt[-200:]!r} ||| {response[:200]!r}"
-    _example_lines().append(line)
-    say(line)
+    prompt = tokenizer.decode(prompt_ids)
+    response = tokenizer.decode(response_ids)
+    _examples.append(f"example: {prompt[-200:]!r} ||| {response[:200]!r}")
+    say(_examples[0])
 
 
 def tokenize_pair(tokenizer, row, max_length=512, max_prompt_length=256):
@@ -1611,11 +1631,14 @@ def _dialogue(row, question, chosen, rejected):
 
 def every_turn(row):
     """A dialogue -> one row for each assistant turn, given all before it (SFT on every turn)."""
-    talk = row["prompt"] + row["chosen"]
+    answer = row["chosen"]
+    if isinstance(row["prompt"], list) and isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    talk = row["prompt"] + answer
     rows = []
     if isinstance(talk, list):
         for i, message in enumerate(talk):
-            if message["role"] == "assistant":
+            if message.get("role") == "assistant":
                 rows.append({**row, "prompt": talk[:i], "chosen": talk[i : i + 1]})
         return rows
     for cue in re.finditer(ASSISTANT, talk):
@@ -1747,8 +1770,10 @@ def load_tokenizer(name):
         f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} "
         "embeddings: resize_token_embeddings, or copy the tokenizer of the model's training there",
     )
-    context = getattr(config, "max_position_embeddings", None)
-    tokenizer.model_max_length = context or UNBOUNDED
+    context = getattr(config, "max_position_embeddings", None) or UNBOUNDED
+    if "Classification" in str(config.architectures):  # RoBERTa's first two positions are reserved
+        context = min(context, tokenizer.model_max_length)
+    tokenizer.model_max_length = context
     return tokenizer
 
 

@@ -35,10 +35,12 @@ the readers (AUC .84 to 1.00). categorical learns more slowly and is not shown: 
 AUC is .55 to .65 (--entropy batch) or .72 and .91 (--lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03).
 """
 
+import importlib.util
 import json
 import math
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -174,8 +176,8 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 # isort: off
 from common import response_hiddens  # log-probabilities
-from common import pack_pairs, tokenize_pairs  # tokenization
-from common import batch_order, load_pairs, optimiser_steps, read_rows, subset  # data
+from common import encode_rows, pack_pairs, require_context, show_example  # tokenization
+from common import batch_order, load_pairs, optimiser_steps, read_rows, report, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, model_folder, save_model  # models
 from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
 from common import load_checkpoint, on_rank0, require, save_checkpoint, setup  # processes
@@ -183,7 +185,6 @@ from common import start_run, stop_requested, stop_unless_finite, write  # proce
 from common import log, merge, progress, say, setting, speed  # logging
 # isort: on
 
-NO_LIMIT = 2**40  # tokens
 
 # ---- the paper: losses
 
@@ -432,26 +433,27 @@ def encode(texts, tokenizer, max_length):
 
     Rows with a side of more than max_length tokens are dropped and counted, never cut (App. C.2).
     """
-    # Nothing is cut here: rows that are too long are dropped below. The limit of the prompt is half
-    # of the other one because it must be smaller. what=None: no line is printed.
-    rows = tokenize_pairs(
-        texts, tokenizer, max_length=NO_LIMIT, max_prompt_length=NO_LIMIT // 2, what=None
-    )
-
-    # Each response now ends with an end-of-text token, which is taken off: the released code reads
-    # the reward at the last token of the text itself.
+    # The released code reads the reward at the last token of the text itself, so the end-of-text
+    # token is taken off; of a chat all that the template writes is read.
     kept = []
-    for row in rows:
-        row["responses"] = [ids[:-1] for ids in row["responses"]]
-        row["p_chosen"] = texts[row["row"]].get("p_chosen")
-        longest = len(row["prompt_ids"]) + max(map(len, row["responses"]))
-        if longest <= max_length:
-            kept.append(row)
-    if len(kept) < len(texts):
-        failed = f"{len(texts) - len(rows)} could not be tokenized"
-        long = f"{len(rows) - len(kept)} have a side of over --max-length {max_length} tokens"
-        say(f"kept {len(kept)} of {len(texts)} rows: {failed}, {long}")
-    require(kept, "no row is left: raise --max-length")
+    dropped = defaultdict(list)
+    for number, found in enumerate(encode_rows(texts, tokenizer)):
+        if isinstance(found, str):
+            dropped[found].append(number + 1)
+            continue
+        responses = found.responses
+        if not found.is_chat:
+            responses = [ids[:-1] for ids in responses]
+        longest = len(found.prompt_ids) + max(map(len, responses))
+        if longest > max_length:
+            dropped[f"a side of over --max-length {max_length} tokens"].append(number + 1)
+            continue
+        row = {"prompt_ids": found.prompt_ids, "responses": responses, "row": number}
+        row["p_chosen"] = texts[number].get("p_chosen")
+        kept.append(row)
+    report("tokens", len(kept), dropped)
+    show_example(tokenizer, kept[0]["prompt_ids"], kept[0]["responses"][0])
+    require_context(tokenizer, kept)
     return kept
 
 
@@ -1428,6 +1430,8 @@ def check(args):
     if isinstance(args, Args) and args.type == "compare":
         problem = "--type compare: only the tiny world has its readers, so use --data tiny"
         require(args.data == "tiny", problem)
+    if isinstance(args, Args) and args.lora:
+        require(importlib.util.find_spec("peft"), "--lora: needs peft: pip install peft")
     if isinstance(args, SyntheticArgs) and args.env == "2d":
         require(not args.shared_context, "--shared-context: its Borda count is for 1d only")
     if isinstance(args, ScoreArgs):

@@ -99,16 +99,19 @@ import torch
 import torch.distributed as dist
 import transformers
 from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
-from common import row_texts, tokenize_pairs  # tokenization
+from common import end_tokens, row_texts, tokenize_pairs  # tokenization
+from common import Unusable, require_context, show_example  # tokenization
 from common import load_pairs, read_rows  # data
 from common import words  # the plain text of a string or of chat messages
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
-from common import progress, require, setting, setup, start_run, stop_requested, write  # processes
+from common import DEVICE, progress, require, say, setting, setup  # processes
+from common import start_run, stop_requested, write  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 # isort: on
 
@@ -212,17 +215,18 @@ def sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return Filters(warpers)
 
 
-def respond(model, prompts, uniforms, filters, eos_id, vocabulary):
+def respond(model, prompts, uniforms, filters, ends, vocabulary):
     """One response to each prompt, drawn from softmax(filters(logits)).
 
-    N lists of ids and (N, T) uniforms in [0, 1) -> N lists of up to T ids; the last one is eos_id
-    if that was drawn.  A response depends on its own prompt and uniforms only.  Logits beyond the
-    first `vocabulary` ones belong to no token.
+    N lists of ids and (N, T) uniforms in [0, 1) -> N lists of up to T ids; one of `ends`, the ids
+    that end a response, is the last of its list.  A response depends on its own prompt and uniforms
+    only.  Logits beyond the first `vocabulary` ones belong to no token.
     """
     # One pass over the prompts fills the cache; from then on each token costs one step.
     responses = [[] for _ in prompts]
     last = uniforms.shape[1] - 1
     rows = torch.arange(len(prompts), device=model.device)  # rows[i]: whose response slot i holds
+    ends = torch.tensor(ends, device=model.device)
     cache, _, logits = prefill(model, prompts, uniforms.shape[1])
     for t in range(uniforms.shape[1]):
         filtered = filters(logits[:, :vocabulary].float())
@@ -232,7 +236,7 @@ def respond(model, prompts, uniforms, filters, eos_id, vocabulary):
 
         # Finished responses leave the batch.  The others move up into slots 0, 1, ..., in an order
         # that leaves as many as possible where they are: new slot i goes on from old slot slots[i].
-        unfinished = (tokens != eos_id).nonzero()[:, 0]
+        unfinished = torch.isin(tokens, ends, invert=True).nonzero()[:, 0]
         slots = stay_in_place(unfinished)
         if t == last or len(slots) == 0:
             break
@@ -271,7 +275,7 @@ def read_responses(path):
     return rows
 
 
-def load_items(args, rows, tokenizer, model):
+def load_items(args, rows, tokenizer):
     """An Item for every response to the rows' prompts, the longest prompts first.
 
     SystemExit: the model's context holds less than the longest prompt and its response.
@@ -287,16 +291,12 @@ def load_items(args, rows, tokenizer, model):
         max_length=args.max_prompt_length + 2,  # and the stand-in: ".", end of text
         max_prompt_length=args.max_prompt_length,
         what="prompts",
+        example=False,  # it would show the stand-in
     )
+    require_context(tokenizer, encoded, args.max_new_tokens - 2, "--max-prompt-length")
 
     # Alike lengths side by side waste no padding; the batch that needs the most memory comes first.
     encoded.sort(key=prompt_length, reverse=True)
-
-    # A model whose config names no limit has none.
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    longest = len(encoded[0]["prompt_ids"]) + args.max_new_tokens
-    problem = f"{args.model} reads {context} tokens, not {longest}: lower --max-prompt-length"
-    require(longest <= context, problem)
 
     items = []
     for row in encoded:
@@ -328,8 +328,9 @@ def draw_batch(args, batch, rows, filters, model, tokenizer):
 
     # The responses, with what a judge and a reader need to know of them.
     prompts = [item.prompt_ids for item in batch]
-    end = tokenizer.eos_token_id
-    found = respond(model, prompts, u, filters, end, len(tokenizer))
+    ends = end_tokens(model, tokenizer)
+    found = respond(model, prompts, u, filters, ends, len(tokenizer))
+    show_example(tokenizer, prompts[0], found[0])
     texts = tokenizer.batch_decode(found, skip_special_tokens=True)
     responses = []
     for item, text, ids in zip(batch, texts, found):
@@ -340,7 +341,7 @@ def draw_batch(args, batch, rows, filters, model, tokenizer):
             "row": item.row,
             "sample": item.sample,
             "tokens": len(ids),
-            "ended": ids[-1] == end,
+            "ended": ids[-1] in ends,
         }
         responses.append(response)
     return responses
@@ -348,19 +349,14 @@ def draw_batch(args, batch, rows, filters, model, tokenizer):
 
 def generate(args, filters, out):
     """Write out/responses.jsonl.  Until it is complete, a finished batch is a file in out/parts."""
-    # The model, whose vocabulary must hold every token of the tokenizer.
-    model = load_model(args.model, args.dtype)
     tokenizer = load_tokenizer(args.model)
-    embeddings = model.get_input_embeddings().num_embeddings
-    problem = f"{args.model}: a tokenizer of {len(tokenizer)} tokens with a model of {embeddings}, "
-    problem += "so they do not belong together; put the tokenizer of the model's training there"
-    require(len(tokenizer) <= embeddings, problem)
+    model = load_model(args.model, args.dtype)
 
     # The prompts, and the responses to be drawn in batches.
     rows = load_pairs(args.data, "test", pairs=False)
     if args.prompts:
         rows = rows[: args.prompts]
-    items = load_items(args, rows, tokenizer, model)
+    items = load_items(args, rows, tokenizer)
     batches = []
     for start in range(0, len(items), args.batch_size):
         batches.append(items[start : start + args.batch_size])
@@ -482,27 +478,55 @@ def utility_scores(args, folder, rows):
 
 def classifier_scores(args, folder, rows):
     """The one output of a sequence classification model for each row's prompt and response."""
-    # What a classifier expects: no token types, which decoders refuse, and padding at the end.
+    # Of a chat the classifier reads all that the template writes, as its training did; before and
+    # after text it has its own special tokens.  What is too long for it loses its end.
     tokenizer = load_tokenizer(folder)
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.padding_side = "right"
-
-    # The text is what training saw: the list [prompt, response]; or else a string, which says why
-    # the row cannot be used.
     texts = []
+    cut = 0
     for row in rows:
-        found = row_texts(tokenizer, row)
-        require(isinstance(found, list), f"{folder}: a text {found}")
-        texts.append("".join(found))
+        try:
+            found = row_texts(tokenizer, row)
+        except Unusable as reason:
+            raise SystemExit(f"{folder}: a text {reason}") from None
+        if found.is_chat:
+            ids = tokenizer(found.responses[0], add_special_tokens=False).input_ids
+        else:
+            ids = tokenizer(found.prompt + found.responses[0], verbose=False).input_ids
+        cut += len(ids) > tokenizer.model_max_length
+        texts.append(ids[: tokenizer.model_max_length])
+    if cut:
+        context = tokenizer.model_max_length
+        say(f"{folder}: {cut} of {len(rows)} texts cut to its context of {context} tokens")
 
-    # The raw output, without a sigmoid or softmax.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = transformers.pipeline(
-        "text-classification", str(folder), tokenizer=tokenizer, dtype=args.dtype, device=device
-    )
-    pipe.model.config.pad_token_id = tokenizer.pad_token_id
-    outputs = pipe(texts, batch_size=args.batch_size, function_to_apply="none")
-    return [output["score"] for output in outputs]
+    # The raw output, without a sigmoid or softmax; padding at the end.
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    judge = load(folder, dtype=getattr(torch, args.dtype)).eval().to(DEVICE)
+    judge.config.pad_token_id = padding_for(tokenizer, texts)
+    scores = []
+    for start in range(0, len(texts), args.batch_size):
+        batch = [torch.tensor(ids) for ids in texts[start : start + args.batch_size]]
+        padded = pad_sequence(batch, batch_first=True, padding_value=judge.config.pad_token_id)
+        lengths = torch.tensor([[len(ids)] for ids in batch])
+        mask = torch.arange(padded.shape[1]) < lengths
+        with torch.no_grad():
+            output = judge(padded.to(DEVICE), attention_mask=mask.long().to(DEVICE))
+        scores += output.logits[:, 0].float().tolist()
+    return scores
+
+
+def padding_for(tokenizer, texts):
+    """An id to pad with.
+
+    A decoder's classifier reads the last token that is not padding, which must not be the end of a
+    chat: where EOS is the padding, another id takes its place, one that no text ends with.
+    """
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer.pad_token_id
+    last = {ids[-1] for ids in texts}
+    free = 0
+    while free in last:
+        free += 1
+    return free
 
 
 def other_responses(args, rows):

@@ -38,6 +38,7 @@ import os
 import re
 import shutil
 import sys
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -141,7 +142,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here 
 from common import packs  # log-probabilities
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
 from common import pack_pairs  # tokenization
-from common import load_pairs, read_rows  # data
+from common import encode_prompt, encode_rows, end_tokens  # tokenization
+from common import row_texts, show_example  # tokenization
+from common import load_pairs, read_rows, report, words  # data
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
 from common import on_rank0, progress, require, say, setting, setup  # processes
@@ -559,24 +562,24 @@ def first_turn(text):
 def load_prompts(args, tokenizer):
     """The prompts to answer: [(ids, text), ...], drawn by the seed, the shortest first."""
     # The template goes around the first turn of a transcript; without one the prompt is as it is.
-    texts = {}
-    for row in load_pairs(args.data, "test"):
-        text = row["prompt"]
-        require(isinstance(text, str), f"{args.data}: chat messages; give prompts that are text")
-        if args.template != "{}":
-            text = args.template.replace("{}", first_turn(text))
-        texts[text] = None  # each once, in the order of the data
-
-    # A prompt must leave room for one token at least.
-    longest = min(args.max_prompt_length, args.max_length - 1)
+    # Chat messages have the tokenizer's own template.
     prompts = []
-    for text in texts:
-        ids = tokenizer(text).input_ids
-        if 0 < len(ids) <= longest:
-            prompts.append((ids, text))
-    problem = f"{args.data}: no prompt of up to {longest} tokens; "
-    problem += "raise --max-prompt-length or --max-length"
-    require(prompts, problem)
+    dropped = defaultdict(list)
+    known = set()
+    longest = min(args.max_prompt_length, args.max_length - 1)  # a prompt leaves room for a token
+    rows = [{"prompt": row["prompt"], "responses": []} for row in load_pairs(args.data, "test")]
+    for row in rows:
+        if args.template != "{}" and isinstance(row["prompt"], str):
+            row["prompt"] = args.template.replace("{}", first_turn(row["prompt"]))
+    for number, (row, found) in enumerate(zip(rows, encode_rows(rows, tokenizer)), 1):
+        if isinstance(found, str):
+            dropped[found].append(number)
+        elif len(found.prompt_ids) > longest:
+            dropped[f"more than {longest} tokens"].append(number)
+        elif tuple(found.prompt_ids) not in known:  # each once, in the order of the data
+            known.add(tuple(found.prompt_ids))
+            prompts.append((found.prompt_ids, row["prompt"]))
+    report(f"{args.data}: different prompts", len(prompts), dropped)
 
     # A random choice, sorted so that prompts of about equal length share a chunk.
     order = np.random.default_rng(args.seed).permutation(len(prompts))
@@ -596,15 +599,23 @@ class Judge:
     name: str  # tiny, implicit, or the folder or hub id of a reward model
     model: object = None  # of the reward model
     tokenizer: object = None  # likewise
+    cut: int = 0  # how many texts were longer than its context, and lost their end
 
     def reward(self, row, implicit):
         """The reward of one response: a row of a sample file, and its beta log p_+ / p."""
         if self.name == "tiny":
-            return tiny_reward(row["prompt"], row["text"])
+            return tiny_reward(words(row["prompt"]), row["text"])
         if self.name == "implicit":
             return implicit
-        ids = self.tokenizer(row["prompt"] + row["text"], return_tensors="pt").input_ids
-        return self.model(ids.to(self.model.device)).logits.item()
+        # Of a chat the model reads all that its template writes; else it adds its special tokens.
+        texts = row_texts(self.tokenizer, {"prompt": row["prompt"], "responses": [row["text"]]})
+        if texts.is_chat:
+            ids = self.tokenizer(texts.responses[0], add_special_tokens=False).input_ids
+        else:
+            ids = self.tokenizer(texts.prompt + texts.responses[0]).input_ids
+        context = self.tokenizer.model_max_length
+        self.cut += len(ids) > context
+        return self.model(torch.tensor([ids[:context]], device=self.model.device)).logits.item()
 
 
 def load_judge(name, device):
@@ -666,6 +677,7 @@ def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
     found = [Response() for _ in uniforms]
     # Slot s of the cache holds the text of response answered[s].
     answered = torch.arange(len(uniforms), device=uniforms.device)
+    ends = torch.tensor(end_tokens(model, tokenizer), device=uniforms.device)
     last = uniforms.shape[1] - 1
     cache, _, logits = prefill(model, prompts, uniforms.shape[1], copies)
     for t in range(uniforms.shape[1]):
@@ -680,7 +692,7 @@ def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
             found[number].log_kept.append(log_kept[slot])
 
         # The responses that go on, in as few slots; those that can stay where they are do.
-        slots = stay_in_place((tokens != tokenizer.eos_token_id).nonzero()[:, 0])
+        slots = stay_in_place(torch.isin(tokens, ends, invert=True).nonzero()[:, 0])
         if t == last or len(slots) == 0:
             break
         reorder(cache, slots)
@@ -749,6 +761,7 @@ def generate(args):
             uniforms = torch.tensor(stream.random(shape), device=device)
             rows = draw_chunk(model, chunk, args.samples, adaptors[i], uniforms, tokenizer)
             write_chunk(path, rows)
+            show_example(tokenizer, rows[0]["prompt_ids"], rows[0]["ids"])
         if stop_requested():
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
     dist.barrier()  # now all chunks are there
@@ -894,6 +907,8 @@ def score(args):
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
     dist.barrier()  # now all chunks are there
     say(f"{len(jobs)} chunks in {out}")
+    if judge.cut:
+        say(f"{args.reward}: {judge.cut} texts of this process were cut to its context")
 
 
 # Figures: points against points.
@@ -1117,11 +1132,13 @@ def listed_worlds(args, tokenizer, prompts, support):
     # The first prompts of the test split, each once.
     prior = load_model(args.ref_model)
     rows = load_pairs(args.data, "test")
+    for row in rows:
+        require(isinstance(row["prompt"], str), f"{args.data}: exact needs prompts that are text")
     texts = list(dict.fromkeys(row["prompt"] for row in rows))
     worlds = []
     for number, text in enumerate(texts[:prompts]):
         # Strings of the prior; a string that is drawn twice is listed once.
-        prompt = tokenizer(text).input_ids
+        prompt = encode_prompt(text, tokenizer)
         rng = np.random.default_rng([args.seed, number])
         uniforms = torch.tensor(rng.random((support, args.max_length - len(prompt))))
         drawn = sample(prior, [prompt], support, {}, uniforms, tokenizer)

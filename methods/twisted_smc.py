@@ -234,6 +234,7 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import prefill, decode_step, reorder, stay_in_place, sample_tokens  # sampling
+from common import encode_prompt, head_logits  # tokenization, logits
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_attributes, tiny_reward  # the tiny world
 from common import load_checkpoint, log, require, say, save_checkpoint  # processes
@@ -892,6 +893,8 @@ class ClassifierPotential:
         judge, info = load(folder, output_loading_info=True)
         self.judge = judge.to(device).requires_grad_(False)
         judge.config.pad_token_id = self.tokenizer.pad_token_id
+        self.context = min(512, self.tokenizer.model_max_length)
+        self.cut = False  # has a text been longer?
 
         # Does the model have the logits that the potential needs?  And how large can log phi be?
         n = judge.config.num_labels  # as many logits; 1 logit makes two classes
@@ -916,7 +919,7 @@ class ClassifierPotential:
         require(fits and not untrained, problem)
 
     def logits(self, texts):
-        """(M, labels), in batches of 256 texts."""
+        """(M, labels), in batches of 256 texts; a line at the first text that is cut."""
         parts = []
         for start in range(0, len(texts), 256):
             batch = self.tokenizer(
@@ -924,8 +927,12 @@ class ClassifierPotential:
                 return_tensors="pt",
                 padding=True,
                 truncation=True,
-                max_length=512,
+                max_length=self.context,
             )
+            full = int((batch["attention_mask"].sum(1) == self.context).sum())
+            if full and not self.cut:
+                self.cut = True
+                say(f"the classifier reads {self.context} tokens: the end of {full} texts is cut")
             parts.append(self.judge(**batch.to(self.device)).logits.double())
         return torch.cat(parts)
 
@@ -1004,7 +1011,7 @@ class LMWorld:
         self.tokenizer = tokenizer
         self.name = args.potential  # for messages
         self.beta = args.beta
-        self.prompt = tokenizer(args.prompt).input_ids
+        self.prompt = encode_prompt(args.prompt, tokenizer)
         self.V = min(len(tokenizer), len(model.get_output_embeddings().weight))  # no padded rows
         self.d = model.get_output_embeddings().weight.shape[1]
         self.T = args.T
@@ -1037,10 +1044,11 @@ class LMWorld:
         require(not self.conditional or n in (0, self.c), wrong)
 
         # What the model's context leaves for the prompt.
-        room = self.model.config.max_position_embeddings - self.T - self.c
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
+        room = context - self.T - self.c
         problem = (
             f"--prompt: has {len(self.prompt)} tokens; with {self.T + self.c} to follow in a "
-            f"context of {self.model.config.max_position_embeddings} it must have 1 to {room}"
+            f"context of {context} it must have 1 to {room}"
         )
         require(1 <= len(self.prompt) <= room, problem)
 
@@ -1054,8 +1062,7 @@ class LMWorld:
 
     def head(self, hidden):
         """Next-token logits (..., V) of p0's hidden states (..., d)."""
-        logits = self.model.get_output_embeddings()(hidden.to(self.model.dtype))
-        return logits[..., : self.V].float()
+        return head_logits(self.model, hidden)[..., : self.V].float()
 
     def after_prompt(self, tokens):
         """Tokens (N, K, t) -> (N K, P + t), each row with the prompt before it."""
@@ -1757,6 +1764,7 @@ def print_text(args, world, twist):
         o = draw_exact_samples(world, 1).o
     particles = sample(world, twist, args.K, o=o, tau=0.0)
     k = particles.log_w[0].softmax(-1).multinomial(1).item()
+    show_example(world.tokenizer, world.prompt, particles.tokens[0, k])
     text = world.tokenizer.decode(particles.tokens[0, k])
     if o is not None:
         text = f"{text} [{world.tokenizer.decode(o[0])}]"

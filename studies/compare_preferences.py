@@ -114,7 +114,7 @@ def sample(folder, rows, copies, seed):
         prompts = [row["prompt_ids"] for row in batch]
         vocabulary = len(tokenizer)
         draws = uniforms[i : i + 128]
-        responses = respond(model, prompts, draws, sampler(), tokenizer.eos_token_id, vocabulary)
+        responses = respond(model, prompts, draws, sampler(), [tokenizer.eos_token_id], vocabulary)
         for row, response in zip(batch, responses):
             text = tokenizer.decode(response, skip_special_tokens=True)
             reward = tiny_reward(row["prompt"], text)

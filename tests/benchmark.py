@@ -524,7 +524,7 @@ def generate(rounds=1, new=32, n=32):
 
     def ours(i):
         uniforms = torch.rand(n, new, generator=torch.Generator().manual_seed(i))
-        return len(respond(model, prompts, uniforms, no_adaptor, -1, None))
+        return len(respond(model, prompts, uniforms, no_adaptor, [-1], None))
 
     def batch(_):
         return library(prompts)

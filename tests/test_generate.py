@@ -55,7 +55,7 @@ def naive(model, prompt, uniforms, adapt):
 
 def test_left_padded_greedy_equals_unpadded_greedy(model):
     greedy = sampler(temperature=0)
-    found = respond(model, PROMPTS, torch.zeros(5, 12), greedy, END, V)
+    found = respond(model, PROMPTS, torch.zeros(5, 12), greedy, [END], V)
     assert found == [naive(model, prompt, torch.zeros(12), greedy) for prompt in PROMPTS]
 
 
@@ -66,7 +66,7 @@ def test_a_response_depends_on_its_own_prompt_and_uniforms(model, options):
     # 40 responses, of which most end early, against one by one: the last one is alone at the end
     prompts, adapt = PROMPTS * 8, sampler(**options)
     u = torch.rand(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = respond(model, prompts, u, lambda z: adapt(boost(z)), END, V)
+    found = respond(model, prompts, u, lambda z: adapt(boost(z)), [END], V)
     assert found == [
         naive(model, prompt, row, lambda z: adapt(boost(z))) for prompt, row in zip(prompts, u)
     ]
@@ -77,7 +77,7 @@ def test_a_response_depends_on_its_own_prompt_and_uniforms(model, options):
         and all(ids.index(END) == len(ids) - 1 for ids in ended)
     )
     assert all(len(ids) == 24 for ids in found if END not in ids)
-    part = respond(model, prompts[3:9], u[3:9], lambda z: adapt(boost(z)), END, V)
+    part = respond(model, prompts[3:9], u[3:9], lambda z: adapt(boost(z)), [END], V)
     assert part == found[3:9]
 
 
@@ -89,7 +89,7 @@ def boost(logits):
 def test_no_token_above_the_tokenizer_is_drawn(model):
     u = torch.rand(400, 5, generator=torch.Generator().manual_seed(0))
     found = respond(
-        model, PROMPTS[:1] * 400, u, sampler(), -1, 50
+        model, PROMPTS[:1] * 400, u, sampler(), [-1], 50
     )  # an embedding of 61 rows, a tokenizer of 50
     assert max(map(max, found)) < 50 and len(set(sum(found, []))) > 10
 
