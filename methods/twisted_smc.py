@@ -234,7 +234,7 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import prefill, decode_step, reorder, stay_in_place, sample_tokens  # sampling
-from common import encode_prompt, head_logits  # tokenization, logits
+from common import encode_prompt, head_logits, show_example  # tokenization, logits
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_attributes, tiny_reward  # the tiny world
 from common import load_checkpoint, log, require, say, save_checkpoint  # processes
