@@ -723,11 +723,13 @@ def sample_tokens(scores, uniforms):
 
 # ---- tokenization
 #
-# Prompt and response are tokenised apart and joined as ids, so that a merge cannot cross the border
-# and the same prompt has the same ids in training, scoring and sampling.  Special tokens are added
-# here and nowhere else: at most one BOS in front, one EOS after every response.  A row that cannot
-# be used is dropped with a reason that is counted.  Packing needs no padding: rows are dealt out to
-# micro-batches of a token budget, which is the memory knob and never changes a result.
+# One way in: whatever a model trains on, scores or continues, and whatever a judge reads, has been
+# through encode_rows.  Prompt and response of plain text are tokenised apart and joined as ids, so
+# that a merge cannot cross the border and the same prompt has the same ids everywhere; one BOS at
+# most goes in front, one EOS after every response.  Chat messages have the ids that the tokenizer's
+# own template gives them.  A row that cannot be used is dropped with a reason that is counted.
+# Packing needs no padding: rows are dealt out to micro-batches of a token budget, which is the
+# memory knob and never changes a result.
 
 
 class Unusable(ValueError):
@@ -841,13 +843,13 @@ def _reads_parts(tokenizer):
     """Does the template read content in parts, or only a string?  Some write a list as it is."""
     parts = [{"type": "text", "text": "1"}]
     try:
-        written = tokenizer.apply_chat_template(
-            [{"role": "user", "content": parts}], tokenize=False
-        )
-        whole = tokenizer.apply_chat_template([{"role": "user", "content": "1"}], tokenize=False)
+        chat = [{"role": "user", "content": parts}]
+        in_parts = tokenizer.apply_chat_template(chat, tokenize=False)
+        chat = [{"role": "user", "content": "1"}]
+        as_text = tokenizer.apply_chat_template(chat, tokenize=False)
     except Exception:  # a template is a program: it may fail in any way
         return False
-    return written == whole
+    return in_parts == as_text
 
 
 def _written(tokenizer, chat, tools, answer_follows):
@@ -893,25 +895,6 @@ def _response_lead(tokenizer):
     return "\n", len(newline)
 
 
-def _cut(prompt, responses, cue, n_bos, max_length, max_prompt_length):
-    """Make prompt + longest response fit: the prompt gives way first, then the responses.
-
-    A prompt that is cut keeps its end; or, if it has a cue ("TL;DR:", which tells what to do with
-    the text before it), its start and the cue.  -> prompt, how many tokens a response may have
-    """
-    longest = n_bos + max(map(len, responses))
-    room = max_prompt_length - n_bos
-    if len(prompt) + longest > max_length and len(prompt) > room:
-        if cue:
-            head = max(room - len(cue), 0)
-            prompt = prompt[:head] + cue[:room]
-        else:
-            prompt = prompt[len(prompt) - room :]
-    if len(prompt) + longest > max_length:
-        return prompt, max_length - max_prompt_length
-    return prompt, max_length
-
-
 @dataclasses.dataclass
 class Encoded:
     """A row as token ids, nothing cut."""
@@ -941,6 +924,8 @@ def encode_rows(rows, tokenizer):
             texts_of_rows.append(row_texts(tokenizer, row))
         except Unusable as reason:
             texts_of_rows.append(str(reason))
+        except (TypeError, AttributeError, KeyError, ValueError):
+            texts_of_rows.append("messages or tools of the wrong type")
 
     # All texts of all usable rows in one list: a tokenizer is fast on many texts at a time.
     flat = []
@@ -1071,30 +1056,19 @@ def tokenize_pairs(
         f"max_prompt_length {max_prompt_length} must be in 1..max_length - 1 "
         f"(max_length is {max_length})",
     )
+    lead, skip = _response_lead(tokenizer)
     kept, dropped = [], collections.defaultdict(list)
     for index, found in enumerate(encode_rows(rows, tokenizer)):
+        if isinstance(found, Encoded) and not found.responses:
+            found = "no response"
         if isinstance(found, str):
             dropped[found].append(index + 1)
             continue
-        if not found.responses:
-            dropped["no response"].append(index + 1)
-            continue
-
-        # Fit the row to max_length.  A BOS stays, whatever else the prompt loses.
-        has_bos = found.prompt_ids[0] == tokenizer.bos_token_id
-        bos = found.prompt_ids[:has_bos]
-        whole_prompt = found.prompt_ids[has_bos:]
         cue = []
         if rows[index].get("cue"):
-            lead, skip = _response_lead(tokenizer)
             cue = _ids_of(tokenizer, [lead + rows[index]["cue"]])[0][skip:]
-        limits = (max_length, max_prompt_length)
-        prompt, most = _cut(whole_prompt, found.responses, cue, len(bos), *limits)
-        row = {"prompt_ids": bos + prompt, "row": index}
-        row["responses"] = [ids[:most] for ids in found.responses]
-        row["prompt_cut"] = len(prompt) < len(whole_prompt)
-        row["responses_cut"] = sum(len(ids) > most for ids in found.responses)
-        kept.append(row)
+        row = _fit(found, cue, tokenizer.bos_token_id, max_length, max_prompt_length)
+        kept.append({**row, "row": index})
     if what:
         prompts_cut = sum(row["prompt_cut"] for row in kept)
         responses_cut = sum(row["responses_cut"] for row in kept)
@@ -1104,6 +1078,39 @@ def tokenize_pairs(
             show_example(tokenizer, kept[0]["prompt_ids"], kept[0]["responses"][0])
     require_context(tokenizer, kept)
     return kept
+
+
+def _fit(encoded, cue, bos_id, max_length, max_prompt_length):
+    """Make prompt + longest response fit: the prompt gives way first, then the responses.
+
+    A prompt that is cut keeps its BOS and its end; or, if it has a cue ("TL;DR:", which tells what
+    to do with the text before it), its start and the cue.
+    """
+    bos = []
+    whole = encoded.prompt_ids
+    if whole[0] == bos_id:
+        bos = whole[:1]
+        whole = whole[1:]
+    prompt = whole
+    longest = len(bos) + max(map(len, encoded.responses))
+    room = max_prompt_length - len(bos)
+    if len(prompt) + longest > max_length and len(prompt) > room:
+        if cue:
+            head = max(room - len(cue), 0)
+            prompt = prompt[:head] + cue[:room]
+        else:
+            prompt = prompt[len(prompt) - room :]
+
+    # How many tokens may a response have?
+    most = max_length
+    if len(prompt) + longest > max_length:
+        most = max_length - max_prompt_length
+    return {
+        "prompt_ids": bos + prompt,
+        "responses": [ids[:most] for ids in encoded.responses],
+        "prompt_cut": len(prompt) < len(whole),
+        "responses_cut": sum(len(ids) > most for ids in encoded.responses),
+    }
 
 
 def require_context(tokenizer, rows, new_tokens=0, lower="--max-length"):
