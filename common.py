@@ -2261,21 +2261,24 @@ def write(path, data):
     os.replace(f"{path}.tmp", path)
 
 
-# The least value of flags that several methods have.
-LEAST_VALUES = {
-    "batch_size": 1,
-    "epochs": 1,
-    "tokens_per_microbatch": 1,
-    "eval_pairs": 1,
-    "eval_examples": 1,
-    "seed": 0,
-    "lr": 0,
-    "samples": 1,
-    "max_grad_norm": 1e-6,
-    "warmup_steps": 0,
-    "max_steps": 0,
-    "eval_every": 0,
-    "save_every": 0,
+# option that several methods have: its least and largest value
+RANGES = {
+    "batch_size": (1, 2**20),
+    "epochs": (1, 10**6),
+    "tokens_per_microbatch": (1, 2**30),
+    "max_length": (0, 2**30),
+    "max_prompt_length": (1, 2**30),
+    "eval_pairs": (1, 10**9),
+    "eval_examples": (1, 10**9),
+    "seed": (0, 2**32 - 1),
+    "lr": (0, 1),
+    "beta": (1e-9, 1e9),
+    "samples": (1, 10**6),
+    "max_grad_norm": (1e-6, 1e9),
+    "warmup_steps": (0, 10**9),
+    "max_steps": (0, 10**9),
+    "eval_every": (0, 10**9),
+    "save_every": (0, 10**9),
 }
 # Flags that a resumed run may change.
 MAY_CHANGE_ON_RESUME = (
@@ -2290,21 +2293,34 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 
+def check_ranges(args, ranges):
+    """SystemExit unless every number of args lies between the least and largest value of its name.
+
+    ranges: the method's own, name -> (least, largest), before those that all methods share.  A
+    tuple of numbers must not be empty, and every one of them must be in range; NaN never is.
+    """
+    for name, (least, largest) in {**RANGES, **ranges}.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        flag = "--" + name.replace("_", "-")
+        require(values, f"{flag}: give one number at least")
+        for one in values:
+            inside = least <= one <= largest
+            require(inside, f"{flag} {one}: must be from {least:g} to {largest:g}")
+
+
 def start_run(args, method):
     """Make args.out (default results/<method>) with its config.json -> its Path.
 
     SystemExit: a flag out of range; a folder that holds a run, without --resume or --overwrite; a
     run to resume that is not there, is finished, or had other flags.
     """
-    # Flags as they will stand in config.json, counts within their range.
+    # Flags as they will stand in config.json.
+    check_ranges(args, {})
     flags = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     out = Path(flags.get("out") or f"results/{method}")
-    for name in sorted(LEAST_VALUES.keys() & flags.keys()):
-        value = flags[name]
-        flag = "--" + name.replace("_", "-")
-        require(
-            LEAST_VALUES[name] <= value < math.inf, f"{flag} {value}: at least {LEAST_VALUES[name]}"
-        )
 
     def prepare():
         config = out / "config.json"
