@@ -21,6 +21,7 @@ response token, (N,) one per token of the packed row; V is the size of the vocab
 
 import atexit
 import collections
+import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -395,14 +396,18 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
     same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
     why = "and the policy have different vocabularies: choose models with the same tokenizer"
     require(same, f"{name} {why}")
-    path = CACHE / "reference" / f"{_reference_key(name, rows, dtype)}.npy"
-    if on_rank0(path.exists, f"{path}: cannot be read"):
-        return torch.from_numpy(np.load(path))
+    path = CACHE / "reference" / f"{_reference_key(name, rows, dtype)}.logps"
+    shape = (len(rows), len(rows[0]["responses"]))
+    cached = on_rank0(functools.partial(_read_cached, path, shape), f"{path}: cannot be read")
+    if cached is not None:
+        return torch.from_numpy(cached)
 
     # Every process scores its share; without gradients twice the tokens fit.
     model = load_model(name, dtype)
-    sums = torch.zeros(len(rows), len(rows[0]["responses"]), device=model.device)
+    sums = torch.zeros(shape, device=model.device)
     for batch in pack_pairs(rows, 2 * tokens_per_microbatch):
+        if stop_requested():
+            raise SystemExit(143)  # SIGTERM or Ctrl-C: there is nothing to keep yet
         with torch.no_grad():
             logps, _ = response_logps(model, batch)
         sums[batch["index"]] = logps.view(len(batch["index"]), -1)
@@ -410,12 +415,23 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
 
     def save():
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = io.BytesIO()
-        np.save(file, sums.cpu().numpy())
-        write(path, file.getvalue())
+        values = sums.cpu().numpy().tobytes()
+        write(path, hashlib.sha256(values).digest() + values)
 
     on_rank0(save, path)
-    return torch.from_numpy(np.load(path))
+    return sums.cpu()
+
+
+def _read_cached(path, shape):
+    """Cached log-probs; None if there are none, or others than were written (the checksum)."""
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    checksum, values = data[:32], data[32:]
+    if hashlib.sha256(values).digest() != checksum or len(values) != 4 * math.prod(shape):
+        say(f"{path}: damaged, so the reference scores these rows again")
+        return None
+    return np.frombuffer(values, np.float32).reshape(shape).copy()
 
 
 def _reference_key(name, rows, dtype):
@@ -1160,7 +1176,7 @@ def pack_pairs(rows, tokens_per_microbatch=8192, rank=None, world=None):
         rank, world = rank_and_world()
     require(
         len(rows) >= world,
-        f"{len(rows)} rows for {world} processes: every process needs at least one",
+        f"{len(rows)} rows for {world} processes, which need one each: fewer processes, more data",
     )
     # As few micro-batches as the budget allows; more while the fullest one does not fit it.
     sizes = [len(row["prompt_ids"]) + sum(map(len, row["responses"])) for row in rows]
@@ -2060,10 +2076,13 @@ def tiny_row(rng):
     }
 
 
+TINY_ROWS = {"train.jsonl": 2000, "test.jsonl": 256}
+
+
 def build_tiny(folder, steps=400):
     """Write data/{train,test}.jsonl and model/: a byte-level BPE and a GPT-NeoX of the grammar."""
     (folder / "data").mkdir(parents=True)
-    for name, n in (("train.jsonl", 2000), ("test.jsonl", 256)):
+    for name, n in TINY_ROWS.items():
         rng = random.Random(name)
         lines = [json.dumps(tiny_row(rng)) + "\n" for _ in range(n)]
         (folder / "data" / name).write_text("".join(lines))
@@ -2122,17 +2141,29 @@ def _train_tokenizer(texts):
     )
 
 
+def _is_whole(folder):
+    """Is the tiny world there, with all its rows and its model?"""
+    if not (folder / "model" / "model.safetensors").is_file():
+        return False
+    for name, n in TINY_ROWS.items():
+        path = folder / "data" / name
+        if not path.is_file() or path.read_bytes().count(b"\n") != n:
+            return False
+    return True
+
+
 def tiny_folder():
     """The folder of the tiny world: built on first use, by one process while the others wait."""
     recipe = repr((TINY_GRAMMAR, TINY_GROUPS, TINY_VERSION))
     folder = CACHE / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-    if folder.exists():
+    if _is_whole(folder):
         return folder
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process lets go
-        if folder.exists():
+        if _is_whole(folder):
             return folder
+        shutil.rmtree(folder, ignore_errors=True)  # damaged
         print(
             f"tiny world: training a small model on made-up stories, once, in {folder}", flush=True
         )
@@ -2251,14 +2282,39 @@ def on_rank0(function, problem):
 
 
 def write(path, data):
-    """Write bytes, or anything else as JSON, whole or not at all."""
+    """Write bytes, or anything else as JSON, whole or not at all.
+
+    SystemExit if the disk is full, or the folder not ours; nothing is left behind.
+    """
     if not isinstance(data, bytes):
         data = json.dumps(data, indent=1).encode()
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    unfinished = Path(f"{path}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise SystemExit(
+            f"{path}: not written ({error.strerror}); make room, then --resume"
+        ) from None
+
+
+def append_line(path, line):
+    """Add a line to a file, whole or not at all.  SystemExit as in `write`."""
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise SystemExit(
+            f"{path}: not written ({error.strerror}); make room, then --resume"
+        ) from None
 
 
 # option that several methods have: its least and largest value
@@ -2282,6 +2338,7 @@ RANGES = {
 }
 # Flags that a resumed run may change.
 MAY_CHANGE_ON_RESUME = (
+    "method",
     "resume",
     "overwrite",
     "out",
@@ -2323,16 +2380,18 @@ def start_run(args, method):
     out = Path(flags.get("out") or f"results/{method}")
 
     def prepare():
+        out.mkdir(parents=True, exist_ok=True)
+        _lock(out)
         config = out / "config.json"
         old = json.loads(config.read_bytes()) if config.is_file() else None
         if flags.get("resume"):
-            _check_resumable(out, old, flags)
-        elif out.exists() and any(out.iterdir()):
+            _check_resumable(out, old, {**flags, "method": method})
+        elif not _is_empty_folder(out, old):
             holds = f"{out}: holds a run: --resume goes on, --overwrite deletes it"
             require(flags.get("overwrite"), holds)
             _delete_run(out, old)
-        out.mkdir(parents=True, exist_ok=True)
         versions = {
+            "method": method,
             "python": platform.python_version(),
             "world_size": dist.get_world_size(),
             "torch": torch.__version__,
@@ -2344,15 +2403,43 @@ def start_run(args, method):
     return out
 
 
+_locks = {}  # run folder: its open file descriptor, which holds the lock
+
+
+def _lock(out):
+    """Keep other processes out of a run folder until this one ends, however it ends."""
+    descriptor = os.open(out, os.O_RDONLY)
+    if out in _locks:  # this process was here before
+        os.close(_locks.pop(out))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        in_use = f"{out}: in use by another run; wait for its end, or choose another --out"
+        raise SystemExit(in_use) from None
+    _locks[out] = descriptor
+
+
+def _is_empty_folder(out, old):
+    """Nothing in it, or the config.json alone of a run that was refused before it began."""
+    names = [path.name for path in out.iterdir()]
+    refused = names == ["config.json"] and old and "world_size" in old
+    return not names or refused
+
+
 def _check_resumable(out, old, flags):
     """Leave unless `out` holds an unfinished run that was started with these flags."""
     missing = f"{out}: no config.json, so there is no run to resume; start it without --resume"
     require(old, missing)
+    method = old.get("method", flags["method"])
+    other = f"{out}: holds a run of {method}, not of {flags['method']}; choose another --out"
+    require(method == flags["method"], other)
     new = []
     for name, value in flags.items():
         if name not in MAY_CHANGE_ON_RESUME and old.get(name) != value:
-            new.append(f"{name} {old.get(name)} -> {value}")
-    changed = f"{out}: --resume with new flags {', '.join(new)}; restore them or change --out"
+            new.append(f"{name} {str(old.get(name))[:20]} -> {str(value)[:20]}")
+    more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+    changed = f"{out}: --resume with new flags {', '.join(new[:3])}{more}; restore them, or --out"
     require(not new, changed)
     if (out / "model").is_dir():
         print(f"{out}: this run is finished; its model is in {out / 'model'}")
@@ -2390,8 +2477,7 @@ def log(out, step, /, **values):
         shown = [f"{name} {line[name]:<#9.4g}" for name in list(values)[:6]]
         with tqdm.external_write_mode():  # above the bar, if there is one
             print(f"step {step:6d}", *shown, sep="  ", flush=True)
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(out / "metrics.jsonl", json.dumps(line))
     return line
 
 
@@ -2557,8 +2643,15 @@ def _forget_lines_from(step, metrics):
         return
     lines = metrics.read_bytes().splitlines(keepends=True)
     kept = []
-    for line in lines:
-        if line.endswith(b"\n") and json.loads(line)["step"] < step:
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            done = json.loads(line)["step"] < step
+        except (ValueError, KeyError, TypeError):
+            why = f"{metrics}:{number}: damaged, not the record of a step; delete the line"
+            raise SystemExit(why) from None
+        if done:
             kept.append(line)
     if lines:
         write(metrics, b"".join(kept))
