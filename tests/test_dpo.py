@@ -257,18 +257,18 @@ def test_cached_reference_equals_live_reference(blank):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(beta=0.0), "--beta must be positive"),
+        (dict(beta=0.0), "--beta 0.0: must be from 1e-09"),
         (dict(label_smoothing=0.5), "--label-smoothing"),
         (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
         (dict(model="no/such/model"), "no/such/model"),
         (dict(batch_size=400), "fewer than one batch"),
         (dict(batch_size=0), "--batch-size"),
         (dict(batch_size=-8), "--batch-size"),
-        (dict(warmup_steps=-5), "--warmup-steps -5: at least 0"),
+        (dict(warmup_steps=-5), "--warmup-steps -5: must be from 0"),
         (dict(max_grad_norm=math.nan), "--max-grad-norm nan"),
         (dict(lr=math.inf), "--lr inf"),
         (dict(eval_pairs=0), "--eval-pairs 0"),
-        (dict(beta=math.nan), "--beta must be positive"),
+        (dict(beta=math.nan), "--beta nan: must be from 1e-09"),
         (dict(ref_model="OTHER"), "different vocabularies"),
     ],
 )
