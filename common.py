@@ -1937,13 +1937,14 @@ def save_model(model, tokenizer, path):
 
     def export():
         shutil.rmtree(tmp, ignore_errors=True)
-        model.save_pretrained(tmp, state_dict=state)
-        tokenizer.save_pretrained(tmp)
-        config = tmp / "tokenizer_config.json"  # transformers 4 does not know the class name of 5
-        text = config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
-        config.write_text(text)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(tmp, path)
+        with removed_on_failure(tmp):
+            model.save_pretrained(tmp, state_dict=state)
+            tokenizer.save_pretrained(tmp)
+            config = tmp / "tokenizer_config.json"  # transformers 4 does not know 5's class name
+            text = config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+            config.write_text(text)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(tmp, path)
 
     on_rank0(export, f"{tmp}: model not saved; make room or choose another --out")
 
@@ -2171,7 +2172,8 @@ def tiny_folder():
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
+        generators = torch.random.fork_rng(devices=[])
+        with generators, torch.enable_grad(), torch.device("cpu"), removed_on_failure(partial):
             torch.default_generator.manual_seed(0)
             build_tiny(partial)
         torch.set_num_threads(threads)
@@ -2301,6 +2303,24 @@ def write(path, data):
         raise SystemExit(
             f"{path}: not written ({error.strerror}); make room, then --resume"
         ) from None
+
+
+@contextlib.contextmanager
+def removed_on_failure(folder):
+    """What fills a folder step by step: if it fails, the folder does not keep the room."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def save_figure(figure, path, dpi=120):
+    """Write a PNG into a folder that may be new, whole or not at all.  SystemExit as in `write`."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=dpi)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, picture.getvalue())
 
 
 def append_line(path, line):
@@ -2566,13 +2586,14 @@ def save_checkpoint(out, step, model, optimizer, keep=2, **extra):
         failure, _ = list(error.failures.values())[0]  # of each rank: exception, traceback
 
     def finish():
-        if failure:
-            raise failure  # on_rank0 ends all ranks with one line
-        torch.save({"rng": rng, "extra": extra}, tmp / "extra.pt")
-        manifest = {"step": step, "world_size": len(rng), "sha256": _hashes(tmp)}
-        write(tmp / "COMPLETE.json", manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
+        with removed_on_failure(tmp):
+            if failure:
+                raise failure  # on_rank0 ends all ranks with one line
+            torch.save({"rng": rng, "extra": extra}, tmp / "extra.pt")
+            manifest = {"step": step, "world_size": len(rng), "sha256": _hashes(tmp)}
+            write(tmp / "COMPLETE.json", manifest)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(tmp, folder)
         # The newest are kept; those after this step were found damaged when the run resumed.
         past = [old for old in checkpoints(out) if _step_of(old) <= step]
         for old in out.glob("step-*"):
@@ -2688,8 +2709,7 @@ def plot_curves(out, panels, caption):
         axis.set(title=title, xlabel="optimiser step", ylabel=unit)
         axis.legend(fontsize=8)
     figure.suptitle(caption, fontsize=9)
-    (out / "figures").mkdir(exist_ok=True)
-    figure.savefig(out / "figures" / "curves.png", dpi=120)
+    save_figure(figure, out / "figures" / "curves.png")
     return records
 
 
