@@ -98,7 +98,8 @@ from common import encode_rows, pack_pairs  # tokenization
 from common import as_dialogue, hub_rows, load_pairs, number, read_rows, report  # data
 from common import Unusable, require_text, without_tags, words  # data
 from common import load_model, load_tokenizer, model_folder  # models
-from common import on_rank0, progress, require, setup, start_run  # processes
+from common import check_ranges, on_rank0, progress, require, setup  # processes
+from common import signals, start_run, stop_requested, write  # processes
 # isort: on
 
 # ---- the paper: accuracies, ideals, thresholds
@@ -197,6 +198,7 @@ def bootstrap_interval(values, items, seed, resamples=1000):
     n = len(sums)
     means = []
     for _ in range(resamples):
+        leave_if_stopped()
         drawn = rng.integers(0, n, n)
         means.append(sums[drawn].sum() / counts[drawn].sum())
     return np.quantile(means, [0.025, 0.975]).tolist()
@@ -254,10 +256,13 @@ def load_items(name, args):
     report(f"{name}: items", len(kept), dropped)
 
     # Whole items are drawn, so that an item keeps all its votes.
-    if not 0 < args.sample < len(kept):
-        return kept
-    drawn = np.random.default_rng(0).choice(len(kept), args.sample, replace=False)
-    return [kept[i] for i in drawn]
+    items = kept
+    if 0 < args.sample < len(kept):
+        drawn = np.random.default_rng(0).choice(len(kept), args.sample, replace=False)
+        items = [kept[i] for i in drawn]
+    ranked = any(len(set(item.ranks)) > 1 for item in items)
+    require(ranked, f"{name}: every pair is a tie: there is nothing to rank; give other --data")
+    return items
 
 
 def is_list_layout(row):
@@ -488,16 +493,22 @@ def rows_within(wholes, limit):
     return list(rows.values())
 
 
+def check_model(name, args):
+    """SystemExit: no model and tokenizer of this name, or a run folder with damaged files."""
+    folder = model_folder(name)
+    problem = f"{folder}: no config.json, so not a model (or an adapter); give another --model"
+    require((folder / "config.json").is_file(), problem)
+    load_tokenizer(name)
+    loss_of(name, args)
+    read_evaluations(name)
+
+
 def records_path(name, items, out, args):
     """The file of records, named after all that they depend on.
 
     So a killed run goes on where it was, and another beta or figure needs no model.
     """
     folder = model_folder(name)
-    require(
-        (folder / "config.json").is_file(),
-        f"{folder}: no config.json, so not a model (or an adapter)",
-    )
 
     # The model by its files, the texts as they are; who prefers what does not matter.
     files = []
@@ -509,35 +520,97 @@ def records_path(name, items, out, args):
     return out / f"records-{key.hexdigest()[:16]}.jsonl"
 
 
-def read_records(path):
-    """The records of a file by (item, response); a line torn by a kill is cut off."""
+def read_records(path, items):
+    """The records of a file by (item, response); a line torn by a kill is cut off.
+
+    SystemExit: a line that is no record of one of these items.
+    """
     if not path.exists():
         return {}
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines = lines[:-1]
-        path.write_bytes(b"".join(lines))
+        write(path, b"".join(lines))
     records = {}
-    for line in lines:
-        record = Record(**json.loads(line))
+    for place, line in enumerate(lines, 1):
+        values = json_object(line)
+        why = why_no_record(values, items)
+        require(not why, f"{path}:{place}: damaged, delete it: {why}")
+        record = Record(**values)
         records[record.item, record.response] = record
     return records
 
 
+def json_object(text):
+    """The object that a text is in JSON; None if it is none."""
+    try:
+        found = json.loads(text)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def why_no_record(values, items):
+    """What is wrong with an object as a record of these items, or "" if nothing is."""
+    if values is None:
+        return "not a JSON object"
+    names = [field.name for field in dataclasses.fields(Record)]
+    if set(values) != set(names):
+        return f"its names must be {', '.join(names)}"
+
+    # The numbers of an item and a response that are there.
+    if not is_count(values["item"]) or values["item"] >= len(items):
+        return f"there is no item {values['item']!r:.20}"
+    responses = items[values["item"]].responses
+    if not is_count(values["response"]) or values["response"] >= len(responses):
+        return f"its item has no response {values['response']!r:.20}"
+
+    # What was measured of it.
+    if not is_number(values["logp"]):
+        return f"logp {values['logp']!r:.20} is not a finite number"
+    for name in ("tokens", "prompt_tokens"):
+        if not is_count(values[name]) or values[name] == 0:
+            return f"{name} {values[name]!r:.20} is not a number of tokens"
+    if not isinstance(values["cut"], bool):
+        return f"cut {values['cut']!r:.20} is neither true nor false"
+    return ""
+
+
+def is_number(value):
+    """Whether a value of JSON is a finite number; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # never of nan
+
+
+def is_count(value):
+    """Whether a value of JSON is a whole number, 0 or more."""
+    return isinstance(value, int) and is_number(value) and value >= 0
+
+
 def append_records(path, records):
-    """A line for each record, after those that are there."""
+    """A line for each record, after those that are there; none if its log-prob is not finite."""
     with open(path, "a") as file:
         for record in records:
-            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+            if math.isfinite(record.logp):
+                file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+
+def leave_if_stopped():
+    """Leave after SIGTERM or Ctrl-C, where rank 0 works and the others wait in on_rank0."""
+    if signals:
+        raise SystemExit(143)
 
 
 def score(name, items, out, args):
     """All responses under model `name` -> {item: its Records}; none depends on its batch.
 
-    Items that cannot be scored are counted and left out.
+    Items that cannot be scored are counted and left out.  SystemExit(143) after a signal: what is
+    scored is kept.
     """
     path = records_path(name, items, out, args)
-    done = on_rank0(functools.partial(read_records, path), f"{path} damaged, delete it")
+    read = functools.partial(read_records, path, items)
+    done = on_rank0(read, f"{path}: cannot be read, delete it")
     tokenizer = load_tokenizer(name)
     limit = args.max_length
     if limit == 0 or limit > tokenizer.model_max_length:
@@ -571,6 +644,8 @@ def score(name, items, out, args):
         in_order = [new[at] for at in sorted(new)]
         write_block = functools.partial(append_records, path, in_order)
         on_rank0(write_block, f"{path}: cannot be written")
+        if stop_requested():
+            raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
     # In bfloat16 the responses that are nearly tied are scored again, exactly.
     scored = complete_items(name, items, done, dropped)
@@ -585,7 +660,10 @@ def score(name, items, out, args):
 
 
 def score_rows(model, rows, args):
-    """Packed rows, each process its share -> {(item, response): Record} of all of them."""
+    """Packed rows, each process its share -> {(item, response): Record} of all of them.
+
+    After a signal: of the micro-batches up to here, of which every process has equally many.
+    """
     world = dist.get_world_size()
     while len(rows) < world:
         rows = rows + rows[:1]  # every process needs one
@@ -604,6 +682,8 @@ def score_rows(model, rows, args):
                 record = Record(row["item"], j, sums[r], counts[r], prompt_tokens, cut)
                 mine[row["item"], j] = record
                 r += 1
+        if stop_requested():
+            break
 
     # Every process gets the records of all.
     parts = [None] * world
@@ -694,6 +774,7 @@ def all_pairs(items, records, proportion):
     logps = []
     tokens = []
     for i, found in sorted(records.items()):
+        leave_if_stopped()
         judged_records = zip(items[i].ranks, found)
         for (rank_a, a), (rank_b, b) in combinations(judged_records, 2):
             if items[i].share is not None:
@@ -780,6 +861,7 @@ def measure_lists(measured, lists, seed):
 
     # The ranking of each list by raw and by normalised likelihood, by length, and by chance.
     for ranks, found in lists:
+        leave_if_stopped()
         raw.append(competition_ranks([r.logp for r in found]))
         normalised.append(competition_ranks([r.logp / r.tokens for r in found]))
         shorter.append(competition_ranks([-r.tokens for r in found]) == ranks)
@@ -792,6 +874,7 @@ def measure_lists(measured, lists, seed):
     for form, own in ((measured.R, raw), (measured.R_tilde, normalised)):
         same, correlations = [], []
         for (ranks, _), model_ranks in zip(lists, own):
+            leave_if_stopped()
             same.append(1.0 * (ranks == model_ranks))  # Eq. 11, 12
             found = rank_correlations(ranks, model_ranks)
             if found is not None:
@@ -826,9 +909,61 @@ FLIPS = "kept", "lost", "fixed", "missed"  # right or wrong under the reference,
 
 
 def run_flags(name):
-    """The flags of a run folder of this repository; {} for any other model."""
+    """The flags of a run folder of this repository; {} for any other model.
+
+    A run folder holds its model in model/, and beside it its flags.  The config.json of a model
+    folder is the library's, which may have a beta that is no loss's.
+    SystemExit: a config.json that is damaged.
+    """
     path = Path(name, "config.json")
-    return json.loads(path.read_text()) if path.is_file() else {}
+    if not Path(name, "model").is_dir() or not path.is_file():
+        return {}
+    flags = json_object(path.read_bytes())
+    require(flags is not None, f"{path}: not a JSON object; restore it, or give {name}/model")
+    if "model_type" in flags:
+        return {}
+    return flags
+
+
+def loss_of(name, args):
+    """beta and gamma of a model's loss: those of its run folder, if it says, else the options'."""
+    flags = run_flags(name)
+    beta = flags.get("beta", args.beta)
+    gamma = flags.get("gamma", args.gamma)
+    for option, value in (("beta", beta), ("gamma", gamma)):
+        least, largest = RANGES[option]
+        problem = f"{name}/config.json: {option} {value!r:.20}: no number from {least:g} to "
+        problem += f"{largest:g}; correct it, or give {name}/model and --{option}"
+        require(is_number(value) and least <= value <= largest, problem)
+    return beta, gamma
+
+
+def read_evaluations(name):
+    """Evaluations in metrics.jsonl of a run folder: [step, kept, lost, fixed, missed], ...
+
+    Lines without shares are of training steps, or of another method.  A last line that was torn by
+    a kill is no line.  SystemExit: another damaged line, or a share that is no number.
+    """
+    path = Path(name, "metrics.jsonl")
+    found = []
+    if not path.is_file():
+        return found
+    for place, text in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not text.endswith(b"\n"):
+            break
+        line = json_object(text)
+        remedy = "restore it, or give the model folder inside"
+        require(line is not None, f"{path}:{place}: not a JSON object; {remedy}")
+        if "eval_kept" not in line:
+            continue
+        values = [line.get("step")]
+        for flip in FLIPS:
+            values.append(line.get("eval_" + flip))
+        numbers = all(is_number(value) for value in values)
+        names = f"step, eval_{', eval_'.join(FLIPS)}"
+        require(numbers, f"{path}:{place}: {names} must be numbers; {remedy}")
+        found.append(values)
+    return found
 
 
 def ideal_table(ref_log_ratio, alpha, args):
@@ -857,15 +992,8 @@ def flips(c, delta):
 
 def training_curve(name, c, last):
     """Fig. 2: shares over the evaluations of the run folder `name`; else before and after."""
-    path = Path(name, "metrics.jsonl")
-
     # The evaluations of a training run of this repository.
-    curve = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            line = json.loads(text)
-            if "eval_kept" in line:
-                curve.append([line["step"], *(line["eval_" + flip] for flip in FLIPS)])
+    curve = read_evaluations(name)
     if curve:
         return curve
 
@@ -893,9 +1021,7 @@ def beside_reference(data, scored, items, args):
     for name, records in scored.items():
         measured = measure(items, {i: records[i] for i in sorted(shared)}, args)
         # The best that this model's loss allows, and which pairs it changed.
-        flags = run_flags(name)
-        beta = flags.get("beta", args.beta)
-        gamma = flags.get("gamma", args.gamma)
+        beta, gamma = loss_of(name, args)
         own = idealized_ranking_accuracy(-c, reference.alpha, beta, gamma, args.epsilon)
         shares = flips(c, measured.R.delta)
         lines.append(
@@ -1007,9 +1133,10 @@ def show_models(lines):
 
 def write_lines(path, lines):
     """metrics.jsonl: a JSON object for each line of the table, arrays as lists."""
-    with open(path, "w") as file:
-        for line in lines:
-            file.write(json.dumps(dataclasses.asdict(line), default=np.ndarray.tolist) + "\n")
+    text = ""
+    for line in lines:
+        text += json.dumps(dataclasses.asdict(line), default=np.ndarray.tolist) + "\n"
+    write(path, text.encode())
 
 
 def where(lines):
@@ -1106,13 +1233,21 @@ def plot_losses(axis, line):
     axis.set(xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", ylabel="loss, nats", yscale="log")
 
 
+RANGES = {  # option: its least and largest value
+    "beta": (1e-9, 1e9),
+    "gamma": (0, 1e9),
+    "betas": (1e-9, 1e9),
+    "gammas": (0, 1e9),
+    "proportion": (0.500001, 0.999999),  # a majority, and not all
+    "epsilon": (1e-9, 0.499999),
+    "sample": (0, 10**9),
+}
+
+
 def check(args):
-    """Leave with one line if a number is out of its range."""
-    betas = (args.beta, *args.betas)
-    require(args.betas and all(beta > 0 for beta in betas), "--beta, --betas: above 0")
-    require(0 < args.epsilon < 0.5, "--epsilon: in (0, 0.5)")
-    require(0.5 < args.proportion < 1, "--proportion: in (0.5, 1)")
-    require(args.sample >= 0, "--sample: not below 0")
+    """Refuse a number that is out of its range, and an option that says nothing."""
+    check_ranges(args, RANGES)
+    require(args.data, "--data: name one data set at least")
 
 
 def tiny_runs():
@@ -1126,33 +1261,47 @@ def tiny_runs():
     return found
 
 
+def compare(data, scored, items, args):
+    """Measure all models on one data set, and print the tables -> a Line for each model"""
+    lines = beside_reference(data, scored, items, args)
+    show_theorem(lines[0], args)
+    show_ideal(lines[0], args)
+    show_models(lines)
+    return lines
+
+
+def write_results(out, lines):
+    """metrics.jsonl and the figures."""
+    write_lines(out / "metrics.jsonl", lines)
+    (out / "figures").mkdir(exist_ok=True)
+    plot_ranking(out, lines)
+    plot_flips(out, lines)
+
+
 def main(args):
     check(args)
     setup(args.seed)
-    out = start_run(args, "ranking_accuracy")
-    (out / "figures").mkdir(exist_ok=True)
+
+    # Data and models: what cannot be used is refused here, before there is a run folder.
     models = list(args.model) or ["tiny", *tiny_runs()]
     if args.ref_model:
         models.insert(0, args.ref_model)
+    for name in models:
+        check_model(name, args)
+    items = {data: load_items(data, args) for data in args.data}
+    out = start_run(args, "ranking_accuracy")
 
     # Data sets one after the other; a line for each model on each of them.
     lines = []
     for data in args.data:
-        # One pass over the responses for each model, then arithmetic.
-        items = load_items(data, args)
-        scored = {name: score(name, items, out, args) for name in models}
-        if dist.get_rank() > 0:
-            continue
-        new = beside_reference(data, scored, items, args)
-        show_theorem(new[0], args)
-        show_ideal(new[0], args)
-        show_models(new)
-        lines += new
+        # One pass over the responses for each model.
+        scored = {name: score(name, items[data], out, args) for name in models}
 
-    if lines:
-        write_lines(out / "metrics.jsonl", lines)
-        plot_ranking(out, lines)
-        plot_flips(out, lines)
+        # Then arithmetic, by rank 0 while the others wait.
+        measure_all = functools.partial(compare, data, scored, items[data], args)
+        lines += on_rank0(measure_all, f"{data}: cannot be measured")
+
+    on_rank0(functools.partial(write_results, out, lines), f"{out}: cannot be written")
     return lines
 
 
