@@ -2155,12 +2155,12 @@ def check_potential(args):
         problem = f"choose tiny:reward, or one of {', '.join(attributes)} after tiny:"
     elif kind.endswith(".py"):
         fits = Path(kind).is_file()
-        problem = f"there is no file {kind}"
+        problem = "there is no file of this name"
     elif name == "reward":
         fits = args.classifier
         problem = "name its --classifier"
     elif kind == "class":
-        fits = args.classifier and what.isdecimal()
+        fits = args.classifier and what.isdecimal() and len(what) < 10
         problem = "give a label (0, 1, ...) after class:, and a --classifier"
     elif kind == "threshold":
         digits = what.removeprefix("-").replace(".", "", 1)  # of a number such as -1.5
