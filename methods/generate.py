@@ -367,9 +367,9 @@ def check_sizes(args, prompts, vocabulary):
     problem = f"--samples {args.samples} for {prompts} prompts take {size} bytes of {room}"
     require(size <= room, f"{problem}; lower --samples or --prompts")
 
-    # A batch: a uniform for every token, and the logits of a step before and after the filters.
+    # A batch: uniforms in float64 for all tokens, and the logits of a step in float32.
     batch = min(args.batch_size, responses)
-    size = 8 * batch * (args.max_new_tokens + vocabulary)
+    size = batch * (8 * args.max_new_tokens + 4 * vocabulary)
     room = memory(DEVICE)
     problem = f"--batch-size {batch}, --max-new-tokens {args.max_new_tokens} take {size} bytes"
     require(size <= room, f"{problem} of {room}; lower them")
@@ -667,11 +667,12 @@ def run_command(command, text, most):
             if process.poll() is None:
                 stop_command(process)
 
-        # What it wrote; a last look at its size, since a fast one has ended before the first.
+        # What it printed, as far as it may, since a fast one has ended before the first look; and
+        # the end of its complaint.
         printed.seek(0)
-        complained.seek(0)
+        complained.seek(max(0, complained.seek(0, os.SEEK_END) - 1000))
         answers = printed.read(most + 1).decode(errors="replace")
-        complaint = complained.read()[-1000:].decode(errors="replace")
+        complaint = complained.read().decode(errors="replace")
         return process.returncode, answers, complaint
 
 
