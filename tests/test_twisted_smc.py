@@ -1331,7 +1331,7 @@ def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
         (dict(potential="infilling", c=1, exact=0), "--exact"),
         (dict(potential="continuation"), "--continuation"),
         (dict(prompt="the cat met the dog" * 20), "--prompt"),
-        (dict(prompt=""), "--prompt"),
+        (dict(prompt=""), "empty prompt"),
         (dict(K=1), "--K 1"),
         (dict(K=1, conditions=2, learner="dpg"), "--K 1"),
         (dict(beta=-1.0), "--beta"),
@@ -1363,8 +1363,8 @@ def refused(args, folder, *words):
         t.main(args)
     message = str(stop.value)
     assert "\n" not in message and all(word in message for word in words), message
-    for long in (os.path.dirname(args.out), str(folder)):
-        message = message.replace(long, "/tmp/x")
+    for long in (os.path.dirname(args.out) or "x", str(folder)):
+        message = message.replace(long, "/tmp/x" if len(long) > 9 else long)
     assert len(message) <= 200, message
 
 
