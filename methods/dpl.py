@@ -604,13 +604,14 @@ def load_head(name):
     weight = read_head(folder)
     require(weight is not None, f"{folder}: no score.weight in the model's files; {RESTORE}")
 
+    fine = weight.dim() == 2 and weight.isfinite().all()
+    require(fine, f"{folder}: the head is no matrix of finite numbers; {RESTORE}")
+
     # A head of another shape would be read as another distribution.
-    found = weight.shape[0]
+    found = len(weight)
     named = f"those of {meta['type']} with K = {meta['K']} as in config.json"
     problem = f"{folder}: the head has {found} outputs, not {named}; {RESTORE}"
     require(found == meta["K"], problem)
-    fine = weight.dim() == 2 and weight.isfinite().all()
-    require(fine, f"{folder}: the head is no matrix of finite numbers; {RESTORE}")
     return weight, meta
 
 
