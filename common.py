@@ -2400,9 +2400,11 @@ def start_run(args, method):
     out = Path(flags.get("out") or f"results/{method}")
 
     def prepare():
+        config = out / "config.json"
+        none = f"{out}: no config.json, so there is no run to resume; start it without --resume"
+        require(config.is_file() or not flags.get("resume"), none)
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
-        config = out / "config.json"
         old = json.loads(config.read_bytes()) if config.is_file() else None
         if flags.get("resume"):
             _check_resumable(out, old, {**flags, "method": method})
@@ -2449,8 +2451,6 @@ def _is_empty_folder(out, old):
 
 def _check_resumable(out, old, flags):
     """Leave unless `out` holds an unfinished run that was started with these flags."""
-    missing = f"{out}: no config.json, so there is no run to resume; start it without --resume"
-    require(old, missing)
     method = old.get("method", flags["method"])
     other = f"{out}: holds a run of {method}, not of {flags['method']}; choose another --out"
     require(method == flags["method"], other)
