@@ -826,6 +826,8 @@ def _chat_texts(tokenizer, prompt, answers, tools):
         messages = chat + _messages(tokenizer, answer, "assistant")
         whole = _written(tokenizer, messages, tools, answer_follows=False)
         if not whole.startswith(start):
+            if "tool_calls" in messages[-1]:
+                raise Unusable("the chat template writes a tool's call without its cue for answers")
             raise Unusable("the chat template changes the prompt")
         wholes.append(whole)
     return Texts(start, wholes, is_chat=True)
@@ -1351,7 +1353,7 @@ def _why_unusable(row):
             require_text(part)
     except Unusable as reason:
         return str(reason)
-    if any(map(_is_empty, answers)):
+    if any(map(is_empty, answers)):
         return "empty response"
     if len(answers) == 2 and answers[0] == answers[1] and "chosen" in row:
         return "chosen equals rejected"
@@ -1373,7 +1375,7 @@ def require_text(part):
             raise Unusable("contains a lone surrogate, which is no character") from None
 
 
-def _is_empty(answer):
+def is_empty(answer):
     """Neither words nor, in chat messages, a call of a tool."""
     if words(answer).strip():
         return False
@@ -1527,7 +1529,7 @@ def pair_rows(row):
         return [row]
     for answer in answers:
         require_text(answer)
-        if _is_empty(answer):
+        if is_empty(answer):
             return ["empty response"]
 
     # Where does the prompt end?
@@ -1791,7 +1793,7 @@ def load_tokenizer(name):
     require(
         len(tokenizer) <= config.vocab_size,
         f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} "
-        "embeddings: resize_token_embeddings, or copy the tokenizer of the model's training there",
+        "embeddings: resize them, or copy its own tokenizer there",
     )
     context = getattr(config, "max_position_embeddings", None) or UNBOUNDED
     if "Classification" in str(config.architectures):  # RoBERTa's first two positions are reserved
