@@ -623,7 +623,7 @@ def load_prompts(args, tokenizer):
         if isinstance(found, str):
             dropped[found].append(number)
         elif len(found.prompt_ids) > longest:
-            dropped[f"more than {longest} tokens"].append(number)
+            dropped[f"more than {longest} tokens (--max-prompt-length)"].append(number)
         elif tuple(found.prompt_ids) not in known:  # each once, in the order of the data
             known.add(tuple(found.prompt_ids))
             prompts.append((found.prompt_ids, row["prompt"]))
