@@ -568,7 +568,7 @@ def leave_if_stopped():
         raise SystemExit(143)
 
 
-CHAIN_BYTES = 80  # of a step: two uniforms, proposal, weight, state; copies; the state's values
+CHAIN_BYTES = 64  # of a step at the peak: uniforms, proposal, weight, state, its four values
 CORPUS_BYTES = 40  # of a string in a corpus: its number and its four values
 
 
@@ -623,7 +623,7 @@ def load_prompts(args, tokenizer):
         if isinstance(found, str):
             dropped[found].append(number)
         elif len(found.prompt_ids) > longest:
-            dropped[f"more than {longest} tokens"].append(number)
+            dropped[f"more than {longest} tokens (--max-prompt-length)"].append(number)
         elif tuple(found.prompt_ids) not in known:  # each once, in the order of the data
             known.add(tuple(found.prompt_ids))
             prompts.append((found.prompt_ids, row["prompt"]))
@@ -1493,7 +1493,7 @@ def read_released(folder, beta):
         for end in RELEASED:
             problem = f"{folder}: {spec} has no CSV *_{end}*: each setting needs CSVs of all three"
             require(end in parts, f"{problem} kinds; copy it there")
-        found[spec] = join_released(f"{folder}: {spec}", parts, beta)
+        found[spec] = join_released(f"{folder}: {spec}: responses", parts, beta)
     return found
 
 

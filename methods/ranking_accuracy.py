@@ -930,6 +930,8 @@ def loss_of(name, args):
     flags = run_flags(name)
     beta = flags.get("beta", args.beta)
     gamma = flags.get("gamma", args.gamma)
+    if isinstance(gamma, list) and len(gamma) == 1:
+        gamma = gamma[0]  # dpo_gamma.py has a run for each of its gammas
     for option, value in (("beta", beta), ("gamma", gamma)):
         least, largest = RANGES[option]
         problem = f"{name}/config.json: {option} {value!r:.20}: no number from {least:g} to "
