@@ -937,6 +937,28 @@ def judge_file(args):
     return found
 
 
+def draw(args, out):
+    """Draw the responses -> the others that they are compared with, or None without a judge.
+
+    Whatever can be refused is refused before the run folder is made.  The judge is tried before the
+    model is loaded, so that only one of them is in memory.  The others are read before sampling,
+    since --overwrite may delete the file that they are in.
+    """
+    if is_judged(args):
+        check_judge(args)
+    work = prepare(args)
+    others = None
+    if is_judged(args):
+        others = other_responses(args, expected_rows(work))
+
+    # The run folder; start_run deletes what all methods write, and clear the rest.
+    start_run(args, "generate")
+    if args.overwrite:
+        on_rank0(partial(clear, out), f"{out}: cannot be cleared")
+    generate(args, work, out)
+    return others
+
+
 def draw_and_judge(args, out):
     """Draw the responses, unless an earlier run has -> judged rows, or None without a judge."""
     path = out / "responses.jsonl"
@@ -947,16 +969,7 @@ def draw_and_judge(args, out):
         if is_judged(args):
             others = other_responses(args, rows)
     else:
-        # Whatever can be refused is refused before the run folder is made.  The others are read
-        # now: --overwrite may delete the file that they are in.
-        work = prepare(args)
-        if is_judged(args):
-            check_judge(args)
-            others = other_responses(args, expected_rows(work))
-        start_run(args, "generate")
-        if args.overwrite:  # start_run deletes what all methods write; this is the rest
-            on_rank0(partial(clear, out), f"{out}: cannot be cleared")
-        generate(args, work, out)
+        others = draw(args, out)
         rows = read_responses(path)
     if others is None:
         return None

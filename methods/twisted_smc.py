@@ -1594,7 +1594,10 @@ def read_or_draw_exact_samples(args, world, out):
     require_writable(path.parent, "--exact-samples")
     print(f"drawing {args.exact} exact samples: {path}", flush=True)
     with leaving_at_once():
-        return draw_exact_samples(world, args.exact)
+        drawn = draw_exact_samples(world, args.exact)
+    if drawn.o is not None:
+        drawn.o = drawn.o.cpu()
+    return ExactSamples(drawn.tokens.cpu(), drawn.o)
 
 
 def save_exact_samples(args, pool, out):
@@ -2336,7 +2339,7 @@ def write_results(out, records, args):
 
 
 def prepare(args, out):
-    """Load and try all that can be refused -> model, world, learners, pool.
+    """Load and try all that can be refused -> world, learners, pool.
 
     It comes before the run folder is made, so that the corrected command finds it free.
     """
@@ -2353,13 +2356,13 @@ def prepare(args, out):
 
     # Exact samples, for upper bounds and KL(sigma | q).
     pool = load_exact_samples(args, world, out, device)
-    return model, world, learners, pool
+    return world, learners, pool
 
 
 def main(args):
     check(args)
     out = Path(args.out or "results/twisted_smc")
-    model, world, learners, pool = prepare(args, out)
+    world, learners, pool = prepare(args, out)
     start_run(args, "twisted_smc")
 
     # What an earlier run has left there goes with it.
@@ -2375,7 +2378,7 @@ def main(args):
         for learner in learners:
             say(f"{learner}, seed {seed}")
             folder = out / f"{learner}-seed{seed}"
-            twist = train(args, learner, seed, world, model, pool, folder)
+            twist = train(args, learner, seed, world, world.model, pool, folder)
             work = partial(look_back, args, world, twist, folder)
             records[learner, seed] = on_rank0(work, f"{folder}: no records, or no text")
 
