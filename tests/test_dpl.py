@@ -1265,7 +1265,7 @@ def test_sigterm_ends_a_process(tmp_path):
     )
     process.stdout.readline()
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=120)
     assert process.returncode == 143
 
 
