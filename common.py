@@ -1388,7 +1388,7 @@ def number(value):
     """A finite number, or text that is one, as a float.  Raises Unusable."""
     try:
         found = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise Unusable(f"{str(value)[:20]!r} is not a number") from None
     if not math.isfinite(found):
         raise Unusable(f"{str(value)[:20]!r} is not a finite number")
@@ -1493,7 +1493,7 @@ def _json_rows(path, text):
         except json.JSONDecodeError as error:
             place = number + error.lineno  # a list: 0 + its line; JSON lines: the number + 1
             raise SystemExit(f"{path}:{place}: not JSON rows: {error.msg}") from None
-        except ValueError as error:  # a number too long to be one
+        except (ValueError, RecursionError) as error:  # a number too long, lists too deep
             raise SystemExit(f"{path}: cannot be read: {error}") from None
         if isinstance(found, dict):
             found = [found]
@@ -1783,7 +1783,11 @@ def load_tokenizer(name):
         return load_tokenizer(_base_of(folder))
     missing = "has no tokenizer.json; copy the tokenizer of the model's training there"
     require(files, f"{folder}: {missing}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # broken files, unknown classes: many types
+        why = str(error).strip().partition("\n")[0][:90]
+        raise SystemExit(f"{folder}: not a tokenizer that can be loaded ({why})") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not (folder / "config.json").exists():
         return tokenizer
@@ -2387,7 +2391,7 @@ def check_ranges(args, ranges):
         require(values, f"{flag}: give one number at least")
         for one in values:
             inside = least <= one <= largest
-            require(inside, f"{flag} {one}: must be from {least:g} to {largest:g}")
+            require(inside, f"{flag} {str(one)[:20]}: must be from {least:g} to {largest:g}")
 
 
 def start_run(args, method):

@@ -183,7 +183,7 @@ from common import clip_gradients, load_model, load_tokenizer, model_folder, sav
 from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
 from common import load_checkpoint, on_rank0, require, save_checkpoint, setup  # processes
 from common import check_ranges, start_run, stop_requested, stop_unless_finite, write  # processes
-from common import log, merge, progress, say, setting, speed  # logging
+from common import log, merge, progress, save_figure, say, setting, speed  # logging
 # isort: on
 
 
@@ -530,7 +530,7 @@ def new_reward_model(args, tokenizer):
     # The head starts at 1 % of the library's first weights, which have sd 0.02, so that all outputs
     # are close to 0 (released code).
     K = number_of_outputs(args.type, args.num_atoms)
-    add_head(model, 0.01 * 0.02 * torch.randn(K, model.config.hidden_size))
+    add_head(model, 0.01 * 0.02 * torch.randn(K, model.config.get_text_config().hidden_size))
 
     # A reward model predicts no tokens, so its output embeddings are not trained. Where they are
     # tied, they are also the input embeddings, which are trained.
@@ -621,7 +621,7 @@ def load_reward_model(name, dtype):
     weight, meta = load_head(name)
     model = load_model(name, dtype)
     reads = weight.shape[1]
-    width = model.config.hidden_size
+    width = model.config.get_text_config().hidden_size
     problem = f"{name}: the head is for width {reads}, the model has {width}; {RESTORE}"
     require(reads == width, problem)
     add_head(model, weight)
@@ -1220,8 +1220,7 @@ def new_figure(rows, caption):
 def save_results(out, curves, figure):
     """Write the curves that the figure shows, and the figure."""
     write(out / "curves.json", {name: values.tolist() for name, values in curves.items()})
-    (out / "figures").mkdir(exist_ok=True)
-    figure.savefig(out / "figures" / "dpl.png", dpi=120)
+    save_figure(figure, out / "figures" / "dpl.png")
 
 
 def finish(out, table, curves, figure):

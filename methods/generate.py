@@ -114,7 +114,7 @@ from common import words  # the plain text of a string or of chat messages
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
 from common import DEVICE, check_ranges, progress, require, say, setting, setup  # processes
-from common import signals, start_run, stop_requested, write  # processes
+from common import save_figure, signals, start_run, stop_requested, write  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 # isort: on
 
@@ -324,7 +324,8 @@ def load_items(args, rows, tokenizer):
     # cue is the end of a prompt that must not be cut off ("TL;DR:").
     prompts = []
     for row in rows:
-        prompts.append({"prompt": row["prompt"], "cue": row.get("cue"), "responses": ["."]})
+        stand_in = {"cue": row.get("cue"), "tools": row.get("tools"), "responses": ["."]}
+        prompts.append({"prompt": row["prompt"], **stand_in})
     encoded = tokenize_pairs(
         prompts,
         tokenizer,
@@ -876,8 +877,7 @@ def draw_scores(rows, summary, caption, path):
     axis.set_ylabel("responses")
     axis.legend()
     figure.suptitle(caption, fontsize=8)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 # The run.

@@ -148,7 +148,7 @@ from common import load_pairs, read_rows, report, words  # data
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
 from common import check_ranges, on_rank0, progress, require, say, setting  # processes
-from common import setup, signals, start_run, stop_requested, write  # processes
+from common import save_figure, setup, signals, start_run, stop_requested, write  # processes
 # isort: on
 
 
@@ -615,7 +615,12 @@ def load_prompts(args, tokenizer):
     dropped = defaultdict(list)
     known = set()
     longest = min(args.max_prompt_length, args.max_length - 1)  # a prompt leaves room for a token
-    rows = [{"prompt": row["prompt"], "responses": []} for row in load_pairs(args.data, "test")]
+    context = tokenizer.model_max_length
+    too_long = f"--max-length {args.max_length}: the model reads {context} tokens; lower it"
+    require(args.max_length <= context, too_long)
+    rows = []
+    for row in load_pairs(args.data, "test"):
+        rows.append({"prompt": row["prompt"], "responses": [], "tools": row.get("tools")})
     for row in rows:
         if args.template != "{}" and isinstance(row["prompt"], str):
             row["prompt"] = args.template.replace("{}", first_turn(row["prompt"]))
@@ -1079,8 +1084,7 @@ def scatter(path, panels, caption):
         handles, names = axes[-1].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center", fontsize=8)
     figure.suptitle(caption, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 # The toy experiment: a thousand strings with probabilities, no model.

@@ -94,12 +94,12 @@ import torch.nn.functional as F
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import token_logps  # log-probabilities
-from common import encode_rows, pack_pairs  # tokenization
+from common import encode_rows, pack_pairs, show_example  # tokenization
 from common import as_dialogue, hub_rows, load_pairs, number, read_rows, report  # data
-from common import Unusable, require_text, without_tags, words  # data
+from common import Unusable, is_empty, require_text, without_tags  # data
 from common import load_model, load_tokenizer, model_folder  # models
 from common import check_ranges, on_rank0, progress, require, setup  # processes
-from common import signals, start_run, stop_requested, write  # processes
+from common import save_figure, signals, start_run, stop_requested, write  # processes
 # isort: on
 
 # ---- the paper: accuracies, ideals, thresholds
@@ -215,6 +215,7 @@ class Item:
     responses: list  # n of them
     ranks: list  # n numbers, 1 = best; equals share the smallest
     share: float | None  # of raters, for the first of two; None: not known
+    tools: list | str | None = None  # that a chat may call
 
 
 @dataclass
@@ -229,6 +230,7 @@ class Judged:
     kind: str = "scores"
     is_question: bool = False  # the prompt is a question alone, without the cue for an answer
     is_html: bool = False  # with tags, which training takes off
+    tools: list | str | None = None  # that a chat may call
 
 
 def load_items(name, args):
@@ -284,7 +286,7 @@ def usable_item(one, text):
         raise Unusable("no votes, or below 0")
     for part in [one.prompt, *one.responses]:
         require_text(part)
-    if not all(words(response).strip() for response in one.responses):
+    if any(map(is_empty, one.responses)):
         raise Unusable("empty response")
 
     # Training reads a question and its answers as a dialogue of one turn.
@@ -299,7 +301,7 @@ def usable_item(one, text):
     share = None
     if one.kind != "scores":
         share = float(scores[0] / scores.sum())
-    return Item(prompt, responses, competition_ranks(scores.tolist()), share)
+    return Item(prompt, responses, competition_ranks(scores.tolist()), share, one.tools)
 
 
 def judged(rows, lists, name):
@@ -319,7 +321,9 @@ def judged(rows, lists, name):
     found = []
     for place, row in enumerate(rows, 1):
         try:
-            found.append(judged_row(row, lists))
+            one = judged_row(row, lists)
+            one.tools = row.get("tools")
+            found.append(one)
         except KeyError as key:
             columns = ", ".join(map(str, row))
             raise SystemExit(f"{name}: row {place} has no {key}, only {columns}") from None
@@ -425,7 +429,9 @@ class Record:
 
 def encode(tokenizer, items, args, limit):
     """Items -> for each its rows for pack_pairs, or a text: why it is dropped."""
-    rows = [{"prompt": item.prompt, "responses": item.responses} for item in items]
+    rows = []
+    for item in items:
+        rows.append({"prompt": item.prompt, "responses": item.responses, "tools": item.tools})
     found = []
     for item, encoded in zip(items, encode_rows(rows, tokenizer)):
         if isinstance(encoded, str):
@@ -515,7 +521,7 @@ def records_path(name, items, out, args):
     for file in sorted(folder.iterdir()):
         files.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
     settings = [args.max_length, args.text, args.dtype]
-    texts = [(item.prompt, item.responses) for item in items]
+    texts = [(item.prompt, item.responses, item.tools) for item in items]
     key = hashlib.sha256(json.dumps([settings, texts, files]).encode())
     return out / f"records-{key.hexdigest()[:16]}.jsonl"
 
@@ -634,6 +640,7 @@ def score(name, items, out, args):
                 rows.append({**row, "item": i})
         if not rows:
             continue
+        show_example(tokenizer, rows[0]["prompt_ids"], rows[0]["responses"][0])
         if model is None:
             model = load_model(name, args.dtype)
 
@@ -1185,7 +1192,7 @@ def plot_ranking(out, lines):
     handles, labels = axis.get_legend_handles_labels()
     once = dict(zip(labels, handles))
     axis.legend(once.values(), once.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out / "figures" / "ranking.png", dpi=110)
+    save_figure(figure, out / "figures" / "ranking.png", dpi=110)
 
 
 def plot_flips(out, lines):
@@ -1204,7 +1211,7 @@ def plot_flips(out, lines):
         axis.legend(fontsize=8, loc="lower left")
     caption = f"As Fig. 2 (held-out pairs)\nand Fig. 3 (scored pairs)\n({where(lines)})"
     figure.suptitle(caption, fontsize=9)
-    figure.savefig(out / "figures" / "flips.png", dpi=110)
+    save_figure(figure, out / "figures" / "flips.png", dpi=110)
 
 
 def plot_curve(axis, line):
@@ -1275,7 +1282,6 @@ def compare(data, scored, items, args):
 def write_results(out, lines):
     """metrics.jsonl and the figures."""
     write_lines(out / "metrics.jsonl", lines)
-    (out / "figures").mkdir(exist_ok=True)
     plot_ranking(out, lines)
     plot_flips(out, lines)
 

@@ -243,7 +243,7 @@ from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_attributes, tiny_reward  # the tiny world
 from common import Unusable, number  # what others wrote
 from common import check_ranges, load_checkpoint, log, require, say, save_checkpoint  # processes
-from common import setup, signals, start_run, stop_requested, write  # processes
+from common import save_figure, setup, signals, start_run, stop_requested, write  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 
 # isort: on
@@ -2110,8 +2110,7 @@ def draw_figure(out, records, args):
     figure.suptitle(f"{args.potential}, {where}; T {args.T}, seed {args.seed}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    (out / "figures").mkdir(exist_ok=True)
-    figure.savefig(out / "figures" / "twisted_smc.png", dpi=100)
+    save_figure(figure, out / "figures" / "twisted_smc.png", dpi=100)
 
 
 # log Z of the default target and half of its 95 % interval: the log of the mean of phi over 200,000

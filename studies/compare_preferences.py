@@ -41,6 +41,7 @@ from common import pack_pairs, tokenize_pairs  # tokenization
 from common import load_pairs, read_rows  # data
 from common import load_model, load_tokenizer  # models
 from common import tiny_reward  # the tiny world
+from common import save_figure  # processes
 
 # isort: on
 
@@ -227,8 +228,7 @@ def plot(args, outcomes):
         axis.set_title(name)
         axis.set_xlabel("optimiser step")
         axis.set_ylabel("log pi/pi_ref (nats)")
-    Path(args.out, "figures").mkdir(exist_ok=True)
-    figure.savefig(Path(args.out, "figures", "rewards.png"), dpi=120)
+    save_figure(figure, Path(args.out, "figures", "rewards.png"))
 
 
 def main(args):
