@@ -819,6 +819,8 @@ def _chat_texts(tokenizer, prompt, answers, tools):
     )
     if isinstance(tools, str):  # as data sets store them
         tools = json.loads(tools)
+
+    # The prompt ends where an answer begins; each whole goes on from there.
     chat = _messages(tokenizer, prompt, "user")
     start = _written(tokenizer, chat, tools, answer_follows=True)
     wholes = []
@@ -882,6 +884,8 @@ def _written(tokenizer, chat, tools, answer_follows):
     except Exception as error:  # a template is a program: it may fail in any way
         why = str(error).strip().partition("\n")[0]
         raise Unusable(f"chat template: {why}") from None
+
+    # A template that does not know of tools leaves them out without a word.
     called = list(tools or [])
     for message in chat:
         called += message.get("tool_calls", [])
@@ -1019,6 +1023,8 @@ def turn_ends(tokenizer):
         text = tokenizer.apply_chat_template(chat, tokenize=False)
     except Exception:  # a template is a program: it may fail in any way
         return ends
+
+    # What comes right after the answer "2"?
     after = text.rpartition("2")[2]
     special = _special_tokens(tokenizer).match(after.lstrip())
     if special:
@@ -1104,6 +1110,7 @@ def _fit(encoded, cue, bos_id, max_length, max_prompt_length):
     A prompt that is cut keeps its BOS and its end; or, if it has a cue ("TL;DR:", which tells what
     to do with the text before it), its start and the cue.
     """
+    # The BOS stays; of the rest only so much as there is room for.
     bos = []
     whole = encoded.prompt_ids
     if whole[0] == bos_id:
@@ -1453,6 +1460,7 @@ def _csv_rows(text):
     """
     import pandas
 
+    # A separator that the header shows; text columns may hold any of them.
     header = text.partition("\n")[0]
     separator = ","
     if "," not in header and "\t" in header:
@@ -1468,6 +1476,8 @@ def _csv_rows(text):
             keep_default_na=False,  # "NA" is a text
             index_col=False,
         )
+
+    # Numbers where all of a column are; a text that looks like a number stays text.
     for name in table.columns:
         if name not in TEXT_COLUMNS:
             try:
@@ -2368,6 +2378,9 @@ MAY_CHANGE_ON_RESUME = (
     "resume",
     "overwrite",
     "out",
+    "judge",
+    "judge_command",
+    "against",
     "max_steps",
     "epochs",
     "eval_every",
@@ -2457,6 +2470,7 @@ def _is_empty_folder(out, old):
 
 def _check_resumable(out, old, flags):
     """Leave unless `out` holds an unfinished run that was started with these flags."""
+    # The same method with the same flags, but for those that change no result.
     method = old.get("method", flags["method"])
     other = f"{out}: holds a run of {method}, not of {flags['method']}; choose another --out"
     require(method == flags["method"], other)
