@@ -1450,7 +1450,8 @@ def test_two_processes_write_the_same_and_stop_together(tmp_path):
     done = run(script, one, check=False)
     assert done.returncode == 143, done.stderr
     done = run(script, two, processes=2, check=False)
-    assert done.returncode == 1 and "exitcode  : 143" in done.stderr, done.stderr
+    # Which of the two torchrun sees first, code 143 or the other's 1, is chance.
+    assert done.returncode == 1 and "ChildFailedError" in done.stderr, done.stderr
     assert "Gloo" not in done.stderr and 'two.py", line' not in done.stderr
     files = {path.relative_to(one): path.read_bytes() for path in one.glob("**/*.json")}
     assert len(files) == 3
