@@ -935,10 +935,9 @@ def encode_rows(rows, tokenizer):
     EOS is added only where the template does not end a turn with an end token.
     Raises SystemExit for a tokenizer without EOS, and for chat messages without a template.
     """
-    require(
-        tokenizer.eos_token_id is not None,
-        "the tokenizer has no end-of-text token (eos_token): responses could not end",
-    )
+    eos = tokenizer.eos_token_id  # once: the tokenizer looks it up anew each time
+    no_end = "the tokenizer has no end-of-text token (eos_token): responses could not end"
+    require(eos is not None, no_end)
     lead, skip = _response_lead(tokenizer)
     texts_of_rows = []
     for row in rows:
@@ -974,7 +973,7 @@ def encode_rows(rows, tokenizer):
             responses = _chat_responses(tokenizer, texts, prompt, responses)
         else:
             prompt = bos + prompt
-            responses = [response[skip:] + [tokenizer.eos_token_id] for response in responses]
+            responses = [response[skip:] + [eos] for response in responses]
         found.append(_usable(prompt, responses, texts.is_chat))
     return found
 
@@ -1081,6 +1080,7 @@ def tokenize_pairs(
         f"(max_length is {max_length})",
     )
     lead, skip = _response_lead(tokenizer)
+    bos_id = tokenizer.bos_token_id
     kept, dropped = [], collections.defaultdict(list)
     for index, found in enumerate(encode_rows(rows, tokenizer)):
         if isinstance(found, Encoded) and not found.responses:
@@ -1091,7 +1091,7 @@ def tokenize_pairs(
         cue = []
         if rows[index].get("cue"):
             cue = _ids_of(tokenizer, [lead + rows[index]["cue"]])[0][skip:]
-        row = _fit(found, cue, tokenizer.bos_token_id, max_length, max_prompt_length)
+        row = _fit(found, cue, bos_id, max_length, max_prompt_length)
         kept.append({**row, "row": index})
     if what:
         prompts_cut = sum(row["prompt_cut"] for row in kept)
@@ -2422,6 +2422,8 @@ def start_run(args, method):
         config = out / "config.json"
         none = f"{out}: no config.json, so there is no run to resume; start it without --resume"
         require(config.is_file() or not flags.get("resume"), none)
+
+        # From here on the folder is this process's; a fresh run needs an empty one.
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
         old = json.loads(config.read_bytes()) if config.is_file() else None

@@ -345,6 +345,17 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["lines", "x.json"]
 
 
+def test_a_tiny_world_with_half_its_rows_is_not_whole(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.safetensors").write_text("")
+    for name, n in common.TINY_ROWS.items():
+        (tmp_path / "data" / name).write_text("{}\n" * n)
+    assert common._is_whole(tmp_path)
+    (tmp_path / "data" / "train.jsonl").write_text("{}\n" * 1000)
+    assert not common._is_whole(tmp_path)
+
+
 def test_a_damaged_reference_cache_is_scored_again(tmp_path):
     values = b"0123" * 4
     path = tmp_path / "x.logps"

@@ -43,7 +43,7 @@ def options_of(name, blank, out, budget):
         model=str(blank / "model"),
         data=str(blank / "pairs.jsonl"),
         out=str(out),
-        lr=1e-3,
+        lr=1e-4,  # RMSprop makes steps of rounding errors where a gradient is zero
         batch_size=8,
         tokens_per_microbatch=budget,
     )
@@ -93,7 +93,7 @@ def test_budget_and_processes_change_nothing(name, runs):
     others = [f"{name}-{budget}-0" for budget in BUDGETS[:-1]]
     for other in (*others, f"{name}-{BUDGETS[0]}-2"):
         found, losses = weights_and_losses(runs / other)
-        assert losses == pytest.approx(wanted_losses, abs=1e-5)
+        assert losses == pytest.approx(wanted_losses, rel=1e-6, abs=1e-5)
         for key, value in wanted.items():
             assert (found[key] - value).abs().max().item() <= 1e-5, (other, key)
 

@@ -277,7 +277,9 @@ def test_bad_input_is_one_line(blank, tmp_path, change, message, monkeypatch):
     if change.get("ref_model"):
         tokenizer = common.load_tokenizer(str(blank / "model"))
         tokenizer.add_tokens(["<new>"])
-        common.save_model(common.load_model(str(blank / "model")), tokenizer, tmp_path / "other")
+        model = common.load_model(str(blank / "model"))
+        model.resize_token_embeddings(len(tokenizer))
+        common.save_model(model, tokenizer, tmp_path / "other")
         change = dict(ref_model=str(tmp_path / "other"))
     with pytest.raises(SystemExit) as stop:
         dpo.main(args(blank, tmp_path / "run", **change))
@@ -377,7 +379,7 @@ def test_released_transcripts(tmp_path):
     ours = load_file(tmp_path / "hh.jsonl", {"chosen": chosen, "rejected": rejected})
     print("released:", theirs, " here:", ours)
     assert theirs == (" d", "ant: e")
-    assert "dropped 1 (prompt is not a common prefix: 1)" in ours
+    assert "dropped 1 (prompt is not a common prefix: 1, the first is row 1)" in ours
 
 
 def test_released_ties(tmp_path):
@@ -386,7 +388,7 @@ def test_released_ties(tmp_path):
     ours = load_file(tmp_path / "se.jsonl", {"question": "q", "answers": answers})
     print("released:", released.se_preferred(3, 3), " here:", ours)
     assert released.se_preferred(3, 3) == "j"
-    assert "dropped 1 (equal scores: 1)" in ours
+    assert "dropped 1 (equal scores: 1, the first is row 1)" in ours
 
 
 def test_released_summaries(tmp_path):

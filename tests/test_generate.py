@@ -362,7 +362,7 @@ def test_bad_input_ends_in_one_line(options, blank, tmp_path):
     torch.manual_seed(0)
     config = GPTNeoXConfig.from_pretrained(small, vocab_size=300)
     AutoModelForCausalLM.from_config(config).save_pretrained(small)
-    refused(Args(**out | {"model": str(small)}), "400", "300", "resize_token_embeddings")
+    refused(Args(**out | {"model": str(small)}), "400", "300", "resize them")
     assert not (tmp_path / "out" / "responses.jsonl").exists()
     refused(Args(**out | {"max_new_tokens": 600}, overwrite=True), "reads 512 tokens")
     refused(Args(**options, top_p=2.0, out=str(tmp_path / "p")), "--top-p")
@@ -539,11 +539,12 @@ def broken_judges(folder, blank):
         yield judge, "config.json"
     yield blank / "model", "not a reward model"
     yield classifier(folder / "two", blank, 2), "not a reward model"
-    for name, config in (("three", {"id2label": 3}), ("dpl", {"dpl": 3}), ("K", {"dpl": {"K": 1}})):
+    wrong = {"id2label": 3}, {"dpl": 3}, {"dpl": {"K": 1}}
+    for name, config in zip(("three", "dpl", "K"), wrong):
         judge = classifier(folder / name, blank)
         values = json.loads((judge / "config.json").read_text())
         (judge / "config.json").write_text(json.dumps(values | config))
-        yield judge, "reward model"
+        yield judge, "reward model" if name == "three" else "config.json"
     judge = classifier(folder / "headless", blank)
     shutil.copy(blank / "model" / "model.safetensors", judge)
     yield judge, "lack score.weight"

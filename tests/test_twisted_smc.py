@@ -1513,7 +1513,7 @@ def test_what_others_are_refused_for_leaves_the_folder_free(folder, tmp_path):
         (torn / file.name).write_bytes(file.read_bytes())
     judged = dict(potential="class:0", classifier=str(torn), learner="none")
     (torn / "config.json").write_text("{")
-    refused(small(folder, out, **judged), folder, "--classifier", "cannot be loaded")
+    refused(small(folder, out, **judged), folder, "torn: not a tokenizer that can be loaded")
     (torn / "config.json").unlink()
     refused(small(folder, out, **judged), folder, "--classifier", "cannot be loaded")
     (torn / "config.json").write_bytes((folder / "judge1/config.json").read_bytes())
