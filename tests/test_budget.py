@@ -1,6 +1,6 @@
 """No result depends on the memory knob or on the number of processes: every training method, three
-budgets of tokens, one process and two.  Losses and weights agree to 1e-5, which are sums in fp32
-taken in another order.
+budgets of tokens, one process and two.  Losses agree to a relative 1e-5 and weights to 1e-5: sums
+in fp32, taken in another order.
 """
 
 import json
@@ -93,7 +93,7 @@ def test_budget_and_processes_change_nothing(name, runs):
     others = [f"{name}-{budget}-0" for budget in BUDGETS[:-1]]
     for other in (*others, f"{name}-{BUDGETS[0]}-2"):
         found, losses = weights_and_losses(runs / other)
-        assert losses == pytest.approx(wanted_losses, rel=1e-6, abs=1e-5)
+        assert losses == pytest.approx(wanted_losses, rel=1e-5, abs=1e-5)
         for key, value in wanted.items():
             assert (found[key] - value).abs().max().item() <= 1e-5, (other, key)
 
