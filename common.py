@@ -20,7 +20,8 @@ response token, (N,) one per token of the packed row; V is the size of the vocab
 """
 
 import atexit
-import csv
+import collections
+import contextlib
 import dataclasses
 import datetime
 import fcntl
@@ -42,8 +43,8 @@ import resource
 import shutil
 import signal
 import types
+import warnings
 import zlib
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -395,14 +396,18 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
     same = load_tokenizer(name).get_vocab() == tokenizer.get_vocab()
     why = "and the policy have different vocabularies: choose models with the same tokenizer"
     require(same, f"{name} {why}")
-    path = CACHE / "reference" / f"{_reference_key(name, rows, dtype)}.npy"
-    if on_rank0(path.exists, f"{path}: cannot be read"):
-        return torch.from_numpy(np.load(path))
+    path = CACHE / "reference" / f"{_reference_key(name, rows, dtype)}.logps"
+    shape = (len(rows), len(rows[0]["responses"]))
+    cached = on_rank0(functools.partial(_read_cached, path, shape), f"{path}: cannot be read")
+    if cached is not None:
+        return torch.from_numpy(cached)
 
     # Every process scores its share; without gradients twice the tokens fit.
     model = load_model(name, dtype)
-    sums = torch.zeros(len(rows), len(rows[0]["responses"]), device=model.device)
+    sums = torch.zeros(shape, device=model.device)
     for batch in pack_pairs(rows, 2 * tokens_per_microbatch):
+        if stop_requested():
+            raise SystemExit(143)  # SIGTERM or Ctrl-C: there is nothing to keep yet
         with torch.no_grad():
             logps, _ = response_logps(model, batch)
         sums[batch["index"]] = logps.view(len(batch["index"]), -1)
@@ -410,12 +415,23 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
 
     def save():
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = io.BytesIO()
-        np.save(file, sums.cpu().numpy())
-        write(path, file.getvalue())
+        values = sums.cpu().numpy().tobytes()
+        write(path, hashlib.sha256(values).digest() + values)
 
     on_rank0(save, path)
-    return torch.from_numpy(np.load(path))
+    return sums.cpu()
+
+
+def _read_cached(path, shape):
+    """Cached log-probs; None if there are none, or others than were written (the checksum)."""
+    if not path.exists():
+        return None
+    data = path.read_bytes()
+    checksum, values = data[:32], data[32:]
+    if hashlib.sha256(values).digest() != checksum or len(values) != 4 * math.prod(shape):
+        say(f"{path}: damaged, so the reference scores these rows again")
+        return None
+    return np.frombuffer(values, np.float32).reshape(shape).copy()
 
 
 def _reference_key(name, rows, dtype):
@@ -643,6 +659,19 @@ def _step_cache(model, cache, tokens):
     return hidden[0], out.logits[:, -1]
 
 
+def head_logits(model, hidden):
+    """Next-token logits (..., V) of final-norm hidden states (..., d), scaled and capped as the
+    model's family does it (Cohere, Granite; Gemma 2)."""
+    config = model.config.get_text_config()
+    logits = model.get_output_embeddings()(hidden.to(model.dtype))
+    logits = logits * (getattr(config, "logit_scale", None) or 1.0)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1.0)
+    cap = getattr(config, "final_logit_softcapping", None)
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return logits
+
+
 def stay_in_place(ancestors):
     """Permute (n,) ancestors so that survivors keep their slots, and only dead slots change.
 
@@ -710,59 +739,159 @@ def sample_tokens(scores, uniforms):
 
 # ---- tokenization
 #
-# Prompt and response are tokenised apart and joined as ids, so that a merge cannot cross the border
-# and the same prompt has the same ids in training, scoring and sampling.  Special tokens are added
-# here and nowhere else: at most one BOS in front, one EOS after every response.  A row that cannot
-# be used is dropped with a reason that is counted.  Packing needs no padding: rows are dealt out to
-# micro-batches of a token budget, which is the memory knob and never changes a result.
+# One way in: whatever a model trains on, scores or continues, and whatever a judge reads, has been
+# through encode_rows.  Prompt and response of plain text are tokenised apart and joined as ids, so
+# that a merge cannot cross the border and the same prompt has the same ids everywhere; one BOS at
+# most goes in front, one EOS after every response.  Chat messages have the ids that the tokenizer's
+# own template gives them.  A row that cannot be used is dropped with a reason that is counted.
+# Packing needs no padding: rows are dealt out to micro-batches of a token budget, which is the
+# memory knob and never changes a result.
+
+
+class Unusable(ValueError):
+    """A row that cannot be used.  Its message is the reason, which is counted."""
+
+
+@dataclasses.dataclass
+class Texts:
+    """A row as text, ready for the tokenizer."""
+
+    prompt: str
+    responses: list  # one text each; of a chat the whole of prompt and response
+    is_chat: bool  # written by the chat template, special tokens and all
 
 
 def row_texts(tokenizer, row):
-    """[prompt, response, ...] as text, chat messages in the chat template; or why to drop the row.
+    """A row's prompt and responses as Texts; chat messages as the tokenizer's template writes them.
 
-    Raises SystemExit for chat messages and a tokenizer without a chat template.
+    Raises Unusable; SystemExit for chat messages and a tokenizer without a chat template.
     """
-    parts = [row["prompt"]]
+    prompt = row["prompt"]
     if "chosen" in row:
-        parts += [row[key] for key in ("chosen", "rejected") if key in row]
+        answers = [row[key] for key in ("chosen", "rejected") if key in row]
     else:
-        parts += row["responses"]
-    for token, place in ((tokenizer.eos_token, "end"), (tokenizer.bos_token, "begin")):
-        if token and any(token in words(part) for part in parts):
-            return f"contains the {place}-of-text token"  # it would become the special token
-    if any(isinstance(part, list) for part in parts):
-        return _chat_texts(tokenizer, parts)
-    return [words(part) for part in parts]
+        answers = row["responses"]
+
+    # The text of a special token would become that token.
+    for part in [prompt, *answers]:
+        for text in _strings(part):
+            special = _special_tokens(tokenizer).search(text)
+            if special:
+                raise Unusable(f"contains the special token {special[0]}")
+    if any(isinstance(part, list) for part in [prompt, *answers]):
+        return _chat_texts(tokenizer, prompt, answers, row.get("tools"))
+    return Texts(words(prompt), [words(answer) for answer in answers], is_chat=False)
 
 
-def _chat_texts(tokenizer, parts):
+def _strings(part):
+    """All strings of a text, or of chat messages with all that is in them."""
+    if isinstance(part, str):
+        return [part]
+    if isinstance(part, dict):
+        part = list(part.values())
+    if not isinstance(part, list):
+        return []
+    found = []
+    for one in part:
+        found += _strings(one)
+    return found
+
+
+@functools.lru_cache(maxsize=4)
+def _special_tokens(tokenizer):
+    """A pattern that finds any of the tokenizer's special tokens."""
+    names = {token for token in tokenizer.all_special_tokens if token}
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.special:
+            names.add(token.content)
+    if not names:
+        return re.compile("(?!)")  # finds nothing
+    longest_first = sorted(names, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)))
+
+
+def _chat_texts(tokenizer, prompt, answers, tools):
     """row_texts of chat messages: the prompt ends with the template's cue for an answer."""
-    no_template = (
-        "the data are chat messages, but the tokenizer has no chat template: use text data"
+    require(
+        tokenizer.chat_template,
+        "the data are chat messages, but the tokenizer has no chat template: use text data, or a "
+        "--model whose tokenizer has one (an -Instruct or -chat model)",
     )
-    require(tokenizer.chat_template, no_template)
-    chat = _messages(parts[0], "user")
-    prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    responses = []
-    for part in parts[1:]:
-        whole = tokenizer.apply_chat_template(chat + _messages(part, "assistant"), tokenize=False)
-        if not whole.startswith(prompt):
-            return "the chat template changes the prompt"
-        responses.append(_without_end(whole[len(prompt) :], tokenizer.eos_token))
-    return [prompt.removeprefix(tokenizer.bos_token or ""), *responses]
+    if isinstance(tools, str):  # as data sets store them
+        tools = json.loads(tools)
+
+    # The prompt ends where an answer begins; each whole goes on from there.
+    chat = _messages(tokenizer, prompt, "user")
+    start = _written(tokenizer, chat, tools, answer_follows=True)
+    wholes = []
+    for answer in answers:
+        messages = chat + _messages(tokenizer, answer, "assistant")
+        whole = _written(tokenizer, messages, tools, answer_follows=False)
+        if not whole.startswith(start):
+            if "tool_calls" in messages[-1]:
+                raise Unusable("the chat template writes a tool's call without its cue for answers")
+            raise Unusable("the chat template changes the prompt")
+        wholes.append(whole)
+    return Texts(start, wholes, is_chat=True)
 
 
-def _messages(part, role):
-    """Chat messages as they are; text as one message of that role."""
-    if isinstance(part, list):
-        return part
-    return [{"role": role, "content": words(part)}]
+def _messages(tokenizer, part, role):
+    """Chat messages for the template; text as one message of that role.  Raises Unusable."""
+    if not isinstance(part, list):
+        return [{"role": role, "content": words(part)}]
+    messages = []
+    for message in part:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise Unusable("a chat message without a role")
+        # In a table, a column that one message has is null in all the others.
+        message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content")
+        if content is None and "tool_calls" not in message:
+            raise Unusable("a chat message without content")
+        if isinstance(content, list):
+            kinds = [one.get("type") for one in content if isinstance(one, dict)]
+            if kinds != ["text"] * len(content):
+                raise Unusable("a chat message with content that is not text")
+            if not _reads_parts(tokenizer):
+                content = "\n".join(one["text"] for one in content)
+        messages.append({**message, "content": content})
+    return messages
 
 
-def _without_end(text, eos_token):
-    """A response without the end token that the template puts after it: one is added later."""
-    if text.rstrip().endswith(eos_token):
-        return text.rstrip().removesuffix(eos_token)
+@functools.lru_cache(maxsize=4)
+def _reads_parts(tokenizer):
+    """Does the template read content in parts, or only a string?  Some write a list as it is."""
+    parts = [{"type": "text", "text": "1"}]
+    try:
+        chat = [{"role": "user", "content": parts}]
+        in_parts = tokenizer.apply_chat_template(chat, tokenize=False)
+        chat = [{"role": "user", "content": "1"}]
+        as_text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # a template is a program: it may fail in any way
+        return False
+    return in_parts == as_text
+
+
+def _written(tokenizer, chat, tools, answer_follows):
+    """The chat as the template writes it.
+
+    Raises Unusable if the template refuses it, or leaves out its tools or calls of tools.
+    """
+    try:
+        text = tokenizer.apply_chat_template(
+            chat, tools=tools, tokenize=False, add_generation_prompt=answer_follows
+        )
+    except Exception as error:  # a template is a program: it may fail in any way
+        why = str(error).strip().partition("\n")[0]
+        raise Unusable(f"chat template: {why}") from None
+
+    # A template that does not know of tools leaves them out without a word.
+    called = list(tools or [])
+    for message in chat:
+        called += message.get("tool_calls", [])
+    for tool in called:
+        if tool.get("function", tool)["name"] not in text:
+            raise Unusable("the chat template does not write tools or their calls")
     return text
 
 
@@ -788,106 +917,252 @@ def _response_lead(tokenizer):
     return "\n", len(newline)
 
 
-def _cut(prompt, responses, cue, n_bos, max_length, max_prompt_length):
-    """Make prompt + longest response fit: the prompt gives way first, then the responses.
+@dataclasses.dataclass
+class Encoded:
+    """A row as token ids, nothing cut."""
 
-    A prompt that is cut keeps its end; or, if it has a cue ("TL;DR:", which tells what to do with
-    the text before it), its start and the cue.  -> prompt, how many tokens a response may have
+    prompt_ids: list  # a BOS first, where the tokenizer or the template puts one
+    responses: list  # ids of each response, its end included
+    is_chat: bool  # written by the chat template; else the end is one EOS
+
+
+def encode_rows(rows, tokenizer):
+    """Rows of text -> for each an Encoded, or the reason (a string) why it cannot be used.
+
+    This is the one way from text to ids, for training, scoring, judging and sampling.  Text: BOS if
+    the tokenizer puts one before plain text, prompt, response, EOS.  Chat messages: the ids of
+    `apply_chat_template(tokenize=True)`, of the prompt with its cue for an answer and of the whole;
+    EOS is added only where the template does not end a turn with an end token.
+    Raises SystemExit for a tokenizer without EOS, and for chat messages without a template.
     """
-    longest = n_bos + max(map(len, responses))
-    room = max_prompt_length - n_bos
-    if len(prompt) + longest > max_length and len(prompt) > room:
-        if cue:
-            head = max(room - len(cue), 0)
-            prompt = prompt[:head] + cue[:room]
-        else:
-            prompt = prompt[len(prompt) - room :]
-    if len(prompt) + longest > max_length:
-        return prompt, max_length - max_prompt_length
-    return prompt, max_length
+    eos = tokenizer.eos_token_id  # once: the tokenizer looks it up anew each time
+    no_end = "the tokenizer has no end-of-text token (eos_token): responses could not end"
+    require(eos is not None, no_end)
+    lead, skip = _response_lead(tokenizer)
+    texts_of_rows = []
+    for row in rows:
+        try:
+            texts_of_rows.append(row_texts(tokenizer, row))
+        except Unusable as reason:
+            texts_of_rows.append(str(reason))
+        except (TypeError, AttributeError, KeyError, ValueError):
+            texts_of_rows.append("messages or tools of the wrong type")
 
-
-def _ids_of_rows(tokenizer, rows, lead, skip):
-    """Ids of every row's texts, [prompt, response, ...], no special tokens; or why to drop it."""
     # All texts of all usable rows in one list: a tokenizer is fast on many texts at a time.
-    texts_of_rows = [row_texts(tokenizer, row) for row in rows]
     flat = []
     for texts in texts_of_rows:
-        if isinstance(texts, list):
-            flat.append(texts[0])
-            flat += [lead + text for text in texts[1:]]
-    ids = _ids_of(tokenizer, flat)
+        if isinstance(texts, str):
+            continue
+        flat.append(texts.prompt)
+        if texts.is_chat:
+            flat += texts.responses
+        else:
+            flat += [lead + text for text in texts.responses]
+    ids = iter(_ids_of(tokenizer, flat))
 
     # Back to rows, in the same order.
+    bos = _text_bos(tokenizer)
     found = []
-    start = 0
     for texts in texts_of_rows:
         if isinstance(texts, str):
             found.append(texts)
             continue
-        end = start + len(texts)
-        responses = [response[skip:] for response in ids[start + 1 : end]]
-        found.append([ids[start], *responses])
-        start = end
+        prompt = next(ids)
+        responses = [next(ids) for _ in texts.responses]
+        if texts.is_chat:
+            responses = _chat_responses(tokenizer, texts, prompt, responses)
+        else:
+            prompt = bos + prompt
+            responses = [response[skip:] + [eos] for response in responses]
+        found.append(_usable(prompt, responses, texts.is_chat))
     return found
 
 
-def tokenize_pairs(rows, tokenizer, max_length=512, max_prompt_length=256, what="tokens"):
+def _text_bos(tokenizer):
+    """[BOS] if the tokenizer puts it before plain text, else []."""
+    plain = _ids_of(tokenizer, ["1"])[0]
+    bos = [tokenizer.bos_token_id]
+    if tokenizer("1")["input_ids"][: len(plain) + 1] == bos + plain:
+        return bos
+    return []
+
+
+def _usable(prompt, responses, is_chat):
+    """Encoded, or why such ids cannot be used."""
+    if not prompt:
+        return "empty prompt"
+    if responses and min(map(len, responses)) < 2:  # nothing but the end
+        return "empty response"
+    return Encoded(prompt, responses, is_chat)
+
+
+def _chat_responses(tokenizer, texts, prompt, wholes):
+    """What follows the prompt in the ids of each chat, with EOS if the template has no end."""
+    responses = []
+    for text, whole in zip(texts.responses, wholes):
+        response = whole[len(prompt) :]
+        if whole[: len(prompt)] != prompt:
+            # A token reaches over the border.  A sampler, which has only the prompt, could not
+            # come to these ids, so the response is read apart.
+            response = _ids_of(tokenizer, [text[len(texts.prompt) :]])[0]
+        if not turn_ends(tokenizer).intersection(response):
+            response = response + [tokenizer.eos_token_id]
+        responses.append(response)
+    return responses
+
+
+@functools.lru_cache(maxsize=4)
+def turn_ends(tokenizer):
+    """The ids that end a response: EOS, and the special token that the chat template puts there."""
+    ends = {tokenizer.eos_token_id}
+    if tokenizer.chat_template is None:
+        return ends
+    chat = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}]
+    try:
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+    except Exception:  # a template is a program: it may fail in any way
+        return ends
+
+    # What comes right after the answer "2"?
+    after = text.rpartition("2")[2]
+    special = _special_tokens(tokenizer).match(after.lstrip())
+    if special:
+        ends.add(tokenizer.convert_tokens_to_ids(special[0]))
+    return ends
+
+
+def end_tokens(model, tokenizer):
+    """All ids that end a response of this model: a sorted list.
+
+    Those of its generation_config, the tokenizer's EOS, and the chat template's end of a turn.
+    """
+    ends = set(turn_ends(tokenizer))
+    listed = model.generation_config.eos_token_id if model.generation_config else None
+    if isinstance(listed, int):
+        listed = [listed]
+    ends.update(listed or [])
+    return sorted(ends)
+
+
+def encode_prompt(prompt, tokenizer):
+    """The ids from which a response to the prompt is sampled.
+
+    prompt: text, or chat messages, which may be given as JSON.  SystemExit if it cannot be used.
+    """
+    if isinstance(prompt, str) and prompt.startswith('[{"'):
+        try:
+            prompt = json.loads(prompt)
+        except ValueError:
+            pass  # then it is text
+    (found,) = encode_rows([{"prompt": prompt, "responses": []}], tokenizer)
+    require(not isinstance(found, str), f"the prompt {str(prompt)[:40]!r} cannot be used: {found}")
+    return found.prompt_ids
+
+
+def tokenize_pairs(
+    rows, tokenizer, max_length=512, max_prompt_length=256, what="tokens", example=True
+):
     """Rows of text -> rows of ids, those that can be used.
 
     -> [{"prompt_ids": ids, "responses": [ids, ...], "row": index into rows,
          "prompt_cut": bool, "responses_cut": how many of them}]
 
-    Responses end with EOS; a BOS goes first if the tokenizer puts one before plain text.  If prompt
-    and longest response exceed max_length, the prompt is cut, once for all its responses, to
-    max_prompt_length.  If they still do, responses are cut to max_length - max_prompt_length; a cut
-    one has no EOS.  `what` begins the line that is printed; None: no line.
-    Raises SystemExit for lengths out of range, a tokenizer without EOS, and if no row is left.
+    The ids are those of `encode_rows`.  If prompt and longest response exceed max_length, the
+    prompt is cut, once for all its responses, to max_prompt_length.  If they still do, responses
+    are cut to max_length - max_prompt_length; a cut one has no EOS.  `what` begins the line that is
+    printed; None: no line.  example=True: the run's first row is shown.
+    Raises SystemExit for lengths out of range, a tokenizer without EOS, a row that is longer than
+    the model's context, and if no row is left.
     """
     require(
         0 < max_prompt_length < max_length,
         f"max_prompt_length {max_prompt_length} must be in 1..max_length - 1 "
         f"(max_length is {max_length})",
     )
-    require(
-        tokenizer.eos_token_id is not None,
-        "the tokenizer has no end-of-text token (eos_token): responses could not end",
-    )
-    adds_bos = tokenizer("1")["input_ids"][0] == tokenizer.bos_token_id
-    bos = [tokenizer.bos_token_id] if adds_bos else []
     lead, skip = _response_lead(tokenizer)
-
-    kept, dropped = [], Counter()
-    for index, found in enumerate(_ids_of_rows(tokenizer, rows, lead, skip)):
+    bos_id = tokenizer.bos_token_id
+    kept, dropped = [], collections.defaultdict(list)
+    for index, found in enumerate(encode_rows(rows, tokenizer)):
+        if isinstance(found, Encoded) and not found.responses:
+            found = "no response"
         if isinstance(found, str):
-            dropped[found] += 1
+            dropped[found].append(index + 1)
             continue
-        whole_prompt = found[0]
-        responses = [ids + [tokenizer.eos_token_id] for ids in found[1:]]
-        if not bos + whole_prompt:
-            dropped["empty prompt"] += 1
-            continue
-        if not responses or min(map(len, responses)) < 2:
-            dropped["empty response"] += 1
-            continue
-
-        # Fit the row to max_length.
         cue = []
         if rows[index].get("cue"):
             cue = _ids_of(tokenizer, [lead + rows[index]["cue"]])[0][skip:]
-        limits = (max_length, max_prompt_length)
-        prompt, most = _cut(whole_prompt, responses, cue, len(bos), *limits)
-        row = {"prompt_ids": bos + prompt, "row": index}
-        row["responses"] = [ids[:most] for ids in responses]
-        row["prompt_cut"] = len(prompt) < len(whole_prompt)
-        row["responses_cut"] = sum(len(ids) > most for ids in responses)
-        kept.append(row)
+        row = _fit(found, cue, bos_id, max_length, max_prompt_length)
+        kept.append({**row, "row": index})
     if what:
         prompts_cut = sum(row["prompt_cut"] for row in kept)
         responses_cut = sum(row["responses_cut"] for row in kept)
         note = f"; prompts cut {prompts_cut}, responses cut {responses_cut}"
         report(what, len(kept), dropped, note)
+        if example:
+            show_example(tokenizer, kept[0]["prompt_ids"], kept[0]["responses"][0])
+    require_context(tokenizer, kept)
     return kept
+
+
+def _fit(encoded, cue, bos_id, max_length, max_prompt_length):
+    """Make prompt + longest response fit: the prompt gives way first, then the responses.
+
+    A prompt that is cut keeps its BOS and its end; or, if it has a cue ("TL;DR:", which tells what
+    to do with the text before it), its start and the cue.
+    """
+    # The BOS stays; of the rest only so much as there is room for.
+    bos = []
+    whole = encoded.prompt_ids
+    if whole[0] == bos_id:
+        bos = whole[:1]
+        whole = whole[1:]
+    prompt = whole
+    longest = len(bos) + max(map(len, encoded.responses))
+    room = max_prompt_length - len(bos)
+    if len(prompt) + longest > max_length and len(prompt) > room:
+        if cue:
+            head = max(room - len(cue), 0)
+            prompt = prompt[:head] + cue[:room]
+        else:
+            prompt = prompt[len(prompt) - room :]
+
+    # How many tokens may a response have?
+    most = max_length
+    if len(prompt) + longest > max_length:
+        most = max_length - max_prompt_length
+    return {
+        "prompt_ids": bos + prompt,
+        "responses": [ids[:most] for ids in encoded.responses],
+        "prompt_cut": len(prompt) < len(whole),
+        "responses_cut": sum(len(ids) > most for ids in encoded.responses),
+    }
+
+
+def require_context(tokenizer, rows, new_tokens=0, lower="--max-length"):
+    """SystemExit if a row is longer than the context of the tokenizer's model (load_tokenizer).
+
+    new_tokens: that are to be sampled after a prompt.  lower: the flag that helps.
+    """
+    context = tokenizer.model_max_length
+    longest = 0
+    for row in rows:
+        response = max(map(len, row.get("responses", [])), default=0)
+        longest = max(longest, len(row["prompt_ids"]) + response + new_tokens)
+    problem = f"the model reads {context} tokens, but a row has up to {longest}: lower {lower}"
+    require(longest <= context, problem)
+
+
+_examples = []  # the example that this run has printed, if any
+
+
+def show_example(tokenizer, prompt_ids, response_ids):
+    """Once a run, one line: the end of a prompt ||| the start of its response, as models see it."""
+    if _examples:
+        return
+    prompt = tokenizer.decode(prompt_ids)
+    response = tokenizer.decode(response_ids)
+    _examples.append(f"example: {prompt[-200:]!r} ||| {response[:200]!r}")
+    say(_examples[0])
 
 
 def tokenize_pair(tokenizer, row, max_length=512, max_prompt_length=256):
@@ -910,7 +1185,7 @@ def pack_pairs(rows, tokens_per_microbatch=8192, rank=None, world=None):
         rank, world = rank_and_world()
     require(
         len(rows) >= world,
-        f"{len(rows)} rows for {world} processes: every process needs at least one",
+        f"{len(rows)} rows for {world} processes, which need one each: fewer processes, more data",
     )
     # As few micro-batches as the budget allows; more while the fullest one does not fit it.
     sizes = [len(row["prompt_ids"]) + sum(map(len, row["responses"])) for row in rows]
@@ -1002,6 +1277,7 @@ for _part in HH_PARTS:
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
 CUE = "\nTL;DR:"
+TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "response", "text")
 DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet)(\.gz)?$")
 
 
@@ -1019,22 +1295,26 @@ def load_pairs(name, split, pairs=True):
     rows, note = _source_rows(name, split)
     require(rows, f"{name}: no {split} rows; a folder needs {split}.jsonl, .json, .csv or .parquet")
     layout = _layout(rows[0])
-    kept, dropped = [], Counter()
-    for number, row in enumerate(rows, 1):
+    kept, dropped = [], collections.defaultdict(list)
+    for place, row in enumerate(rows, 1):
         columns = ", ".join(map(str, row))
+        no_pair = pairs and layout is pair_rows and "rejected" not in row
+        require(not no_pair, f"{name}: {split} row {place} has no 'rejected', only {columns}")
         try:
             found = layout(row)
         except KeyError as key:
-            why = f"{name}: {split} row {number} has no {key}, only {columns}"
+            why = f"{name}: {split} row {place} has no {key}, only {columns}"
             raise SystemExit(why) from None
-        no_pair = pairs and layout is pair_rows and "rejected" not in row
-        require(not no_pair, f"{name}: {split} row {number} has no 'rejected', only {columns}")
+        except Unusable as reason:
+            found = [str(reason)]
+        except (TypeError, AttributeError, IndexError, ValueError):
+            found = ["a column of the wrong type"]
 
         # A layout gives rows, or the reason why there is none.
         for one in found:
             reason = one if isinstance(one, str) else _why_unusable(one)
             if reason:
-                dropped[reason] += 1
+                dropped[reason].append(place)
             else:
                 kept.append(one)
     report(f"{name} {split}", len(kept), dropped, note)
@@ -1069,13 +1349,57 @@ def _source_rows(name, split):
 
 
 def _why_unusable(row):
-    """The reason to drop a row of prompt, chosen and rejected, or "" if it is usable."""
+    """The reason to drop a row of a prompt and its answers, or "" if it is usable."""
     answers = [row[key] for key in ("chosen", "rejected") if key in row]
-    if not all(words(answer).strip() for answer in answers):
+    if "chosen" not in row:
+        answers = row["responses"]
+        if not isinstance(answers, list) or not answers:
+            return "responses is not a list of responses"
+    try:
+        for part in [row["prompt"], *answers]:
+            require_text(part)
+    except Unusable as reason:
+        return str(reason)
+    if any(map(is_empty, answers)):
         return "empty response"
-    if len(answers) == 2 and answers[0] == answers[1]:
+    if len(answers) == 2 and answers[0] == answers[1] and "chosen" in row:
         return "chosen equals rejected"
     return ""
+
+
+def require_text(part):
+    """Raises Unusable unless it is text or chat messages, of characters that a tokenizer takes."""
+    if part is None:
+        raise Unusable("a prompt or response is null")
+    if not isinstance(part, str | list):
+        raise Unusable(f"a prompt or response is not text but of type {type(part).__name__}")
+    if isinstance(part, list) and not all(isinstance(one, dict) for one in part):
+        raise Unusable("a prompt or response is a list, but not of chat messages")
+    for text in _strings(part):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # half of a character of two halves, as "\\ud83d" in JSON
+            raise Unusable("contains a lone surrogate, which is no character") from None
+
+
+def is_empty(answer):
+    """Neither words nor, in chat messages, a call of a tool."""
+    if words(answer).strip():
+        return False
+    if not isinstance(answer, list):
+        return True
+    return not any(isinstance(one, dict) and one.get("tool_calls") for one in answer)
+
+
+def number(value):
+    """A finite number, or text that is one, as a float.  Raises Unusable."""
+    try:
+        found = float(value)
+    except (TypeError, ValueError, OverflowError):
+        raise Unusable(f"{str(value)[:20]!r} is not a number") from None
+    if not math.isfinite(found):
+        raise Unusable(f"{str(value)[:20]!r} is not a finite number")
+    return found
 
 
 def hub_rows(name, split):
@@ -1120,13 +1444,48 @@ def read_rows(path):
 
                 return pyarrow.parquet.read_table(file).to_pylist()
             text = file.read().decode("utf-8-sig")
-        if extension == "csv":  # not by datasets, which reads "NA" as None and "1.50" as a number
-            csv.field_size_limit(2**31 - 1)
-            return list(csv.DictReader(io.StringIO(text, newline="")))
-    except (OSError, EOFError, zlib.error, ValueError, csv.Error) as error:
-        why = str(error).splitlines()[0]
+        if extension == "csv":
+            return _csv_rows(text)
+    except (OSError, EOFError, zlib.error, ValueError, Warning) as error:
+        why = str(error).strip().splitlines()[0]
         raise SystemExit(f"{path}: cannot be read: {why}") from None
     return _json_rows(path, text)
+
+
+def _csv_rows(text):
+    """Rows of comma-separated values; of semicolons or tabs, where the header shows them.
+
+    A column of numbers alone is read as numbers, unless it is one of TEXT_COLUMNS.
+    Raises ValueError or a Warning for lines that do not fit the header.
+    """
+    import pandas
+
+    # A separator that the header shows; text columns may hold any of them.
+    header = text.partition("\n")[0]
+    separator = ","
+    if "," not in header and "\t" in header:
+        separator = "\t"
+    elif "," not in header and ";" in header:
+        separator = ";"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", pandas.errors.ParserWarning)
+        table = pandas.read_csv(
+            io.StringIO(text),
+            sep=separator,
+            dtype=str,
+            keep_default_na=False,  # "NA" is a text
+            index_col=False,
+        )
+
+    # Numbers where all of a column are; a text that looks like a number stays text.
+    for name in table.columns:
+        if name not in TEXT_COLUMNS:
+            try:
+                table[name] = pandas.to_numeric(table[name])
+            except ValueError:
+                pass  # not all are numbers: it stays text
+    table = table.astype(object).where(table.notna(), None)  # what a short line lacks
+    return table.to_dict("records")
 
 
 def _json_rows(path, text):
@@ -1144,7 +1503,7 @@ def _json_rows(path, text):
         except json.JSONDecodeError as error:
             place = number + error.lineno  # a list: 0 + its line; JSON lines: the number + 1
             raise SystemExit(f"{path}:{place}: not JSON rows: {error.msg}") from None
-        except ValueError as error:  # a number too long to be one
+        except (ValueError, RecursionError) as error:  # a number too long, lists too deep
             raise SystemExit(f"{path}: cannot be read: {error}") from None
         if isinstance(found, dict):
             found = [found]
@@ -1178,8 +1537,10 @@ def pair_rows(row):
         if "prompt" not in row:
             raise KeyError("prompt")
         return [row]
-    if not all(words(answer) for answer in answers):
-        return ["empty response"]
+    for answer in answers:
+        require_text(answer)
+        if is_empty(answer):
+            return ["empty response"]
 
     # Where does the prompt end?
     first = answers[0]
@@ -1193,6 +1554,7 @@ def pair_rows(row):
     elif words(prompt):
         return [_with_answers(row, prompt, answers)]
     elif "prompt" in row:
+        require_text(prompt)
         return ["empty prompt"]
     else:
         raise KeyError("prompt")
@@ -1245,7 +1607,9 @@ def tldr_rows(row):
         return ["null post"]
     if "summaries" in row:
         texts = [one["text"] for one in row["summaries"]]
-        best = row["choice"]
+        best = int(number(row["choice"]))
+        if len(texts) != 2 or best not in (0, 1):
+            return ["not two summaries and a choice of one"]
     else:
         texts = [row.get("summary") or ""]
         best = 0
@@ -1258,7 +1622,9 @@ def tldr_rows(row):
 
 def shp_rows(row):
     """SHP: two answers to a post; used where the scores' ratio is 2 or more."""
-    answers = [(row["score_A"], row["human_ref_A"]), (row["score_B"], row["human_ref_B"])]
+    answers = []
+    for side in "AB":
+        answers.append((number(row[f"score_{side}"]), row[f"human_ref_{side}"]))
     (low, rejected), (top, chosen) = sorted(answers)
     if top <= low or top < 2 * low:
         return ["score ratio below 2"]
@@ -1267,8 +1633,10 @@ def shp_rows(row):
 
 def stack_exchange_rows(row):
     """Stack Exchange: every pair of answers with different pm_score, without HTML tags."""
-    question = _without_tags(row["question"])
-    answers = [(one["pm_score"], _without_tags(one["text"])) for one in row["answers"]]
+    question = without_tags(row["question"])
+    answers = []
+    for one in row["answers"]:
+        answers.append((number(one["pm_score"]), without_tags(one["text"])))
     found = []
     for pair in itertools.combinations(answers, 2):
         (low, rejected), (top, chosen) = sorted(pair)
@@ -1279,24 +1647,33 @@ def stack_exchange_rows(row):
     return found
 
 
-def _without_tags(text):
+def without_tags(text):
     """The text without HTML tags, but <code> and </code>, and with its entities decoded."""
     return html.unescape(re.sub(r"</?(?!code\b)[a-zA-Z!][^>]*>", "", text)).strip()
 
 
+def as_dialogue(question, answer):
+    """A question and an answer as a dialogue of one turn -> prompt, response"""
+    return f"{HUMAN} {question}{ASSISTANT}", f" {answer}"
+
+
 def _dialogue(row, question, chosen, rejected):
-    """A question and two answers as a dialogue of one turn."""
-    prompt = f"{HUMAN} {question}{ASSISTANT}"
-    return {**row, "prompt": prompt, "chosen": f" {chosen}", "rejected": f" {rejected}"}
+    """The row with a question and two answers as a dialogue of one turn."""
+    prompt, chosen = as_dialogue(question, chosen)
+    _, rejected = as_dialogue(question, rejected)
+    return {**row, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def every_turn(row):
     """A dialogue -> one row for each assistant turn, given all before it (SFT on every turn)."""
-    talk = row["prompt"] + row["chosen"]
+    answer = row["chosen"]
+    if isinstance(row["prompt"], list) and isinstance(answer, str):
+        answer = [{"role": "assistant", "content": answer}]
+    talk = row["prompt"] + answer
     rows = []
     if isinstance(talk, list):
         for i, message in enumerate(talk):
-            if message["role"] == "assistant":
+            if message.get("role") == "assistant":
                 rows.append({**row, "prompt": talk[:i], "chosen": talk[i : i + 1]})
         return rows
     for cue in re.finditer(ASSISTANT, talk):
@@ -1312,19 +1689,28 @@ def words(value):
     if not isinstance(value, list):
         return ""
     texts = []
-    for part in value:
-        if not isinstance(part, dict) or not isinstance(part.get("content"), str):
+    for message in value:
+        if not isinstance(message, dict):
             return ""
-        texts.append(part["content"])
+        content = message.get("content")
+        if isinstance(content, str):
+            texts.append(content)
+        elif isinstance(content, list):  # in parts
+            texts += [part["text"] for part in content if isinstance(part, dict) and "text" in part]
     return "\n".join(texts)
 
 
 def report(what, kept, dropped, note=""):
-    """One line on rank 0: rows kept, and rows dropped by reason.  SystemExit if nothing is kept."""
-    line = f"{what}: kept {kept}, dropped {dropped.total()}"
-    if dropped:
-        reasons = [f"{reason}: {count}" for reason, count in dropped.most_common()]
-        line += f" ({', '.join(reasons)})"
+    """One line on rank 0: rows kept, and rows dropped by reason.  SystemExit if nothing is kept.
+
+    dropped: reason -> the numbers of the rows, counted from 1; the first one is printed.
+    """
+    reasons = []
+    for reason, numbers in sorted(dropped.items(), key=lambda item: -len(item[1])):
+        reasons.append(f"{reason}: {len(numbers)}, the first is row {numbers[0]}")
+    line = f"{what}: kept {kept}, dropped {sum(map(len, dropped.values()))}"
+    if reasons:
+        line += f" ({'; '.join(reasons)})"
     line += note
     require(kept, f"{line}; no row is left")
     say(line)
@@ -1396,16 +1782,47 @@ def model_folder(name):
 def load_tokenizer(name):
     """The tokenizer of model_folder(name); its pad token is the end token if it has none.
 
-    SystemExit: a folder without a tokenizer, for which transformers would make up an empty one.
+    Its model_max_length is the context of the model beside it.
+    SystemExit: a folder without a tokenizer, for which transformers would make up an empty one, or
+    with a tokenizer of more tokens than the model has embeddings.
     """
     folder = model_folder(name)
     starts = ("tokenizer.", "vocab.", "spiece.", "tekken.")
     files = [file for file in folder.glob("*") if file.name.startswith(starts)]
+    if not files and (folder / ADAPTER).exists():
+        return load_tokenizer(_base_of(folder))
     missing = "has no tokenizer.json; copy the tokenizer of the model's training there"
     require(files, f"{folder}: {missing}")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # broken files, unknown classes: many types
+        why = str(error).strip().partition("\n")[0][:90]
+        raise SystemExit(f"{folder}: not a tokenizer that can be loaded ({why})") from None
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not (folder / "config.json").exists():
+        return tokenizer
+
+    # Do they belong together?
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    require(
+        len(tokenizer) <= config.vocab_size,
+        f"{folder}: the tokenizer has {len(tokenizer)} tokens, the model only {config.vocab_size} "
+        "embeddings: resize them, or copy its own tokenizer there",
+    )
+    context = getattr(config, "max_position_embeddings", None) or UNBOUNDED
+    if "Classification" in str(config.architectures):  # RoBERTa's first two positions are reserved
+        context = min(context, tokenizer.model_max_length)
+    tokenizer.model_max_length = context
     return tokenizer
+
+
+ADAPTER = "adapter_config.json"
+UNBOUNDED = int(1e30)  # as transformers has it
+
+
+def _base_of(folder):
+    """The model that a LoRA adapter was trained on."""
+    return json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
 
 
 def load_model(name, dtype="float32", train=False):
@@ -1413,9 +1830,15 @@ def load_model(name, dtype="float32", train=False):
 
     train=False: whole on every rank, frozen, in `dtype`.  train=True: fp32 weights and gradient
     sums, `dtype` compute, a slice of every layer on every rank if there are several.
-    SystemExit: not a model that transformers can load, weights missing, not a decoder-only model.
+    A folder with a LoRA adapter is its base model with the adapter merged in (peft).
+    SystemExit: not a model that transformers can load, weights missing or not finite, not a
+    decoder-only model.
     """
     folder = model_folder(name)
+    adapter = None
+    if (folder / ADAPTER).exists():
+        adapter = folder
+        folder = model_folder(_base_of(folder))
     rank, world = rank_and_world()
     compute_dtype = getattr(torch, dtype)
     weights_dtype = torch.float32 if train else compute_dtype
@@ -1430,6 +1853,8 @@ def load_model(name, dtype="float32", train=False):
             model = _empty_model(config, weights_dtype)
         else:
             model = _read_model(folder, config, weights_dtype)
+            if adapter:
+                model = _merge_adapter(model, adapter)
     except Exception as error:  # broken files, unknown families: many types
         why = str(error).strip().partition("\n")[0]
         raise SystemExit(f"{folder}: not a model that transformers can load ({why})") from None
@@ -1470,7 +1895,19 @@ def _read_model(folder, config, dtype):
     )
     missing = sorted(info["missing_keys"])[:3]
     require(not missing, f"{folder}: no weights for {missing}")
+    for key, weights in model.named_parameters():
+        finite = weights.isfinite().all()
+        require(finite, f"{folder}: {key} holds NaN or infinity; choose another checkpoint")
     return model
+
+
+def _merge_adapter(model, folder):
+    """The model with the LoRA adapter of the folder in its weights.  SystemExit without peft."""
+    try:
+        import peft
+    except ImportError:
+        raise SystemExit(f"{folder}: a LoRA adapter, which needs peft: pip install peft") from None
+    return peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
 
 
 def _empty_model(config, dtype):
@@ -1516,13 +1953,14 @@ def save_model(model, tokenizer, path):
 
     def export():
         shutil.rmtree(tmp, ignore_errors=True)
-        model.save_pretrained(tmp, state_dict=state)
-        tokenizer.save_pretrained(tmp)
-        config = tmp / "tokenizer_config.json"  # transformers 4 does not know the class name of 5
-        text = config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
-        config.write_text(text)
-        shutil.rmtree(path, ignore_errors=True)
-        os.replace(tmp, path)
+        with removed_on_failure(tmp):
+            model.save_pretrained(tmp, state_dict=state)
+            tokenizer.save_pretrained(tmp)
+            config = tmp / "tokenizer_config.json"  # transformers 4 does not know 5's class name
+            text = config.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast")
+            config.write_text(text)
+            shutil.rmtree(path, ignore_errors=True)
+            os.replace(tmp, path)
 
     on_rank0(export, f"{tmp}: model not saved; make room or choose another --out")
 
@@ -1655,10 +2093,13 @@ def tiny_row(rng):
     }
 
 
+TINY_ROWS = {"train.jsonl": 2000, "test.jsonl": 256}
+
+
 def build_tiny(folder, steps=400):
     """Write data/{train,test}.jsonl and model/: a byte-level BPE and a GPT-NeoX of the grammar."""
     (folder / "data").mkdir(parents=True)
-    for name, n in (("train.jsonl", 2000), ("test.jsonl", 256)):
+    for name, n in TINY_ROWS.items():
         rng = random.Random(name)
         lines = [json.dumps(tiny_row(rng)) + "\n" for _ in range(n)]
         (folder / "data" / name).write_text("".join(lines))
@@ -1717,17 +2158,29 @@ def _train_tokenizer(texts):
     )
 
 
+def _is_whole(folder):
+    """Is the tiny world there, with all its rows and its model?"""
+    if not (folder / "model" / "model.safetensors").is_file():
+        return False
+    for name, n in TINY_ROWS.items():
+        path = folder / "data" / name
+        if not path.is_file() or path.read_bytes().count(b"\n") != n:
+            return False
+    return True
+
+
 def tiny_folder():
     """The folder of the tiny world: built on first use, by one process while the others wait."""
     recipe = repr((TINY_GRAMMAR, TINY_GROUPS, TINY_VERSION))
     folder = CACHE / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
-    if folder.exists():
+    if _is_whole(folder):
         return folder
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process lets go
-        if folder.exists():
+        if _is_whole(folder):
             return folder
+        shutil.rmtree(folder, ignore_errors=True)  # damaged
         print(
             f"tiny world: training a small model on made-up stories, once, in {folder}", flush=True
         )
@@ -1735,7 +2188,8 @@ def tiny_folder():
         shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.device("cpu"):
+        generators = torch.random.fork_rng(devices=[])
+        with generators, torch.enable_grad(), torch.device("cpu"), removed_on_failure(partial):
             torch.default_generator.manual_seed(0)
             build_tiny(partial)
         torch.set_num_threads(threads)
@@ -1846,37 +2300,87 @@ def on_rank0(function, problem):
 
 
 def write(path, data):
-    """Write bytes, or anything else as JSON, whole or not at all."""
+    """Write bytes, or anything else as JSON, whole or not at all.
+
+    SystemExit if the disk is full, or the folder not ours; nothing is left behind.
+    """
     if not isinstance(data, bytes):
         data = json.dumps(data, indent=1).encode()
-    with open(f"{path}.tmp", "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    unfinished = Path(f"{path}.tmp")
+    try:
+        with open(unfinished, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise SystemExit(
+            f"{path}: not written ({error.strerror}); make room, then --resume"
+        ) from None
 
 
-# The least value of flags that several methods have.
-LEAST_VALUES = {
-    "batch_size": 1,
-    "epochs": 1,
-    "tokens_per_microbatch": 1,
-    "eval_pairs": 1,
-    "eval_examples": 1,
-    "seed": 0,
-    "lr": 0,
-    "samples": 1,
-    "max_grad_norm": 1e-6,
-    "warmup_steps": 0,
-    "max_steps": 0,
-    "eval_every": 0,
-    "save_every": 0,
+@contextlib.contextmanager
+def removed_on_failure(folder):
+    """What fills a folder step by step: if it fails, the folder does not keep the room."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def save_figure(figure, path, dpi=120):
+    """Write a PNG into a folder that may be new, whole or not at all.  SystemExit as in `write`."""
+    picture = io.BytesIO()
+    figure.savefig(picture, dpi=dpi)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(path, picture.getvalue())
+
+
+def append_line(path, line):
+    """Add a line to a file, whole or not at all.  SystemExit as in `write`."""
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise SystemExit(
+            f"{path}: not written ({error.strerror}); make room, then --resume"
+        ) from None
+
+
+# option that several methods have: its least and largest value
+RANGES = {
+    "batch_size": (1, 2**20),
+    "epochs": (1, 10**6),
+    "tokens_per_microbatch": (1, 2**30),
+    "max_length": (0, 2**30),
+    "max_prompt_length": (1, 2**30),
+    "eval_pairs": (1, 10**9),
+    "eval_examples": (1, 10**9),
+    "seed": (0, 2**32 - 1),
+    "lr": (0, 1),
+    "beta": (1e-9, 1e9),
+    "samples": (1, 10**6),
+    "max_grad_norm": (1e-6, 1e9),
+    "warmup_steps": (0, 10**9),
+    "max_steps": (0, 10**9),
+    "eval_every": (0, 10**9),
+    "save_every": (0, 10**9),
 }
 # Flags that a resumed run may change.
 MAY_CHANGE_ON_RESUME = (
+    "method",
     "resume",
     "overwrite",
     "out",
+    "judge",
+    "judge_command",
+    "against",
     "max_steps",
     "epochs",
     "eval_every",
@@ -1885,33 +2389,52 @@ MAY_CHANGE_ON_RESUME = (
 )
 
 
+def check_ranges(args, ranges):
+    """SystemExit unless every number of args lies between the least and largest value of its name.
+
+    ranges: the method's own, name -> (least, largest), before those that all methods share.  A
+    tuple of numbers must not be empty, and every one of them must be in range; NaN never is.
+    """
+    for name, (least, largest) in {**RANGES, **ranges}.items():
+        value = getattr(args, name, None)
+        if value is None:
+            continue
+        values = value if isinstance(value, tuple) else (value,)
+        flag = "--" + name.replace("_", "-")
+        require(values, f"{flag}: give one number at least")
+        for one in values:
+            inside = least <= one <= largest
+            require(inside, f"{flag} {str(one)[:20]}: must be from {least:g} to {largest:g}")
+
+
 def start_run(args, method):
     """Make args.out (default results/<method>) with its config.json -> its Path.
 
     SystemExit: a flag out of range; a folder that holds a run, without --resume or --overwrite; a
     run to resume that is not there, is finished, or had other flags.
     """
-    # Flags as they will stand in config.json, counts within their range.
+    # Flags as they will stand in config.json.
+    check_ranges(args, {})
     flags = json.loads(json.dumps(dataclasses.asdict(args), default=str))
     out = Path(flags.get("out") or f"results/{method}")
-    for name in sorted(LEAST_VALUES.keys() & flags.keys()):
-        value = flags[name]
-        flag = "--" + name.replace("_", "-")
-        require(
-            LEAST_VALUES[name] <= value < math.inf, f"{flag} {value}: at least {LEAST_VALUES[name]}"
-        )
 
     def prepare():
         config = out / "config.json"
+        none = f"{out}: no config.json, so there is no run to resume; start it without --resume"
+        require(config.is_file() or not flags.get("resume"), none)
+
+        # From here on the folder is this process's; a fresh run needs an empty one.
+        out.mkdir(parents=True, exist_ok=True)
+        _lock(out)
         old = json.loads(config.read_bytes()) if config.is_file() else None
         if flags.get("resume"):
-            _check_resumable(out, old, flags)
-        elif out.exists() and any(out.iterdir()):
+            _check_resumable(out, old, {**flags, "method": method})
+        elif not _is_empty_folder(out, old):
             holds = f"{out}: holds a run: --resume goes on, --overwrite deletes it"
             require(flags.get("overwrite"), holds)
             _delete_run(out, old)
-        out.mkdir(parents=True, exist_ok=True)
         versions = {
+            "method": method,
             "python": platform.python_version(),
             "world_size": dist.get_world_size(),
             "torch": torch.__version__,
@@ -1923,15 +2446,42 @@ def start_run(args, method):
     return out
 
 
+_locks = {}  # run folder: its open file descriptor, which holds the lock
+
+
+def _lock(out):
+    """Keep other processes out of a run folder until this one ends, however it ends."""
+    descriptor = os.open(out, os.O_RDONLY)
+    if out in _locks:  # this process was here before
+        os.close(_locks.pop(out))
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        in_use = f"{out}: in use by another run; wait for its end, or choose another --out"
+        raise SystemExit(in_use) from None
+    _locks[out] = descriptor
+
+
+def _is_empty_folder(out, old):
+    """Nothing in it, or the config.json alone of a run that was refused before it began."""
+    names = [path.name for path in out.iterdir()]
+    refused = names == ["config.json"] and old and "world_size" in old
+    return not names or refused
+
+
 def _check_resumable(out, old, flags):
     """Leave unless `out` holds an unfinished run that was started with these flags."""
-    missing = f"{out}: no config.json, so there is no run to resume; start it without --resume"
-    require(old, missing)
+    # The same method with the same flags, but for those that change no result.
+    method = old.get("method", flags["method"])
+    other = f"{out}: holds a run of {method}, not of {flags['method']}; choose another --out"
+    require(method == flags["method"], other)
     new = []
     for name, value in flags.items():
         if name not in MAY_CHANGE_ON_RESUME and old.get(name) != value:
-            new.append(f"{name} {old.get(name)} -> {value}")
-    changed = f"{out}: --resume with new flags {', '.join(new)}; restore them or change --out"
+            new.append(f"{name} {str(old.get(name))[:20]} -> {str(value)[:20]}")
+    more = f" and {len(new) - 3} more" if len(new) > 3 else ""
+    changed = f"{out}: --resume with new flags {', '.join(new[:3])}{more}; restore them, or --out"
     require(not new, changed)
     if (out / "model").is_dir():
         print(f"{out}: this run is finished; its model is in {out / 'model'}")
@@ -1969,8 +2519,7 @@ def log(out, step, /, **values):
         shown = [f"{name} {line[name]:<#9.4g}" for name in list(values)[:6]]
         with tqdm.external_write_mode():  # above the bar, if there is one
             print(f"step {step:6d}", *shown, sep="  ", flush=True)
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(out / "metrics.jsonl", json.dumps(line))
     return line
 
 
@@ -2059,13 +2608,14 @@ def save_checkpoint(out, step, model, optimizer, keep=2, **extra):
         failure, _ = list(error.failures.values())[0]  # of each rank: exception, traceback
 
     def finish():
-        if failure:
-            raise failure  # on_rank0 ends all ranks with one line
-        torch.save({"rng": rng, "extra": extra}, tmp / "extra.pt")
-        manifest = {"step": step, "world_size": len(rng), "sha256": _hashes(tmp)}
-        write(tmp / "COMPLETE.json", manifest)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(tmp, folder)
+        with removed_on_failure(tmp):
+            if failure:
+                raise failure  # on_rank0 ends all ranks with one line
+            torch.save({"rng": rng, "extra": extra}, tmp / "extra.pt")
+            manifest = {"step": step, "world_size": len(rng), "sha256": _hashes(tmp)}
+            write(tmp / "COMPLETE.json", manifest)
+            shutil.rmtree(folder, ignore_errors=True)
+            os.replace(tmp, folder)
         # The newest are kept; those after this step were found damaged when the run resumed.
         past = [old for old in checkpoints(out) if _step_of(old) <= step]
         for old in out.glob("step-*"):
@@ -2136,8 +2686,15 @@ def _forget_lines_from(step, metrics):
         return
     lines = metrics.read_bytes().splitlines(keepends=True)
     kept = []
-    for line in lines:
-        if line.endswith(b"\n") and json.loads(line)["step"] < step:
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue
+        try:
+            done = json.loads(line)["step"] < step
+        except (ValueError, KeyError, TypeError):
+            why = f"{metrics}:{number}: damaged, not the record of a step; delete the line"
+            raise SystemExit(why) from None
+        if done:
             kept.append(line)
     if lines:
         write(metrics, b"".join(kept))
@@ -2174,8 +2731,7 @@ def plot_curves(out, panels, caption):
         axis.set(title=title, xlabel="optimiser step", ylabel=unit)
         axis.legend(fontsize=8)
     figure.suptitle(caption, fontsize=9)
-    (out / "figures").mkdir(exist_ok=True)
-    figure.savefig(out / "figures" / "curves.png", dpi=120)
+    save_figure(figure, out / "figures" / "curves.png")
     return records
 
 

@@ -116,7 +116,8 @@ from common import pair_metrics, reference_logps, response_logps  # log-probabil
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, load_pairs, optimiser_steps, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, save_model  # models
-from common import log, merge, progress, require, setup, speed, start_run  # processes
+from common import check_ranges, log, merge, progress, require, setup  # processes
+from common import speed, start_run  # processes
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
 from common import plot_curves, print_evaluations, setting  # processes
 # isort: on
@@ -227,10 +228,12 @@ PANELS = [  # of the figure: title, unit, metrics
 ]
 
 
+RANGES = {"lam": (0, 1e9)}  # of this method's own options: least and largest value
+
+
 def check(args):
     """Refuse what no run could use, before anything is loaded."""
-    require(0 < args.beta < float("inf"), "--beta must be positive")
-    require(0 <= args.lam < float("inf"), "--lam must be at least 0")
+    check_ranges(args, RANGES)
     require(args.contrast in ("dpo", "ipo", "slic"), "--contrast must be dpo, ipo or slic")
 
 

@@ -35,10 +35,12 @@ the readers (AUC .84 to 1.00). categorical learns more slowly and is not shown: 
 AUC is .55 to .65 (--entropy batch) or .72 and .91 (--lr 1e-3 --head-lr 3e-3 --entropy-coeff 0.03).
 """
 
+import importlib.util
 import json
 import math
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
@@ -56,7 +58,7 @@ class Args:
     type: RewardType = "mean_and_variance"  # compare: base and mean_and_variance, in the tiny world
     link: Literal["logistic", "probit"] = "logistic"  # of mean_and_variance; probit: the paper's
     num_atoms: int = 10  # K of categorical; App. C.2
-    entropy: Literal["example", "batch"] = "example"  # batch: H of the mean p, as released
+    entropy: Literal["example", "batch"] = "example"  # batch: H of the batch's mean p, as released
     entropy_coeff: float = 0.1  # kappa, weight of the entropy bonus of categorical; App. C.2
     sigma_floor: float = 1e-4  # its square is added to var_a + var_b; none in the released code
     soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen in training, not 1
@@ -165,7 +167,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -174,16 +176,16 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 # isort: off
 from common import response_hiddens  # log-probabilities
-from common import pack_pairs, tokenize_pairs  # tokenization
-from common import batch_order, load_pairs, optimiser_steps, read_rows, subset  # data
+from common import encode_rows, pack_pairs, require_context, show_example  # tokenization
+from common import Unusable, require_text  # tokenization
+from common import batch_order, load_pairs, optimiser_steps, read_rows, report, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, model_folder, save_model  # models
 from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
 from common import load_checkpoint, on_rank0, require, save_checkpoint, setup  # processes
-from common import start_run, stop_requested, stop_unless_finite, write  # processes
-from common import log, merge, progress, say, setting, speed  # logging
+from common import check_ranges, start_run, stop_requested, stop_unless_finite, write  # processes
+from common import log, merge, progress, save_figure, say, setting, speed  # logging
 # isort: on
 
-NO_LIMIT = 2**40  # tokens
 
 # ---- the paper: losses
 
@@ -250,6 +252,21 @@ def entropy(chosen, rejected, over="example"):
         raise ValueError(f"unknown entropy {over!r}")
     H = -(log_p.exp() * log_p).sum(-1)  # (2B,), of each p; or (), of the mean p
     return H.mean()
+
+
+def entropy_shares(chosen, rejected, log_mean_p):
+    """Each pair's share in H of the mean p of a batch, of which these pairs may be a part.
+
+    (B, K) logits, twice, and the log of the whole batch's mean p, a constant (K,) -> (B,)
+    The mean of the shares over the whole batch is H, and its gradient is that of H.
+    """
+    # With pbar the mean of p over all alternatives a, H = -sum_k pbar_k log pbar_k has the gradient
+    #     dH = -sum_k (log pbar_k + 1) dpbar_k = the mean over a of -sum_k log pbar_k dp_k(a)
+    # since sum_k dp_k(a) = 0. Once pbar is known it is linear in p(a), and may be summed over
+    # micro-batches and processes. The value is exact, too: the mean of -sum_k p_k(a) log pbar_k.
+    shares_chosen = -(chosen.softmax(-1) * log_mean_p).sum(-1)
+    shares_rejected = -(rejected.softmax(-1) * log_mean_p).sum(-1)
+    return (shares_chosen + shares_rejected) / 2
 
 
 def pair_losses(chosen, rejected, reward_type, link="logistic", sigma_floor=1e-12):
@@ -427,31 +444,33 @@ def draw_pairs(env, n, shared, generator):
 # ---- model and data
 
 
-def encode(texts, tokenizer, max_length):
+def encode(texts, tokenizer, max_length, what="tokens"):
     """Rows of text -> rows of token ids without the end of text; "row" is the index of the text.
 
     Rows with a side of more than max_length tokens are dropped and counted, never cut (App. C.2).
+    what: begins the line that counts them.
     """
-    # Nothing is cut here: rows that are too long are dropped below. The limit of the prompt is half
-    # of the other one because it must be smaller. what=None: no line is printed.
-    rows = tokenize_pairs(
-        texts, tokenizer, max_length=NO_LIMIT, max_prompt_length=NO_LIMIT // 2, what=None
-    )
-
-    # Each response now ends with an end-of-text token, which is taken off: the released code reads
-    # the reward at the last token of the text itself.
+    # The released code reads the reward at the last token of the text itself, so the end-of-text
+    # token is taken off; of a chat all that the template writes is read.
     kept = []
-    for row in rows:
-        row["responses"] = [ids[:-1] for ids in row["responses"]]
-        row["p_chosen"] = texts[row["row"]].get("p_chosen")
-        longest = len(row["prompt_ids"]) + max(map(len, row["responses"]))
-        if longest <= max_length:
-            kept.append(row)
-    if len(kept) < len(texts):
-        failed = f"{len(texts) - len(rows)} could not be tokenized"
-        long = f"{len(rows) - len(kept)} have a side of over --max-length {max_length} tokens"
-        say(f"kept {len(kept)} of {len(texts)} rows: {failed}, {long}")
-    require(kept, "no row is left: raise --max-length")
+    dropped = defaultdict(list)
+    for number, found in enumerate(encode_rows(texts, tokenizer)):
+        if isinstance(found, str):
+            dropped[found].append(number + 1)
+            continue
+        responses = found.responses
+        if not found.is_chat:
+            responses = [ids[:-1] for ids in responses]
+        longest = len(found.prompt_ids) + max(map(len, responses))
+        if longest > max_length:
+            dropped[f"a side of over --max-length {max_length} tokens"].append(number + 1)
+            continue
+        row = {"prompt_ids": found.prompt_ids, "responses": responses, "row": number}
+        row["p_chosen"] = texts[number].get("p_chosen")
+        kept.append(row)
+    report(what, len(kept), dropped)
+    show_example(tokenizer, kept[0]["prompt_ids"], kept[0]["responses"][0])
+    require_context(tokenizer, kept)
     return kept
 
 
@@ -470,7 +489,7 @@ def load_subset(args, split):
         return rows
     rows = [row for row in rows if row.get("data_subset") == args.subset]
     problem = f"no row has data_subset {args.subset}, nor is there such a sub-folder"
-    require(rows, f"{args.data}: {problem}")
+    require(rows, f"{args.data}: {problem}; use --subset both")
     return rows
 
 
@@ -511,7 +530,7 @@ def new_reward_model(args, tokenizer):
     # The head starts at 1 % of the library's first weights, which have sd 0.02, so that all outputs
     # are close to 0 (released code).
     K = number_of_outputs(args.type, args.num_atoms)
-    add_head(model, 0.01 * 0.02 * torch.randn(K, model.config.hidden_size))
+    add_head(model, 0.01 * 0.02 * torch.randn(K, model.config.get_text_config().hidden_size))
 
     # A reward model predicts no tokens, so its output embeddings are not trained. Where they are
     # tied, they are also the input embeddings, which are trained.
@@ -528,35 +547,83 @@ def new_reward_model(args, tokenizer):
     return model, adapted
 
 
+RESTORE = "restore the files that train saved"
+
+
+def is_description(meta, K):
+    """Is it what train writes of a reward model with K outputs: {"type", "K", "link", ...}?"""
+    if not isinstance(meta, dict) or meta.get("K", K) != K:
+        return False
+    if meta.get("link", "logistic") not in ("logistic", "probit"):
+        return False
+    if meta.get("type") == "categorical":
+        return K >= 2
+    if meta.get("type") in ("base", "mean_and_variance"):
+        return K == number_of_outputs(meta["type"], 0)
+    return False
+
+
+def read_description(folder):
+    """The entry dpl of a model's config.json: {"type", "K", "link", "atoms"}"""
+    config = folder / "config.json"
+    try:
+        found = json.loads(config.read_bytes())
+    except (OSError, ValueError) as error:
+        why = type(error).__name__
+        raise SystemExit(f"{config}: cannot be read ({why}); {RESTORE}") from None
+    meta = None
+    if isinstance(found, dict):
+        meta = found.get("dpl")
+    require(meta, f"{config}: no entry dpl, so this is no reward model; `dpl.py train` makes one")
+    fine = isinstance(meta, dict) and isinstance(meta.get("K"), int)
+    fine = fine and is_description(meta, meta["K"])
+    require(fine, f"{config}: the entry dpl names no type, link and K that are known; {RESTORE}")
+    return meta
+
+
 def read_head(folder):
     """The weight of the reward head in the files of a model -> (K, d), or None if it has none."""
-    for path in folder.glob("*.safetensors"):
-        file = safe_open(path, "pt")
-        if "score.weight" in file.keys():
-            return file.get_tensor("score.weight")
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            file = safe_open(path, "pt")
+            if "score.weight" in file.keys():
+                return file.get_tensor("score.weight")
+        except (SafetensorError, OSError) as error:
+            why = type(error).__name__
+            raise SystemExit(f"{path}: cannot be read ({why}); {RESTORE}") from None
     return None
 
 
-def load_reward_model(name, dtype):
-    """What train saved -> the model, its tokenizer, and {"type", "K", "link", "atoms"}"""
-    folder = model_folder(name)
-    config = folder / "config.json"
-    meta = json.loads(config.read_bytes()).get("dpl")
-    require(meta, f"{config}: no entry dpl, so this is no reward model; `dpl.py train` makes one")
+def load_head(name):
+    """The reward head of what train saved -> its weight (K, d), and {"type", "K", "link", "atoms"}
 
-    # load_model reads the body only; the head comes from the same files.
+    SystemExit: not a reward model, or one whose files do not belong together.
+    """
+    folder = model_folder(name)
+    meta = read_description(folder)
     weight = read_head(folder)
-    remedy = "restore the files that train saved"
-    require(weight is not None, f"{folder}: no score.weight in the model's files; {remedy}")
+    require(weight is not None, f"{folder}: no score.weight in the model's files; {RESTORE}")
+
+    fine = weight.dim() == 2 and weight.isfinite().all()
+    require(fine, f"{folder}: the head is no matrix of finite numbers; {RESTORE}")
 
     # A head of another shape would be read as another distribution.
     found = len(weight)
     named = f"those of {meta['type']} with K = {meta['K']} as in config.json"
-    problem = f"{folder}: the head has {found} outputs, not {named}; {remedy}"
+    problem = f"{folder}: the head has {found} outputs, not {named}; {RESTORE}"
     require(found == meta["K"], problem)
-    require(found == number_of_outputs(meta["type"], meta["K"]), problem)
+    return weight, meta
 
+
+def load_reward_model(name, dtype):
+    """What train saved -> the model, its tokenizer, and {"type", "K", "link", "atoms"}"""
+    # load_model reads the body only; the head comes from the same files.
+    weight, meta = load_head(name)
     model = load_model(name, dtype)
+    reads = weight.shape[1]
+    width = model.config.get_text_config().hidden_size
+    problem = f"{name}: the head is for width {reads}, the model has {width}; {RESTORE}"
+    require(reads == width, problem)
     add_head(model, weight)
     return model, load_tokenizer(name), meta
 
@@ -568,11 +635,16 @@ def head_outputs(model, batch):
 
 @torch.no_grad()
 def raw_outputs(model, rows, tokens_per_microbatch):
-    """Raw outputs for encoded rows, the same on all processes -> list of (responses, K), CPU"""
+    """Raw outputs for encoded rows, the same on all processes -> list of (responses, K), CPU
+
+    SystemExit(143) between two micro-batches after SIGTERM or Ctrl-C.
+    """
     # Packed rows: a prompt is computed once for all its responses, and nothing is padded.
     sizes = [len(row["responses"]) for row in rows]
     outputs = [torch.zeros(n, model.config.num_labels) for n in sizes]
     for batch in pack_pairs(rows, tokens_per_microbatch):
+        if stop_requested():
+            raise SystemExit(143)
         index = batch["index"]  # which of the rows are in this batch
         of_rows = head_outputs(model, batch).cpu().split([sizes[i] for i in index])
         for i, row_outputs in zip(index, of_rows, strict=True):
@@ -587,9 +659,29 @@ def raw_outputs(model, rows, tokens_per_microbatch):
 # ---- training
 
 
-def batch_losses(model, batch, args):
+@torch.no_grad()
+def log_mean_probabilities(model, batches, args):
+    """log of the mean p over a whole batch of pairs, the same on all processes -> (K,), CPU
+
+    batches: the micro-batches of this process. It takes one more forward pass; None, without one,
+    if the objective has no entropy of a batch.
+    """
+    wanted = args.type == "categorical" and args.entropy == "batch" and args.entropy_coeff != 0
+    if not wanted:
+        return None
+    log_p = [head_outputs(model, batch).log_softmax(-1) for batch in batches]
+    log_sum = torch.cat(log_p).logsumexp(0).cpu()
+
+    # Sums over the pairs of all processes stay in log space.
+    log_sums = [torch.empty_like(log_sum) for _ in range(dist.get_world_size())]
+    dist.all_gather(log_sums, log_sum)
+    return torch.stack(log_sums).logsumexp(0) - math.log(2 * args.batch_size)
+
+
+def batch_losses(model, batch, args, log_mean_p=None):
     """A packed batch's objective with gradient (B,), and what is logged of each pair, (B,) each.
 
+    log_mean_p: of log_mean_probabilities, for --entropy batch.
     Accuracy is the share of pairs with P(chosen wins) > 1/2, whatever the soft labels are. The loss
     that is logged has the labels of training: soft ones with --soft-labels.
     """
@@ -605,8 +697,11 @@ def batch_losses(model, batch, args):
         losses = p * hard_losses + (1 - p) * swapped_losses
 
     objective = losses
-    if args.type == "categorical":  # App. C.2
-        objective = losses - args.entropy_coeff * entropy(chosen, rejected, args.entropy)
+    if args.type == "categorical" and log_mean_p is None:  # App. C.2
+        objective = losses - args.entropy_coeff * entropy(chosen, rejected)
+    elif args.type == "categorical":  # released code
+        shares = entropy_shares(chosen, rejected, log_mean_p.to(outputs.device))
+        objective = losses - args.entropy_coeff * shares
     accuracy = (hard_losses < math.log(2)).float()
     return objective, {"loss": losses.detach(), "accuracy": accuracy}
 
@@ -622,6 +717,19 @@ def evaluate(model, rows, args):
     losses = pair_losses(outputs[:, 0], outputs[:, 1], args.type, args.link, args.sigma_floor)
     accuracy = (losses < math.log(2)).float()
     return {"eval_loss": losses, "eval_accuracy": accuracy}
+
+
+def log_held_out(out, step, model, optimizer, rows, args):
+    """Log loss and accuracy of the held-out pairs -> the record.
+
+    When asked to stop meanwhile, it saves the run before it leaves: --resume evaluates again.
+    """
+    try:
+        values = evaluate(model, rows, args)
+    except SystemExit:
+        save_checkpoint(out, step, model, optimizer)
+        raise
+    return log(out, step, **values)
 
 
 def lr_factor(schedule, t, T):
@@ -660,32 +768,56 @@ def average_gradients(model):
             parameter.grad /= dist.get_world_size()
 
 
-def load_training_pairs(args, tokenizer):
-    """-> encoded pairs to train on, and the held-out ones."""
+@dataclass
+class Pairs:
+    """What reward models are trained on; it is read before a run folder is made."""
+
+    tokenizer: object  # of --model
+    rows: list  # encoded pairs to train on
+    held_out: list  # encoded pairs of --eval-pairs
+    steps: int  # optimiser steps
+
+
+def load_training_pairs(args):
+    """The pairs of --data as token ids, the longer ones dropped -> Pairs"""
+    tokenizer = load_tokenizer(args.model)
     rows = encode(load_subset(args, "train"), tokenizer, args.max_length)
     held_out = encode(load_subset(args, "test"), tokenizer, args.max_length)
+    held_out = subset(held_out, args.eval_pairs, seed=0)
     if args.soft_labels:
+        problem = f"{args.data}: --soft-labels: every row needs p_chosen, a number from 0 to 1"
         for row in rows:
             p = row["p_chosen"]
-            known = isinstance(p, int | float) and 0 <= p <= 1
-            require(known, "--soft-labels: every row needs p_chosen, a number from 0 to 1")
-    return rows, subset(held_out, args.eval_pairs, seed=0)
+            require(isinstance(p, int | float) and 0 <= p <= 1, problem)
+
+    # Each process needs a pair in every batch, and one to evaluate.
+    steps = optimiser_steps(len(rows), args.batch_size, args.epochs, args.max_steps)
+    fewest = min(args.batch_size, len(held_out))
+    world = dist.get_world_size()
+    problem = f"{fewest} pairs for {world} processes: raise --batch-size and --eval-pairs"
+    require(fewest >= world, problem)
+    return Pairs(tokenizer, rows, held_out, steps)
 
 
 def train(args):
-    """Fit a reward model of args.type to pairs -> the new records of metrics.jsonl"""
-    # Data: pairs of token ids, the longer ones dropped.
+    """Fit a reward model of args.type to the pairs of --data -> the new records of metrics.jsonl"""
     setup(args.seed)
-    out = start_run(args, "dpl-train")
-    tokenizer = load_tokenizer(args.model)
-    rows, held_out = load_training_pairs(args, tokenizer)
-    steps = optimiser_steps(len(rows), args.batch_size, args.epochs, args.max_steps)
+    return fit(args, load_training_pairs(args))
+
+
+def fit(args, pairs):
+    """Fit a reward model of args.type to Pairs -> the new records of metrics.jsonl"""
+    # Model: the body is a language model, the head is new and depends on the seed alone.
+    setup(args.seed)
+    rows = pairs.rows
+    steps = pairs.steps
     eval_steps = max(1, args.eval_every // args.batch_size)
     save_steps = max(1, args.save_every // args.batch_size)
-
-    # Model: the body is a language model, the head is new.
-    model, adapted = new_reward_model(args, tokenizer)
+    model, adapted = new_reward_model(args, pairs.tokenizer)
     optimizer = new_optimizer(model, args)
+
+    # The run folder: all that can be refused has been.
+    out = start_run(args, "dpl-train")
     start = 0
     if args.resume:
         start, _ = load_checkpoint(out, model, optimizer)
@@ -693,18 +825,20 @@ def train(args):
     history = []
     for step in progress(range(start, steps)):
         if args.eval_every and step % eval_steps == 0:
-            history.append(log(out, step, **evaluate(model, held_out, args)))
+            history.append(log_held_out(out, step, model, optimizer, pairs.held_out, args))
 
         # The gradient of the mean objective of the batch, a few packed rows at a time.
         started = time.time()
         index = batch_order(len(rows), args.batch_size, step, args.seed)
         batch_rows = [rows[i] for i in index]
+        batches = pack_pairs(batch_rows, args.tokens_per_microbatch)
+        log_mean_p = log_mean_probabilities(model, batches, args)
         metrics = []
-        for batch in pack_pairs(batch_rows, args.tokens_per_microbatch):
-            objective, pairs = batch_losses(model, batch, args)
+        for batch in batches:
+            objective, values = batch_losses(model, batch, args, log_mean_p)
             share = dist.get_world_size() / args.batch_size  # FSDP averages over the processes
             (objective.sum() * share).backward()
-            metrics.append(pairs)
+            metrics.append(values)
 
         # One step of AdamW.
         if args.lora:
@@ -726,9 +860,9 @@ def train(args):
             raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
 
     # The last record is that of the held-out pairs.
-    history.append(log(out, steps, **evaluate(model, held_out, args)))
+    history.append(log_held_out(out, steps, model, optimizer, pairs.held_out, args))
     whole = adapted.merge_and_unload() if args.lora else model
-    save_model(whole, tokenizer, out / "model")
+    save_model(whole, pairs.tokenizer, out / "model")
     return history
 
 
@@ -743,12 +877,18 @@ def is_file_of_responses(path):
     return len(rows) > 0 and "chosen" not in rows[0]
 
 
-def can_be_scored(row):
-    """Does it have a prompt, and a list of responses that are texts and not empty?"""
+def require_responses(row, place):
+    """SystemExit unless the row has a prompt, and a list of responses that are texts."""
+    problem = f"{place}: needs prompt and responses, none empty"
     responses = row.get("responses")
-    if "prompt" not in row or not isinstance(responses, list) or len(responses) == 0:
-        return False
-    return all(isinstance(text, str) and text for text in responses)
+    require("prompt" in row and isinstance(responses, list) and responses, problem)
+    for text in responses:
+        require(isinstance(text, str) and text, problem)
+    try:
+        for part in [row["prompt"], *responses]:
+            require_text(part)
+    except Unusable as reason:
+        raise SystemExit(f"{problem} ({reason})") from None
 
 
 def rows_to_score(args):
@@ -768,24 +908,29 @@ def rows_to_score(args):
     # Prompts with responses, as in the released code's jailbroken_responses.jsonl.
     rows = read_rows(path)
     for number, row in enumerate(rows, 1):
-        problem = f"{args.data}:{number}: needs prompt and responses, none empty"
-        require(can_be_scored(row), problem)
+        require_responses(row, f"{args.data}:{number}")
     return rows
+
+
+COMMAND_LINE = "--prompt, --response"  # in place of a file's name
 
 
 def add_scores(rows, name, checkpoint, args):
     """The rows with three more columns: reward_outputs_NAME, risk_NAME and reward_model_NAME."""
-    model, tokenizer, meta = load_reward_model(checkpoint, args.dtype)
     texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
-    encoded = encode(texts, tokenizer, args.max_length)
+    source = COMMAND_LINE
+    if args.response == "":
+        source = f"{args.data} as tokens"
+    encoded = encode(texts, load_tokenizer(checkpoint), args.max_length, source)
 
     # encode has printed how many rows it dropped. Training drops such pairs, too; but a file of
     # prompts and responses is scored whole or not at all.
     if "chosen" not in rows[0]:
         complete = len(encoded) == len(rows)
-        require(complete, f"{args.data}: take these rows out of the file before scoring it")
+        require(complete, f"{source}: take the dropped rows out of the file before scoring it")
 
     # The rows that are left get their columns.
+    model, _, meta = load_reward_model(checkpoint, args.dtype)
     kept = [rows[code["row"]] for code in encoded]
     outputs = raw_outputs(model, encoded, args.tokens_per_microbatch)
     for row, row_outputs in zip(kept, outputs, strict=True):
@@ -801,10 +946,11 @@ def score(args):
     alone = args.response != ""  # one text on the command line
     if alone:
         rows = [{"prompt": args.prompt, "responses": [args.response]}]
+        require_responses(rows[0], COMMAND_LINE)
     else:
-        free = args.overwrite or not Path(args.out).exists()
-        require(free, f"{args.out}: exists; --overwrite replaces it")
         rows = rows_to_score(args)
+    for checkpoint in args.checkpoints:
+        load_head(checkpoint)  # what is no reward model is refused before any is read whole
 
     for name, checkpoint in zip(args.names, args.checkpoints, strict=True):
         rows = add_scores(rows, name, checkpoint, args)
@@ -813,7 +959,7 @@ def score(args):
         for name in args.names:
             print_utilities(rows[0], name, args.alpha)
         return rows
-    text = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    text = "".join(json.dumps(row, default=str) + "\n" for row in rows).encode()
     on_rank0(lambda: write(args.out, text), f"{args.out}: cannot be written")
     return rows
 
@@ -866,19 +1012,40 @@ class Summary:
     quantiles: dict  # {alpha of ALPHAS: Rate}
 
 
+def shown(text):
+    """A name from a file for a message: one line, and not too long."""
+    return " ".join(text.split())[:60]
+
+
+def are_numbers(values):
+    """Is it a list of numbers that a float32 can hold, and not empty?"""
+    if not isinstance(values, list) or len(values) == 0:
+        return False
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return False
+        if not abs(value) <= torch.finfo(torch.float32).max:  # NaN is not
+            return False
+    return True
+
+
 def output_table(path, rows, column):
     """A column of raw outputs -> (rows, responses, K) float64; SystemExit names file and line."""
     table = []
     for number, row in enumerate(rows, 1):
-        problem = f"{column} is not as many numbers as in line 1; score the file again"
-        try:
-            outputs = torch.tensor(row[column], dtype=torch.float64)
-        except (KeyError, TypeError, ValueError):
-            raise SystemExit(f"{path}:{number}: {problem}") from None
+        place = f"{path}:{number}: {shown(column)}"
+        outputs = row.get(column)
+        fine = isinstance(outputs, list) and len(outputs) > 0 and all(map(are_numbers, outputs))
+        problem = f"{place}: needs a list of finite numbers for each response; score the file again"
+        require(fine, problem)
+
+        # One K for all, and as many responses in every row.
         table.append(outputs)
-        fine = outputs.dim() == 2 and outputs.shape == table[0].shape and outputs.isfinite().all()
-        require(fine, f"{path}:{number}: {problem}")
-    return torch.stack(table)
+        as_many = len(outputs) == len(table[0])
+        lengths = set(map(len, outputs))
+        problem = f"{place} is not as many numbers as in line 1; score the file again"
+        require(as_many and lengths == {len(table[0][0])}, problem)
+    return torch.tensor(table, dtype=torch.float64)
 
 
 def usual_type(K):
@@ -888,6 +1055,24 @@ def usual_type(K):
     if K == 2:
         return "mean_and_variance"
     return "categorical"
+
+
+def named_type(path, rows, name, K):
+    """The reward type that all rows of a file name for the model NAME, which has K outputs."""
+    column = f"reward_model_{name}"
+    metas = [row.get(column) for row in rows]
+    if metas.count(None) == len(metas):
+        return usual_type(K)
+    first = None
+    for number, meta in enumerate(metas, 1):
+        place = f"{path}:{number}: {shown(column)}"
+        problem = f"{place} is no reward model with {K} outputs; score the file again"
+        require(is_description(meta, K), problem)
+        found = [meta["type"], meta.get("link", "logistic")]
+        first = first or found
+        problem = f"{place} is {' '.join(found)}, in line 1 {' '.join(first)}; score the file again"
+        require(found == first, problem)
+    return first[0]
 
 
 def part_of(row):
@@ -916,8 +1101,7 @@ def read_outputs(path):
     parts = sorted(set(map(part_of, rows)))
     for name in names:
         outputs = output_table(path, rows, prefix + name)
-        meta = rows[0].get(f"reward_model_{name}", {})
-        reward_type = meta.get("type") or usual_type(outputs.shape[-1])
+        reward_type = named_type(path, rows, name, outputs.shape[-1])
         found.append(Scored(name, reward_type, outputs))
 
         # Helpfulness accuracy is that of the helpful rows (Table 1).
@@ -1036,8 +1220,7 @@ def new_figure(rows, caption):
 def save_results(out, curves, figure):
     """Write the curves that the figure shows, and the figure."""
     write(out / "curves.json", {name: values.tolist() for name, values in curves.items()})
-    (out / "figures").mkdir(exist_ok=True)
-    figure.savefig(out / "figures" / "dpl.png", dpi=120)
+    save_figure(figure, out / "figures" / "dpl.png")
 
 
 def finish(out, table, curves, figure):
@@ -1099,6 +1282,8 @@ def fit_synthetic(reward_type, args, generator, out):
     net = synthetic_net(reward_type, args.env, args.width)
     optimizer = torch.optim.Adam(net.parameters(), lr=args.lr)
     for step in range(args.steps):
+        if stop_requested():
+            raise SystemExit(143)  # SIGTERM or Ctrl-C: what is in metrics.jsonl stays
         losses = synthetic_losses(net, reward_type, args.batch_size, args, generator)
         if step % 100 == 0:
             log(out, step, **{reward_type: losses})
@@ -1324,10 +1509,18 @@ def compare(readers, mean, sd, risk_averse):
 
 def hidden_context(args):
     """Train two types in the tiny world, where two groups of readers judge -> the table"""
+    # Data: pairs to train on, and four held-out responses to each prompt.
     setup(args.seed)
-    out = start_run(args, "dpl")
+    pairs = load_training_pairs(args)
     rows = load_pairs("tiny", "test")
     texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
+    encoded = encode(texts, pairs.tokenizer, args.max_length)
+    problem = f"--max-length {args.max_length}: too short for some of the responses; raise it"
+    require(len(encoded) == len(rows), problem)
+    load_model(args.model, args.dtype)  # one that cannot be read is refused before the run folder
+    out = start_run(args, "dpl")
+
+    # What the readers think of the responses.
     readers = ask_readers(rows)
     p_win = readers.p_first_wins
     curves = {"E[u]": readers.mean, "true sd": readers.sd, "P(win)": p_win}
@@ -1340,11 +1533,10 @@ def hidden_context(args):
         finished = args.resume and (folder / "model").is_dir()
         if not finished:
             begun = args.resume and folder.is_dir()
-            train(replace(args, type=reward_type, out=str(folder), resume=begun))
+            fit(replace(args, type=reward_type, out=str(folder), resume=begun), pairs)
 
         # Score the held-out responses.
-        model, tokenizer, _ = load_reward_model(folder, args.dtype)
-        encoded = encode(texts, tokenizer, args.max_length)
+        model, _, _ = load_reward_model(folder, args.dtype)
         outputs = torch.stack(raw_outputs(model, encoded, args.tokens_per_microbatch))
         mean = utility(outputs, reward_type)
         sd = utility(outputs, reward_type, "sd")
@@ -1366,6 +1558,22 @@ def hidden_context(args):
     return table
 
 
+def calibration(predicted, true):
+    """Means of both in ten bins of the predicted probability, the empty ones left out -> two lists
+
+    The last bin holds P = 1, too.
+    """
+    bins = (predicted * 10).long().clamp(max=9)
+    predicted_means = []
+    true_means = []
+    for i in range(10):
+        members = bins == i
+        if members.any():
+            predicted_means.append(predicted[members].mean().item())
+            true_means.append(true[members].mean().item())
+    return predicted_means, true_means
+
+
 def draw_hidden(curves, caption):
     """Three panels -> the figure
 
@@ -1383,17 +1591,10 @@ def draw_hidden(curves, caption):
     axes[0].set(title="base", xlabel="expected utility", ylabel="learned utility (log-odds)")
     axes[1].set(title="mean_and_variance", xlabel="learned sd of utility", ylabel="responses")
 
-    # Calibration in ten bins of the predicted probability.
+    # Calibration: the diagonal is right.
     for reward_type in SHOWN:
-        predicted = curves[f"{reward_type} P(win)"]
-        predicted_means = []
-        true_means = []
-        for i in range(10):
-            members = (predicted * 10).long() == i
-            if members.any():
-                predicted_means.append(predicted[members].mean().item())
-                true_means.append(curves["P(win)"][members].mean().item())
-        axes[2].plot(predicted_means, true_means, ".-", label=reward_type)
+        means = calibration(curves[f"{reward_type} P(win)"], curves["P(win)"])
+        axes[2].plot(*means, ".-", label=reward_type)
     axes[2].axline((0, 0), (1, 1), color="k", ls=":")
     axes[2].set(title="calibration", xlabel="predicted P(win)", ylabel="true P(win)")
     for axis in axes:
@@ -1403,40 +1604,74 @@ def draw_hidden(curves, caption):
 
 # ---- the commands
 
-RANGES = {  # option: least and largest value
+# option: least and largest value, beside and before those that all methods share
+RANGES = {
     "alpha": (1e-6, 1 - 1e-6),
     "num_atoms": (2, 1000),
     "entropy_coeff": (0, 1000),
     "sigma_floor": (0, 1000),
-    "max_length": (1, 2**40),
-    "lr": (0, 1),
+    "max_length": (1, 2**30),
     "head_lr": (0, 1),
     "weight_decay": (0, 1000),
-    "tokens_per_microbatch": (1, 2**40),
-    "width": (1, 2**20),
-    "steps": (1, 2**40),
+    "width": (1, 2**13),
+    "steps": (1, 10**9),
 }
+
+
+def check_training(args):
+    """Refuse options of train, hh and hidden-context that do not go together."""
+    default = "results/dpl-train"
+    if args.type == "compare":
+        default = "results/dpl"
+        problem = "--type compare: only the tiny world has its readers, so use --data tiny"
+        require(args.data == "tiny", problem)
+    if args.lora:
+        require(importlib.util.find_spec("peft"), "--lora: needs peft: pip install peft")
+
+    # start_run will refuse this folder, too, but only after data and model have been read.
+    out = Path(args.out or default)
+    taken = out.is_dir() and any(out.iterdir()) and not args.resume and not args.overwrite
+    require(not taken, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
+
+
+def check_synthetic(args):
+    """Refuse options of synthetic and figure3 that do not go together."""
+    require(args.lr > 0, "--lr 0: must be above 0, since it decays to 1e-5 by a factor a step")
+    layer = args.width * args.batch_size
+    problem = f"--width {args.width} with --batch-size {args.batch_size}: too large; lower one"
+    require(layer <= 2**28, problem)
+    if args.env == "2d":
+        require(not args.shared_context, "--shared-context: its Borda count is for 1d only")
+
+
+def check_scoring(args):
+    """Refuse options of evaluate and score that do not go together, and a file in the way."""
+    require(args.checkpoints, "--checkpoints: name one reward model at least")
+    different = len(set(args.names)) == len(args.names) and "" not in args.names
+    matched = len(args.names) == len(args.checkpoints)
+    require(different and matched, "--names: one per checkpoint, all different")
+    require(args.data or args.response, "give --data, or --prompt and --response")
+    require(args.response or not args.prompt, "--prompt: give --response, too")
+    if args.response:
+        return
+
+    # The file to write.
+    out = Path(args.out)
+    require(args.out and not out.is_dir(), f"--out {args.out}: not a file; name the file to write")
+    require(out.parent.is_dir(), f"--out {args.out}: its folder does not exist; make it")
+    require(args.overwrite or not out.exists(), f"{args.out}: exists; --overwrite replaces it")
 
 
 def check(args):
     """Whatever can be refused before anything is loaded or made is refused here, in one line."""
-    for name, value in vars(args).items():
-        if name in RANGES:
-            low, high = RANGES[name]
-            flag = "--" + name.replace("_", "-")
-            require(low <= value <= high, f"{flag} {value}: must be from {low:g} to {high:g}")
-    if isinstance(args, Args) and args.type == "compare":
-        problem = "--type compare: only the tiny world has its readers, so use --data tiny"
-        require(args.data == "tiny", problem)
-    if isinstance(args, SyntheticArgs) and args.env == "2d":
-        require(not args.shared_context, "--shared-context: its Borda count is for 1d only")
-    if isinstance(args, ScoreArgs):
-        different = len(set(args.names)) == len(args.names)
-        matched = len(args.names) == len(args.checkpoints)
-        require(different and matched, "--names: one per checkpoint, all different")
-        something = args.data or args.response
-        require(something, "give --data, or --prompt and --response")
-    if isinstance(args, SummarizeArgs):
+    check_ranges(args, RANGES)
+    if isinstance(args, Args):
+        check_training(args)
+    elif isinstance(args, SyntheticArgs):
+        check_synthetic(args)
+    elif isinstance(args, ScoreArgs):
+        check_scoring(args)
+    else:
         require(args.files, "--files: name the files that score or evaluate wrote")
 
 

@@ -26,9 +26,12 @@ the data, and no batch is left out.
 
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -99,16 +102,19 @@ import torch
 import torch.distributed as dist
 import transformers
 from matplotlib.figure import Figure
+from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
-from common import row_texts, tokenize_pairs  # tokenization
-from common import load_pairs, read_rows  # data
+from common import end_tokens, pack_pairs, row_texts, tokenize_pairs  # tokenization
+from common import Unusable, require_context, show_example  # tokenization
+from common import load_pairs, read_rows, require_text  # data
 from common import words  # the plain text of a string or of chat messages
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
-from common import progress, require, setting, setup, start_run, stop_requested, write  # processes
+from common import DEVICE, check_ranges, progress, require, say, setting, setup  # processes
+from common import save_figure, signals, start_run, stop_requested, write  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 # isort: on
 
@@ -212,17 +218,18 @@ def sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return Filters(warpers)
 
 
-def respond(model, prompts, uniforms, filters, eos_id, vocabulary):
+def respond(model, prompts, uniforms, filters, ends, vocabulary):
     """One response to each prompt, drawn from softmax(filters(logits)).
 
-    N lists of ids and (N, T) uniforms in [0, 1) -> N lists of up to T ids; the last one is eos_id
-    if that was drawn.  A response depends on its own prompt and uniforms only.  Logits beyond the
-    first `vocabulary` ones belong to no token.
+    N lists of ids and (N, T) uniforms in [0, 1) -> N lists of up to T ids; one of `ends`, the ids
+    that end a response, is the last of its list.  A response depends on its own prompt and uniforms
+    only.  Logits beyond the first `vocabulary` ones belong to no token.
     """
     # One pass over the prompts fills the cache; from then on each token costs one step.
     responses = [[] for _ in prompts]
     last = uniforms.shape[1] - 1
     rows = torch.arange(len(prompts), device=model.device)  # rows[i]: whose response slot i holds
+    ends = torch.tensor(ends, device=model.device)
     cache, _, logits = prefill(model, prompts, uniforms.shape[1])
     for t in range(uniforms.shape[1]):
         filtered = filters(logits[:, :vocabulary].float())
@@ -232,7 +239,7 @@ def respond(model, prompts, uniforms, filters, eos_id, vocabulary):
 
         # Finished responses leave the batch.  The others move up into slots 0, 1, ..., in an order
         # that leaves as many as possible where they are: new slot i goes on from old slot slots[i].
-        unfinished = (tokens != eos_id).nonzero()[:, 0]
+        unfinished = torch.isin(tokens, ends, invert=True).nonzero()[:, 0]
         slots = stay_in_place(unfinished)
         if t == last or len(slots) == 0:
             break
@@ -245,13 +252,31 @@ def respond(model, prompts, uniforms, filters, eos_id, vocabulary):
 # Data and files.
 
 
-@dataclass
+@dataclass(order=True)
 class Item:
-    """One response that is to be drawn."""
+    """One response that is to be drawn; Items are ordered as the responses are in the file."""
 
     row: int  # the prompt's index in the data
     sample: int  # which of the prompt's responses it is
     prompt_ids: list  # token ids
+
+
+@dataclass
+class Work:
+    """All that it takes to draw the responses."""
+
+    tokenizer: object
+    model: object
+    rows: list  # of the data, with the prompts
+    batches: list  # lists of Items
+
+
+def until_stopped(things):
+    """Go through things, the same number on all processes; leave after SIGTERM or Ctrl-C."""
+    for thing in progress(things):
+        if stop_requested():
+            raise SystemExit(143)  # what is saved stays: --resume continues
+        yield thing
 
 
 def write_rows(path, rows):
@@ -260,18 +285,37 @@ def write_rows(path, rows):
     write(path, "".join(lines).encode())
 
 
+def why_wrong(row):
+    """The reason why a dictionary is no row of a responses.jsonl, or "" if it is one."""
+    # A response may be empty: a model may end at once.
+    if not row.get("prompt") or row.get("response") is None:
+        return "has no prompt or no response"
+
+    # Texts, or chat messages.  A file from elsewhere may lack the others.
+    texts = [row["prompt"], row["response"]]
+    if row.get("chosen") is not None:
+        texts.append(row["chosen"])
+    try:
+        for text in texts:
+            require_text(text)
+    except Unusable as reason:
+        return str(reason)
+    if not isinstance(row.get("row", 0), int | float | str):
+        return "its row, which tells prompts apart, is no number or text"
+    return ""
+
+
 def read_responses(path):
-    """The rows of a responses.jsonl.  SystemExit: none, or one without prompt or response."""
+    """The rows of a responses.jsonl.  SystemExit: none, or one that is not as it should be."""
     rows = read_rows(Path(path))
     require(rows, f"{path}: has no rows; generate it again")
     for number, row in enumerate(rows, 1):
-        # A response may be empty: a model may end at once.
-        complete = row.get("prompt") and row.get("response") is not None
-        require(complete, f"{path}: row {number} has no prompt or no response; generate it again")
+        why = why_wrong(row)
+        require(not why, f"{path}: row {number}: {why}; generate it again")
     return rows
 
 
-def load_items(args, rows, tokenizer, model):
+def load_items(args, rows, tokenizer):
     """An Item for every response to the rows' prompts, the longest prompts first.
 
     SystemExit: the model's context holds less than the longest prompt and its response.
@@ -280,29 +324,56 @@ def load_items(args, rows, tokenizer, model):
     # cue is the end of a prompt that must not be cut off ("TL;DR:").
     prompts = []
     for row in rows:
-        prompts.append({"prompt": row["prompt"], "cue": row.get("cue"), "responses": ["."]})
+        stand_in = {"cue": row.get("cue"), "tools": row.get("tools"), "responses": ["."]}
+        prompts.append({"prompt": row["prompt"], **stand_in})
     encoded = tokenize_pairs(
         prompts,
         tokenizer,
         max_length=args.max_prompt_length + 2,  # and the stand-in: ".", end of text
         max_prompt_length=args.max_prompt_length,
         what="prompts",
+        example=False,  # it would show the stand-in
     )
+    require_context(tokenizer, encoded, args.max_new_tokens - 2, "--max-prompt-length")
 
     # Alike lengths side by side waste no padding; the batch that needs the most memory comes first.
     encoded.sort(key=prompt_length, reverse=True)
-
-    # A model whose config names no limit has none.
-    context = getattr(model.config, "max_position_embeddings", math.inf)
-    longest = len(encoded[0]["prompt_ids"]) + args.max_new_tokens
-    problem = f"{args.model} reads {context} tokens, not {longest}: lower --max-prompt-length"
-    require(longest <= context, problem)
 
     items = []
     for row in encoded:
         for sample in range(args.samples):
             items.append(Item(row["row"], sample, row["prompt_ids"]))
     return items
+
+
+def memory(device):
+    """Bytes of memory of a device; of the processor's, what the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+ROW_BYTES = 1000  # in memory, of a response with its prompt and the chosen one: no less
+
+
+def check_sizes(args, prompts, vocabulary):
+    """Exit with one line if what is drawn, or a batch's logits, would not fit the memory.
+
+    prompts, vocabulary: how many there are.  The sizes are the least that is needed.
+    """
+    # The file is put together in the memory of the machine.
+    responses = prompts * args.samples
+    size = ROW_BYTES * responses
+    room = memory(torch.device("cpu"))
+    problem = f"--samples {args.samples} for {prompts} prompts take {size} bytes of {room}"
+    require(size <= room, f"{problem}; lower --samples or --prompts")
+
+    # A batch: uniforms in float64 for all tokens, and the logits of a step in float32.
+    batch = min(args.batch_size, responses)
+    size = batch * (8 * args.max_new_tokens + 4 * vocabulary)
+    room = memory(DEVICE)
+    problem = f"--batch-size {batch}, --max-new-tokens {args.max_new_tokens} take {size} bytes"
+    require(size <= room, f"{problem} of {room}; lower them")
 
 
 def prompt_length(row):
@@ -328,8 +399,9 @@ def draw_batch(args, batch, rows, filters, model, tokenizer):
 
     # The responses, with what a judge and a reader need to know of them.
     prompts = [item.prompt_ids for item in batch]
-    end = tokenizer.eos_token_id
-    found = respond(model, prompts, u, filters, end, len(tokenizer))
+    ends = end_tokens(model, tokenizer)
+    found = respond(model, prompts, u, filters, ends, len(tokenizer))
+    show_example(tokenizer, prompts[0], found[0])
     texts = tokenizer.batch_decode(found, skip_special_tokens=True)
     responses = []
     for item, text, ids in zip(batch, texts, found):
@@ -340,46 +412,119 @@ def draw_batch(args, batch, rows, filters, model, tokenizer):
             "row": item.row,
             "sample": item.sample,
             "tokens": len(ids),
-            "ended": ids[-1] == end,
+            "ended": ids[-1] in ends,
         }
         responses.append(response)
     return responses
 
 
-def generate(args, filters, out):
-    """Write out/responses.jsonl.  Until it is complete, a finished batch is a file in out/parts."""
-    # The model, whose vocabulary must hold every token of the tokenizer.
-    model = load_model(args.model, args.dtype)
+def prepare(args):
+    """Load all that it takes to draw the responses -> Work."""
     tokenizer = load_tokenizer(args.model)
-    embeddings = model.get_input_embeddings().num_embeddings
-    problem = f"{args.model}: a tokenizer of {len(tokenizer)} tokens with a model of {embeddings}, "
-    problem += "so they do not belong together; put the tokenizer of the model's training there"
-    require(len(tokenizer) <= embeddings, problem)
-
-    # The prompts, and the responses to be drawn in batches.
     rows = load_pairs(args.data, "test", pairs=False)
     if args.prompts:
         rows = rows[: args.prompts]
-    items = load_items(args, rows, tokenizer, model)
+    check_sizes(args, len(rows), len(tokenizer))
+
+    # The responses, in batches.
+    items = load_items(args, rows, tokenizer)
     batches = []
     for start in range(0, len(items), args.batch_size):
         batches.append(items[start : start + args.batch_size])
+    model = load_model(args.model, args.dtype)
+    return Work(tokenizer, model, rows, batches)
 
-    # The processes take turns: of `world` batches in a row each draws one, unless its file is there
-    # from a run that was killed.
+
+def expected_rows(work):
+    """The prompt and the chosen response of every response to be drawn, in the file's order."""
+    items = []
+    for batch in work.batches:
+        items += batch
+    found = []
+    for item in sorted(items):
+        row = work.rows[item.row]
+        found.append({"prompt": row["prompt"], "chosen": row.get("chosen")})
+    return found
+
+
+def part_path(out, number):
+    """The file of a batch's responses."""
+    return out / "parts" / f"{number:06d}.jsonl"
+
+
+TOKEN_BYTES = 10**4  # that a token takes in a file: no more
+
+
+def read_part(args, work, out, number):
+    """The responses to batch `number`, from its file.
+
+    Raises Unusable if it is not whole, or of another batch: a kill or a full disk may leave a file
+    of any size and content.
+    """
+    path = part_path(out, number)
+    batch = work.batches[number]
+    known = []
+    for item in batch:
+        row = work.rows[item.row]
+        known.append([item.row, item.sample, row["prompt"], row.get("chosen")])
+    try:
+        # Too large to be read?
+        most = len(json.dumps(known)) + TOKEN_BYTES * len(batch) * (args.max_new_tokens + 1)
+        size = path.stat().st_size
+        if size > most:
+            raise Unusable(f"has {size} bytes, too many for {len(batch)} responses")
+        found = read_rows(path)
+    except (OSError, RecursionError, SystemExit):
+        raise Unusable("cannot be read as rows") from None
+
+    # One row for each Item, in this order.
+    if len(found) != len(batch):
+        raise Unusable(f"has {len(found)} rows, not {len(batch)}")
+    for place, (row, wanted) in enumerate(zip(found, known), 1):
+        why = why_wrong(row)
+        if why:
+            raise Unusable(f"row {place}: {why}")
+        if [row.get("row"), row.get("sample"), row["prompt"], row.get("chosen")] != wanted:
+            raise Unusable(f"row {place} answers another prompt")
+    return found
+
+
+def is_drawn(args, work, out, number):
+    """Are the responses to batch `number` there, from a run that was killed?"""
+    path = part_path(out, number)
+    if not path.exists():
+        return False
+    try:
+        read_part(args, work, out, number)
+    except Unusable as reason:
+        print(f"{path}: {reason}; it is drawn again", flush=True)
+        return False
+    return True
+
+
+def generate(args, work, out):
+    """Write out/responses.jsonl.  Until it is complete, a finished batch is a file in out/parts."""
+    filters = sampler(args.temperature, args.top_k, args.top_p, args.min_p)
     parts = out / "parts"
     on_rank0(partial(parts.mkdir, exist_ok=True), f"{parts}: cannot be made")
+
+    # The processes take turns: of `world` batches in a row each draws one, unless its file is
+    # there from a run that was killed.
+    batches = work.batches
     world = dist.get_world_size()
-    for first in progress(range(0, len(batches), world)):
-        if stop_requested():
-            raise SystemExit(143)  # SIGTERM or Ctrl-C: --resume continues
+    for first in until_stopped(range(0, len(batches), world)):
         number = first + dist.get_rank()
-        path = parts / f"{number:06d}.jsonl"
-        if number < len(batches) and not path.exists():
-            write_rows(path, draw_batch(args, batches[number], rows, filters, model, tokenizer))
+        if number >= len(batches) or is_drawn(args, work, out, number):
+            continue
+        found = draw_batch(args, batches[number], work.rows, filters, work.model, work.tokenizer)
+        try:
+            write_rows(part_path(out, number), found)
+        except OSError as error:
+            problem = f"{part_path(out, number)}: cannot be written ({error.strerror})"
+            raise SystemExit(f"{problem}; make room, then --resume") from None
     dist.barrier()
 
-    on_rank0(partial(join, out), f"{out}/responses.jsonl is not written")
+    on_rank0(partial(join, args, work, out), f"{out}/responses.jsonl is not written")
 
 
 def row_and_sample(row):
@@ -387,11 +532,15 @@ def row_and_sample(row):
     return row["row"], row["sample"]
 
 
-def join(out):
+def join(args, work, out):
     """Make out/responses.jsonl of the files in out/parts, in the order of the data."""
     found = []
-    for path in (out / "parts").glob("*.jsonl"):
-        found += read_rows(path)
+    for number in range(len(work.batches)):
+        try:
+            found += read_part(args, work, out, number)
+        except Unusable as reason:
+            problem = f"{part_path(out, number)}: {reason}; --resume draws it again"
+            raise SystemExit(problem) from None
     write_rows(out / "responses.jsonl", sorted(found, key=row_and_sample))
     shutil.rmtree(out / "parts")
 
@@ -416,7 +565,10 @@ def scores(args, questions):
     if args.judge_command:
         return on_rank0(partial(ask, args.judge_command, questions), "--judge-command")
     if args.judge == "tiny":
-        return [tiny_reward(words(prompt), response) for prompt, response, _ in questions]
+        found = []
+        for prompt, response, _ in questions:
+            found.append(tiny_reward(words(prompt), words(response)))
+        return found
 
     # A reward model: of dpl.py, which says so in its config, or a classifier of the library.
     rows = []
@@ -425,20 +577,104 @@ def scores(args, questions):
             response = " "  # a reward is read at a token of the response, so it must have one
         rows.append({"prompt": prompt, "responses": [response]})
     folder = model_folder(args.judge)
-    config = json.loads((folder / "config.json").read_text())
-    if "dpl" in config:
-        return utility_scores(args, folder, rows)
-    architectures = config.get("architectures", [])
-    classifier = any("SequenceClassification" in name for name in architectures)
+    if "dpl" in read_config(folder):
+        found = utility_scores(args, folder, rows)
+    else:
+        found = classifier_scores(args, folder, rows)
+    wrong = np.flatnonzero(~np.isfinite(found))
+    problem = f"{folder}: a reward is not a finite number"
+    require(len(wrong) == 0, f"{problem}; train it again, or take another --dtype")
+    return found
 
-    # The library leaves id2label out of the file where it has the default, two outputs.
-    one_output = len(config.get("id2label", ["first", "second"])) == 1
-    problem = "not a reward model: it needs a sequence classification head with one output"
-    require(classifier and one_output, f"{folder}: {problem}")
-    return classifier_scores(args, folder, rows)
+
+def check_judge(args):
+    """Load --judge once, so that what is wrong with it ends the program before sampling."""
+    if args.judge_command:
+        # Only whether a shell can read it: a judge may cost money.
+        read = subprocess.run(["sh", "-n", "-c", args.judge_command], capture_output=True)
+        said = repr(read.stderr.decode(errors="replace").strip()[-60:])[-60:]
+        require(read.returncode == 0, f"--judge-command: no shell command: {said}; correct it")
+        return
+    if args.judge == "tiny":
+        return
+    folder = model_folder(args.judge)
+    if "dpl" in read_config(folder):
+        load_utility(args, folder)
+    else:
+        load_classifier(args, folder)
+
+
+def read_config(folder):
+    """The config.json of a reward model, a dictionary.  SystemExit: there is none, or no JSON."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"{path}: cannot be read ({type(error).__name__})"
+        raise SystemExit(f"{problem}; give --judge the folder of a reward model") from None
+    require(isinstance(config, dict), f"{path}: is no object of JSON; restore it")
+    return config
+
+
+def first_line(error):
+    """The type of an error and the start of what it says, for a message of one line."""
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said[:60]}"
 
 
 POINTS = {"a": 1, "tie": 0, "b": -1}  # what an answer gives to response a
+
+
+def stop_command(process):
+    """End a command and whatever it has started, politely at first."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+            process.wait(2)
+        except (ProcessLookupError, subprocess.TimeoutExpired):
+            pass  # it has ended; or it will have to
+
+
+def run_command(command, text, most):
+    """Run a shell command that reads a text -> exit code, what it printed, what it complained of.
+
+    SystemExit: after SIGTERM or Ctrl-C, or if it prints more than `most` bytes; it is ended then.
+    """
+    # Files, not pipes: neither side waits for the other to read.
+    options = {"shell": True, "start_new_session": True}
+    with (
+        tempfile.TemporaryFile() as asked,
+        tempfile.TemporaryFile() as printed,
+        tempfile.TemporaryFile() as complained,
+    ):
+        asked.write(text.encode())
+        asked.seek(0)
+        streams = {"stdin": asked, "stdout": printed, "stderr": complained}
+        process = subprocess.Popen(command, **streams, **options)
+
+        # The first process waits for it alone, so it looks at its own signals.
+        try:
+            while process.poll() is None:
+                if signals:
+                    raise SystemExit(143)
+                size = os.fstat(printed.fileno()).st_size
+                problem = f"--judge-command: prints {size} bytes and more"
+                require(size <= most, f"{problem}; it must print A, B or tie for each question")
+                try:
+                    process.wait(0.1)
+                except subprocess.TimeoutExpired:
+                    pass
+        finally:
+            if process.poll() is None:
+                stop_command(process)
+
+        # What it printed, as far as it may, since a fast one has ended before the first look; and
+        # the end of its complaint.
+        printed.seek(0)
+        complained.seek(max(0, complained.seek(0, os.SEEK_END) - 1000))
+        answers = printed.read(most + 1).decode(errors="replace")
+        complaint = complained.read().decode(errors="replace")
+        return process.returncode, answers, complaint
 
 
 def ask(command, questions):
@@ -450,17 +686,18 @@ def ask(command, questions):
     lines = []
     for prompt, a, b in questions:
         lines.append(json.dumps({"prompt": prompt, "a": a, "b": b}) + "\n")
-    done = subprocess.run(command, shell=True, input="".join(lines), capture_output=True, text=True)
-    said = done.stderr.strip()[-90:]
-    problem = f"--judge-command: exit code {done.returncode} {said!r}; try it by hand"
-    require(done.returncode == 0, problem)
+    most = 10**6 + 100 * len(lines)
+    code, printed, complaint = run_command(command, "".join(lines), most)
+    said = repr(complaint.strip()[-60:])[-60:]
+    problem = f"--judge-command: exit code {code} {said}"
+    require(code == 0, f"{problem}; try it by hand, then with --responses")
 
     # Every answer must be one of three words, and there must be as many as questions.
-    answers = [line.strip().lower() for line in done.stdout.splitlines()]
+    answers = [line.strip().lower() for line in printed.splitlines()]
     wrong = ""
     for number, answer in enumerate(answers, 1):
         if answer not in POINTS:
-            wrong = f"line {number} is {answer!r}; "
+            wrong = f"line {number} is {answer[:20]!r}; "
             break
     problem = f"--judge-command: {len(answers)} lines for {len(lines)} questions; {wrong}"
     problem += "it must print A, B or tie for each, no more"
@@ -468,49 +705,119 @@ def ask(command, questions):
     return [POINTS[answer] for answer in answers]
 
 
+def load_utility(args, folder):
+    """A distributional reward model of dpl.py -> model, tokenizer, and what its config says."""
+    from dpl import load_reward_model  # dpl.py, beside this file
+
+    try:
+        return load_reward_model(args.judge, args.dtype)
+    except Exception as error:  # damaged files: many types
+        problem = f"{folder}: no reward model of dpl.py ({first_line(error)})"
+        raise SystemExit(f"{problem}; restore it") from None
+
+
+@torch.no_grad()
 def utility_scores(args, folder, rows):
     """The mean utility of each row's response under a distributional reward model of dpl.py."""
-    from dpl import encode, load_reward_model, raw_outputs, utility  # dpl.py, beside this file
+    from dpl import encode, head_outputs, utility  # dpl.py, beside this file
 
-    model, tokenizer, meta = load_reward_model(args.judge, args.dtype)
+    model, tokenizer, meta = load_utility(args, folder)
     encoded = encode(rows, tokenizer, max_length=2**30)  # no text is too long
     unread = len(rows) - len(encoded)
     require(unread == 0, f"{folder}: cannot read {unread} of the texts")
-    outputs = raw_outputs(model, encoded, tokens_per_microbatch=8192)  # (1, K) for each row
+
+    # Raw outputs (N, K).  Each process fills in its own rows and leaves the others at 0.
+    outputs = torch.zeros(len(rows), model.config.num_labels)
+    for batch in until_stopped(pack_pairs(encoded, tokens_per_microbatch=8192)):
+        outputs[batch["index"]] = head_outputs(model, batch).cpu()
+    dist.all_reduce(outputs)
     return [utility(output, meta["type"], measure="mean").item() for output in outputs]
+
+
+def load_classifier(args, folder):
+    """A sequence classification model with one output -> model, tokenizer."""
+    # The library leaves id2label out of the file where it has the default, two outputs.
+    config = read_config(folder)
+    labels = config.get("id2label")
+    one_output = isinstance(labels, dict) and len(labels) == 1
+    classifier = "SequenceClassification" in str(config.get("architectures"))
+    problem = "not a reward model: it needs a sequence classification head with one output"
+    require(classifier and one_output, f"{folder}: {problem}")
+
+    # Weights that are not in its files would be random.
+    load = transformers.AutoModelForSequenceClassification.from_pretrained
+    dtype = getattr(torch, args.dtype)
+    try:
+        tokenizer = load_tokenizer(folder)
+        judge, info = load(folder, dtype=dtype, output_loading_info=True)
+    except Exception as error:  # damaged files: many types
+        problem = f"{folder}: not a reward model that loads ({first_line(error)})"
+        raise SystemExit(f"{problem}; restore it") from None
+    missing = sorted(info["missing_keys"])
+    problem = f"{folder}: not a reward model: its files lack {', '.join(missing)[:60]}"
+    require(not missing, f"{problem}; train it, or restore them")
+    return judge.eval().to(DEVICE), tokenizer
 
 
 def classifier_scores(args, folder, rows):
     """The one output of a sequence classification model for each row's prompt and response."""
-    # What a classifier expects: no token types, which decoders refuse, and padding at the end.
-    tokenizer = load_tokenizer(folder)
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    tokenizer.padding_side = "right"
-
-    # The text is what training saw: the list [prompt, response]; or else a string, which says why
-    # the row cannot be used.
+    # Of a chat the classifier reads all that the template writes, as its training did; before and
+    # after text it has its own special tokens.  What is too long for it loses its end.
+    judge, tokenizer = load_classifier(args, folder)
     texts = []
-    for row in rows:
-        found = row_texts(tokenizer, row)
-        require(isinstance(found, list), f"{folder}: a text {found}")
-        texts.append("".join(found))
+    cut = 0
+    for row in until_stopped(rows):
+        try:
+            found = row_texts(tokenizer, row)
+        except Unusable as reason:
+            raise SystemExit(f"{folder}: a text {reason}") from None
+        if found.is_chat:
+            ids = tokenizer(found.responses[0], add_special_tokens=False).input_ids
+        else:
+            ids = tokenizer(found.prompt + found.responses[0], verbose=False).input_ids
+        cut += len(ids) > tokenizer.model_max_length
+        texts.append(ids[: tokenizer.model_max_length])
+    if cut:
+        context = tokenizer.model_max_length
+        say(f"{folder}: {cut} of {len(rows)} texts cut to its context of {context} tokens")
 
-    # The raw output, without a sigmoid or softmax.
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    pipe = transformers.pipeline(
-        "text-classification", str(folder), tokenizer=tokenizer, dtype=args.dtype, device=device
-    )
-    pipe.model.config.pad_token_id = tokenizer.pad_token_id
-    outputs = pipe(texts, batch_size=args.batch_size, function_to_apply="none")
-    return [output["score"] for output in outputs]
+    # The raw output, without a sigmoid or softmax; padding at the end.
+    judge.config.pad_token_id = padding_for(tokenizer, texts)
+    scores = []
+    for start in until_stopped(range(0, len(texts), args.batch_size)):
+        batch = [torch.tensor(ids) for ids in texts[start : start + args.batch_size]]
+        padded = pad_sequence(batch, batch_first=True, padding_value=judge.config.pad_token_id)
+        lengths = torch.tensor([[len(ids)] for ids in batch])
+        mask = torch.arange(padded.shape[1]) < lengths
+        with torch.no_grad():
+            output = judge(padded.to(DEVICE), attention_mask=mask.long().to(DEVICE))
+        scores += output.logits[:, 0].float().tolist()
+    return scores
+
+
+def padding_for(tokenizer, texts):
+    """An id to pad with.
+
+    A decoder's classifier reads the last token that is not padding, which must not be the end of a
+    chat: where EOS is the padding, another id takes its place, one that no text ends with.
+    """
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer.pad_token_id
+    last = {ids[-1] for ids in texts}
+    free = 0
+    while free in last:
+        free += 1
+    return free
 
 
 def other_responses(args, rows):
     """What the responses are compared with: the chosen ones, or those of the file --against."""
     if args.against == "chosen":
-        others = [words(row.get("chosen")) for row in rows]
-        problem = "a row has no chosen response: --against another responses.jsonl"
-        require(all(others), problem)
+        others = []
+        for number, row in enumerate(rows, 1):
+            others.append(words(row.get("chosen")))
+            problem = f"row {number} has no chosen response: --against another responses.jsonl"
+            require(others[-1], problem)
         return others
     other_rows = read_responses(args.against)
     same = [row["prompt"] for row in rows] == [row["prompt"] for row in other_rows]
@@ -520,10 +827,8 @@ def other_responses(args, rows):
     return [row["response"] for row in other_rows]
 
 
-def compare(args, rows):
+def compare(args, rows, others):
     """The rows with the other response, both scores, and the outcome: 1 win, 0 tie, -1 loss."""
-    others = other_responses(args, rows)
-
     # Both orders: first the response before the other, then the other before the response.
     questions = []
     for row, other in zip(rows, others):
@@ -572,55 +877,135 @@ def draw_scores(rows, summary, caption, path):
     axis.set_ylabel("responses")
     axis.legend()
     figure.suptitle(caption, fontsize=8)
-    path.parent.mkdir(exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
+
+
+# The run.
+
+RANGES = {  # option: its least and largest value
+    "temperature": (0, 10**6),
+    "top_k": (0, 10**9),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    "max_new_tokens": (1, 10**6),
+    "prompts": (0, 10**9),
+}
 
 
 def check(args):
     """Refuse numbers out of their range before anything is loaded."""
-    require(args.max_new_tokens >= 1, "--max-new-tokens: at least 1")
-    require(args.samples >= 1, "--samples: at least 1")
-    require(args.max_prompt_length >= 1, "--max-prompt-length: at least 1")
-    require(args.prompts >= 0, "--prompts: at least 0")
+    check_ranges(args, RANGES)
+    problem = f"--temperature {args.temperature}: 0, which is greedy, or at least 1e-6"
+    require(args.temperature == 0 or args.temperature >= 1e-6, problem)
 
-    # It refuses its options by itself; the result is not needed yet.
+    # The library has its own rules; the result is not needed yet.
     sampler(args.temperature, args.top_k, args.top_p, args.min_p)
+
+
+def require_free(args, out):
+    """Exit with one line if start_run would refuse the folder, so that no work is done in vain."""
+    is_run = (out / "config.json").is_file()
+    if args.resume:
+        require(is_run, f"{out}: no config.json, so no run to resume; start it without --resume")
+    elif out.is_dir() and any(out.iterdir()):
+        require(args.overwrite, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
+        require(is_run, f"{out}: no config.json, so --overwrite deletes nothing; another --out")
+
+    # The folder, or the nearest one that there is.
+    nearest = out.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+    require(writable, f"{nearest}: not a folder that can be written to; choose another --out")
+
+
+def is_judged(args):
+    """Is there to be a win rate?"""
+    return args.judge_command != "" or args.judge != "none"
+
+
+def judge_file(args):
+    """The rows of --responses -> judged rows, or None without a judge.
+
+    They are judged before the run folder is made: a fault in them or in the judge leaves nothing.
+    """
+    rows = read_responses(args.responses)
+    found = None
+    if is_judged(args):
+        found = compare(args, rows, other_responses(args, rows))
+    start_run(args, "generate")
+    return found
+
+
+def draw(args, out):
+    """Draw the responses -> the others that they are compared with, or None without a judge.
+
+    Whatever can be refused is refused before the run folder is made.  The judge is tried before the
+    model is loaded, so that only one of them is in memory.  The others are read before sampling,
+    since --overwrite may delete the file that they are in.
+    """
+    if is_judged(args):
+        check_judge(args)
+    work = prepare(args)
+    others = None
+    if is_judged(args):
+        others = other_responses(args, expected_rows(work))
+
+    # The run folder; start_run deletes what all methods write, and clear the rest.
+    start_run(args, "generate")
+    if args.overwrite:
+        on_rank0(partial(clear, out), f"{out}: cannot be cleared")
+    generate(args, work, out)
+    return others
+
+
+def draw_and_judge(args, out):
+    """Draw the responses, unless an earlier run has -> judged rows, or None without a judge."""
+    path = out / "responses.jsonl"
+    others = None
+    if args.resume and not args.overwrite and path.exists():
+        start_run(args, "generate")
+        rows = read_responses(path)
+        if is_judged(args):
+            others = other_responses(args, rows)
+    else:
+        others = draw(args, out)
+        rows = read_responses(path)
+    if others is None:
+        return None
+    return compare(args, rows, others)
+
+
+def write_results(args, rows, summary, out):
+    """judged.jsonl, the table and the figure."""
+    title = f"{args.responses or args.model} against {args.against}"
+    title += f", judge {args.judge_command or args.judge}"
+    write_rows(out / "judged.jsonl", rows)
+    print_table(summary, title, comparisons=len(rows))
+    caption = title
+    if not args.responses:  # those of a file were made by a model and data that we do not know
+        caption = f"{title}\n{setting(args)}"
+    draw_scores(rows, summary, caption, out / "figures" / "scores.png")
 
 
 def main(args):
     check(args)
     setup(args.seed)
+    out = Path(args.out or "results/generate")
+    problem = f"{out}: cannot hold a run; choose another --out"
+    on_rank0(partial(require_free, args, out), problem)
 
-    # Responses: read (first, since --overwrite may delete the folder that they are in), or
-    # generated unless an earlier run has finished them.
+    # Responses, from a file or drawn, judged in both orders.
     if args.responses:
-        path = Path(args.responses)
-        rows = read_responses(path)
-        out = start_run(args, "generate")
+        rows = judge_file(args)
     else:
-        out = start_run(args, "generate")
-        path = out / "responses.jsonl"
-        if args.overwrite:  # start_run deletes what all methods write; this is the rest
-            on_rank0(partial(clear, out), f"{out}: cannot be cleared")
-        if not path.exists():
-            filters = sampler(args.temperature, args.top_k, args.top_p, args.min_p)
-            generate(args, filters, out)
-        rows = read_responses(path)
-    if args.judge == "none" and not args.judge_command:
+        rows = draw_and_judge(args, out)
+    if rows is None:
         return None
 
-    # Judged in both orders, then counted.
-    rows = compare(args, rows)
+    # Counted.
     summary = summarise(rows)
-    title = f"{args.responses or args.model} against {args.against}"
-    title += f", judge {args.judge_command or args.judge}"
-    if dist.get_rank() == 0:
-        write_rows(out / "judged.jsonl", rows)
-        print_table(summary, title, comparisons=len(rows))
-        caption = title
-        if not args.responses:  # those of a file were made by a model and data that we do not know
-            caption = f"{title}\n{setting(args)}"
-        draw_scores(rows, summary, caption, out / "figures" / "scores.png")
+    on_rank0(partial(write_results, args, rows, summary, out), f"{out}: cannot be written")
     return summary
 
 

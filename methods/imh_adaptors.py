@@ -38,10 +38,11 @@ import os
 import re
 import shutil
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from collections import defaultdict
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import tyro
 
@@ -141,11 +142,13 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here 
 from common import packs  # log-probabilities
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
 from common import pack_pairs  # tokenization
-from common import load_pairs, read_rows  # data
+from common import encode_prompt, encode_rows, end_tokens  # tokenization
+from common import row_texts, show_example  # tokenization
+from common import load_pairs, read_rows, report, words  # data
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
-from common import on_rank0, progress, require, say, setting, setup  # processes
-from common import start_run, stop_requested, write  # processes
+from common import check_ranges, on_rank0, progress, require, say, setting  # processes
+from common import save_figure, setup, signals, start_run, stop_requested, write  # processes
 # isort: on
 
 
@@ -465,6 +468,28 @@ def pools_of(prompts, pooled):
     return [np.array(pools[prompt]) for prompt in sorted(pools)]
 
 
+PIECE = 10_000  # steps of the chains between two looks at the signals
+
+
+def held_steps(log_w, log_u):
+    """imh_chain of (P, N) log-weights piece by piece, so that a signal is heard -> (P, N)"""
+    held = torch.empty(log_w.shape, dtype=torch.long)
+    for start in range(0, log_w.shape[1], PIECE):
+        leave_if_stopped()
+        end = start + PIECE
+        if start == 0:
+            held[:, :end] = imh_chain(log_w[:, :end], log_u[:, :end])
+            continue
+
+        # The draw held at the end of the last piece is the first one of this piece.
+        last = held[:, start - 1 : start]
+        piece_w = torch.cat([log_w.gather(1, last), log_w[:, start:end]], 1)
+        piece_u = log_u[:, start - 1 : end]
+        found = imh_chain(piece_w, piece_u)[:, 1:]
+        held[:, start:end] = torch.where(found == 0, last, start - 1 + found)
+    return held
+
+
 @dataclass
 class Chains:
     """The chains of one setting, side by side."""
@@ -488,7 +513,7 @@ def run_chains(log_w, pools, length, burn_in, rng):
     proposals = np.stack(proposals)  # (P, length) indices into log_w
 
     # held[c, i]: the step whose proposal chain c holds at step i; i itself if it was accepted.
-    held = imh_chain(log_w[proposals], log_u).numpy()
+    held = held_steps(torch.as_tensor(log_w[proposals]), log_u).numpy()
     accepted = held[:, 1:] == np.arange(1, length)
     states = np.take_along_axis(proposals, held, 1)
     return Chains(states=states[:, burn_in:], accept=accepted.mean().item())
@@ -534,6 +559,32 @@ def typical_corpora(means, log_p_plus, n, eps):
     return means[distance * math.sqrt(n) < eps * log_p_plus.std()]
 
 
+# Signals and sizes.
+
+
+def leave_if_stopped():
+    """Leave after SIGTERM or Ctrl-C, where rank 0 works and the others wait in on_rank0."""
+    if signals:
+        raise SystemExit(143)
+
+
+CHAIN_BYTES = 64  # of a step at the peak: uniforms, proposal, weight, state, its four values
+CORPUS_BYTES = 40  # of a string in a corpus: its number and its four values
+
+
+def require_memory(flag, what, size):
+    """SystemExit: `what`, of so many bytes, does not fit into this machine; flag: with its value"""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    problem = f"{flag}: {what} would take {size:,} bytes, of {memory:,} here; choose less"
+    require(size <= memory, problem)
+
+
+def check_chains(args, chains):
+    """SystemExit: so many chains do not fit into memory."""
+    flag = f"--chain-length {args.chain_length}"
+    require_memory(flag, f"{chains} chains", chains * args.chain_length * CHAIN_BYTES)
+
+
 # Model and data: settings, prompts and the reward.
 
 
@@ -559,24 +610,29 @@ def first_turn(text):
 def load_prompts(args, tokenizer):
     """The prompts to answer: [(ids, text), ...], drawn by the seed, the shortest first."""
     # The template goes around the first turn of a transcript; without one the prompt is as it is.
-    texts = {}
-    for row in load_pairs(args.data, "test"):
-        text = row["prompt"]
-        require(isinstance(text, str), f"{args.data}: chat messages; give prompts that are text")
-        if args.template != "{}":
-            text = args.template.replace("{}", first_turn(text))
-        texts[text] = None  # each once, in the order of the data
-
-    # A prompt must leave room for one token at least.
-    longest = min(args.max_prompt_length, args.max_length - 1)
+    # Chat messages have the tokenizer's own template.
     prompts = []
-    for text in texts:
-        ids = tokenizer(text).input_ids
-        if 0 < len(ids) <= longest:
-            prompts.append((ids, text))
-    problem = f"{args.data}: no prompt of up to {longest} tokens; "
-    problem += "raise --max-prompt-length or --max-length"
-    require(prompts, problem)
+    dropped = defaultdict(list)
+    known = set()
+    longest = min(args.max_prompt_length, args.max_length - 1)  # a prompt leaves room for a token
+    context = tokenizer.model_max_length
+    too_long = f"--max-length {args.max_length}: the model reads {context} tokens; lower it"
+    require(args.max_length <= context, too_long)
+    rows = []
+    for row in load_pairs(args.data, "test"):
+        rows.append({"prompt": row["prompt"], "responses": [], "tools": row.get("tools")})
+    for row in rows:
+        if args.template != "{}" and isinstance(row["prompt"], str):
+            row["prompt"] = args.template.replace("{}", first_turn(row["prompt"]))
+    for number, (row, found) in enumerate(zip(rows, encode_rows(rows, tokenizer)), 1):
+        if isinstance(found, str):
+            dropped[found].append(number)
+        elif len(found.prompt_ids) > longest:
+            dropped[f"more than {longest} tokens (--max-prompt-length)"].append(number)
+        elif tuple(found.prompt_ids) not in known:  # each once, in the order of the data
+            known.add(tuple(found.prompt_ids))
+            prompts.append((found.prompt_ids, row["prompt"]))
+    report(f"{args.data}: different prompts", len(prompts), dropped)
 
     # A random choice, sorted so that prompts of about equal length share a chunk.
     order = np.random.default_rng(args.seed).permutation(len(prompts))
@@ -596,15 +652,23 @@ class Judge:
     name: str  # tiny, implicit, or the folder or hub id of a reward model
     model: object = None  # of the reward model
     tokenizer: object = None  # likewise
+    cut: int = 0  # how many texts were longer than its context, and lost their end
 
     def reward(self, row, implicit):
         """The reward of one response: a row of a sample file, and its beta log p_+ / p."""
         if self.name == "tiny":
-            return tiny_reward(row["prompt"], row["text"])
+            return tiny_reward(words(row["prompt"]), row["text"])
         if self.name == "implicit":
             return implicit
-        ids = self.tokenizer(row["prompt"] + row["text"], return_tensors="pt").input_ids
-        return self.model(ids.to(self.model.device)).logits.item()
+        # Of a chat the model reads all that its template writes; else it adds its special tokens.
+        texts = row_texts(self.tokenizer, {"prompt": row["prompt"], "responses": [row["text"]]})
+        if texts.is_chat:
+            ids = self.tokenizer(texts.responses[0], add_special_tokens=False).input_ids
+        else:
+            ids = self.tokenizer(texts.prompt + texts.responses[0]).input_ids
+        context = self.tokenizer.model_max_length
+        self.cut += len(ids) > context
+        return self.model(torch.tensor([ids[:context]], device=self.model.device)).logits.item()
 
 
 def load_judge(name, device):
@@ -666,6 +730,7 @@ def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
     found = [Response() for _ in uniforms]
     # Slot s of the cache holds the text of response answered[s].
     answered = torch.arange(len(uniforms), device=uniforms.device)
+    ends = torch.tensor(end_tokens(model, tokenizer), device=uniforms.device)
     last = uniforms.shape[1] - 1
     cache, _, logits = prefill(model, prompts, uniforms.shape[1], copies)
     for t in range(uniforms.shape[1]):
@@ -680,7 +745,7 @@ def sample(model, prompts, copies, adaptor, uniforms, tokenizer):
             found[number].log_kept.append(log_kept[slot])
 
         # The responses that go on, in as few slots; those that can stay where they are do.
-        slots = stay_in_place((tokens != tokenizer.eos_token_id).nonzero()[:, 0])
+        slots = stay_in_place(torch.isin(tokens, ends, invert=True).nonzero()[:, 0])
         if t == last or len(slots) == 0:
             break
         reorder(cache, slots)
@@ -726,6 +791,10 @@ def generate(args):
     settings = all_settings(args.sampling_types, args.temperatures)
     adaptors = [parse_adaptor(spec, len(tokenizer)) for spec in settings]
     prompts = load_prompts(args, tokenizer)
+    context = tokenizer.model_max_length
+    problem = f"--max-length {args.max_length}: {args.model:.80} reads {context} tokens; lower it"
+    require(args.max_length <= context, problem)
+    check_chains(args, 1 if args.pooled else len(prompts))
     out = start_run(args, "imh_adaptors") / "samples"
     model = load_model(args.model, args.dtype)
     if args.overwrite:
@@ -749,6 +818,7 @@ def generate(args):
             uniforms = torch.tensor(stream.random(shape), device=device)
             rows = draw_chunk(model, chunk, args.samples, adaptors[i], uniforms, tokenizer)
             write_chunk(path, rows)
+            show_example(tokenizer, rows[0]["prompt_ids"], rows[0]["ids"])
         if stop_requested():
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
     dist.barrier()  # now all chunks are there
@@ -824,11 +894,54 @@ def read_samples(path, vocabulary):
     """The rows of one sample file, by prompt: {prompt ids: rows}.  SystemExit: unusable rows."""
     groups = {}
     for number, row in enumerate(read_rows(path)):
-        usable = row["ids"] and max(row["ids"]) < vocabulary
-        problem = f"{path}: row {number}: no response, or tokens that --model does not have; "
-        require(usable, problem + "delete the file, generate --resume")
+        why = why_no_sample(row, vocabulary)
+        require(not why, f"{path}: row {number}: {why}; delete the file, generate --resume")
         groups.setdefault(tuple(row["prompt_ids"]), []).append(row)
+    require(groups, f"{path}: no rows; delete the file, generate --resume")
     return groups
+
+
+def why_no_sample(row, vocabulary):
+    """What is wrong with a row of a sample file, or "" if nothing is."""
+    for name in ("prompt", "prompt_ids", "ids", "log_q", "log_kept", "text"):
+        if name not in row:
+            return f"no {name}"
+    if not isinstance(row["text"], str) or not isinstance(row["prompt"], str | list):
+        return "text or prompt is of the wrong type"
+
+    # Tokens, and a finite log q and log Z_t for each of them.
+    if row["ids"] == [] or row["prompt_ids"] == []:
+        return "no response, or no prompt"
+    if not are_tokens(row["prompt_ids"], vocabulary) or not are_tokens(row["ids"], vocabulary):
+        return "tokens that --model does not have"
+    for name in ("log_q", "log_kept"):
+        if not are_numbers(row[name], len(row["ids"])):
+            return f"{name} is not a list of {len(row['ids'])} finite numbers"
+    return ""
+
+
+def are_tokens(ids, vocabulary):
+    """Whether a value of JSON is a list of token ids."""
+    if not isinstance(ids, list):
+        return False
+    return all(type(one) is int and 0 <= one < vocabulary for one in ids)
+
+
+def is_number(value):
+    """Whether a value of JSON is a finite number; true and false are none."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def are_numbers(values, n):
+    """Whether a value of JSON is a list of n finite numbers."""
+    return isinstance(values, list) and len(values) == n and all(map(is_number, values))
+
+
+def check_samples(sources, vocabulary):
+    """SystemExit: one of the sample files has rows that cannot be scored."""
+    for path in sources:
+        leave_if_stopped()
+        read_samples(path, vocabulary)
 
 
 @torch.no_grad()
@@ -872,6 +985,7 @@ def score(args):
     sources = sorted(samples.glob("*/*.json"))
     problem = f"{samples}: no <setting>/<chunk>.json; first run generate with this --out"
     require(sources, problem)
+    on_rank0(partial(check_samples, sources, len(tokenizer)), f"{samples}: cannot be read")
     judge = load_judge(args.reward, device)
 
     # The scores are a run of their own inside the run folder, with the flags that they were made
@@ -894,6 +1008,8 @@ def score(args):
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
     dist.barrier()  # now all chunks are there
     say(f"{len(jobs)} chunks in {out}")
+    if judge.cut:
+        say(f"{args.reward}: {judge.cut} texts of this process were cut to its context")
 
 
 # Figures: points against points.
@@ -968,8 +1084,7 @@ def scatter(path, panels, caption):
         handles, names = axes[-1].get_legend_handles_labels()
         figure.legend(handles, names, loc="outside right center", fontsize=8)
     figure.suptitle(caption, fontsize=8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 # The toy experiment: a thousand strings with probabilities, no model.
@@ -996,6 +1111,7 @@ def toy_corpora(p_plus, log_p, r):
     means = []
     cdf = p_plus.cumsum() / p_plus.sum()
     for c in range(1000):
+        leave_if_stopped()
         u = np.sort(np.random.RandomState(c).random_sample(100_000))
         # How often each string is drawn: how many of the uniforms fall on its stretch of the cdf.
         counts = np.diff(u.searchsorted(cdf), prepend=0)
@@ -1108,20 +1224,36 @@ class ExactValues:
     accept: float = 0.0  # of IMH from q to g, stationary
 
 
-def listed_worlds(args, tokenizer, prompts, support):
-    """Draw `support` responses to each prompt from the prior and list the different ones.
+def exact_prompts(args, tokenizer, n):
+    """The first n prompts of the test split, each once: [(text, ids), ...]
+
+    SystemExit: one that is no text, or that leaves no room for a response.
+    """
+    rows = load_pairs(args.data, "test")
+    for row in rows:
+        require(isinstance(row["prompt"], str), f"{args.data}: exact needs prompts that are text")
+    texts = list(dict.fromkeys(row["prompt"] for row in rows))
+    found = []
+    for text in texts[:n]:
+        ids = encode_prompt(text, tokenizer)
+        problem = f"--max-length {args.max_length}: no room for a response to {text[:30]!r}, "
+        problem += f"a prompt of {len(ids)} tokens in {args.data:.60}; raise it"
+        require(len(ids) < args.max_length, problem)
+        found.append((text, ids))
+    return found
+
+
+def listed_worlds(args, tokenizer, prior, prompts, support):
+    """Draw `support` responses to each (text, ids) from the prior and list the different ones.
 
     The prior is the language model --ref-model given that its response is one of these.  So p is
     known by scoring, log Z is a sum, and p_+ has an exact probability for every next token.
     """
-    # The first prompts of the test split, each once.
-    prior = load_model(args.ref_model)
-    rows = load_pairs(args.data, "test")
-    texts = list(dict.fromkeys(row["prompt"] for row in rows))
     worlds = []
-    for number, text in enumerate(texts[:prompts]):
+    for number, (text, prompt) in enumerate(prompts):
+        leave_if_stopped()
+
         # Strings of the prior; a string that is drawn twice is listed once.
-        prompt = tokenizer(text).input_ids
         rng = np.random.default_rng([args.seed, number])
         uniforms = torch.tensor(rng.random((support, args.max_length - len(prompt))))
         drawn = sample(prior, [prompt], support, {}, uniforms, tokenizer)
@@ -1199,32 +1331,49 @@ def exact(args, prompts=8, support=512, draws=64, settings=None):
 
     Writes `draws` draws of q for each prompt as the scores of args.out, for imh and figures.
     """
+    # All processes read the prompts and the model; rank 0 works while the others wait.
+    if settings is None:
+        settings = all_settings(EXACT_TYPES, args.temperatures)
     tokenizer = load_tokenizer(args.ref_model)
-    worlds = listed_worlds(args, tokenizer, prompts, support)
+    chosen = exact_prompts(args, tokenizer, prompts)
+    prior = load_model(args.ref_model)
+
+    def work():
+        worlds = listed_worlds(args, tokenizer, prior, chosen, support)
+        return exact_table(args, tokenizer, worlds, settings, draws)
+
+    return on_rank0(work, f"exact with --out {args.out}: cannot go on")
+
+
+def exact_table(args, tokenizer, worlds, settings, draws):
+    """Print the exact numbers of each setting, write its draws -> {setting: its ExactValues}"""
     listed = np.mean([len(world.ids) for world in worlds])
     covered = np.mean([world.covered for world in worlds])
     head = f"exact posterior: {len(worlds)} prompts, {listed:.0f} strings each"
     print(f"{head}, of mass {covered:.3f}")
     print(f"{'':32} local: log p, r | global: log p, r |  log_Z_g   accept  error of Eq. 1")
 
-    # Setting by setting: exact numbers to the table, draws to a score file.
-    remove_chunks(Path(args.out, "scores"))
-    if settings is None:
-        settings = all_settings(EXACT_TYPES, args.temperatures)
+    # Setting by setting: exact numbers to the table, and draws.
     found = {}
+    drawn = {}
     means = []
     for spec in settings:
         adaptor = parse_adaptor(spec, len(tokenizer))
         found[spec] = []
-        rows = []
+        drawn[spec] = []
         for world in worlds:
+            leave_if_stopped()
             values = exact_values(world, adaptor, args.beta, len(tokenizer))
             found[spec].append(values)
-            rows += draw_rows(world, values, draws, args.beta)
-        write_chunk(Path(args.out, "scores", spec, "00000.json"), rows)
+            drawn[spec] += draw_rows(world, values, draws, args.beta)
         means.append(mean_values(found[spec]))
         worst = max(values.error for values in found[spec])
         print(f"{spec:32}", *(f"{x:8.3f}" for x in means[-1]), f"{worst:8.1e}", flush=True)
+
+    # The draws of all settings take the place of an earlier run's.
+    remove_chunks(Path(args.out, "scores"))
+    for spec, rows in drawn.items():
+        write_chunk(Path(args.out, "scores", spec, "00000.json"), rows)
 
     # What the exact numbers say, with no draw in them.
     means = np.array(means)  # the first four columns: E_q log p, E_q r, E_g log p, E_g r
@@ -1253,7 +1402,13 @@ def make_corpus(rows):
     columns = {}
     for name in NUMBERS:
         columns[name] = np.array([row[name] for row in rows])
-    return Corpus(prompts=[row["prompt"] for row in rows], **columns)
+    prompts = []
+    for row in rows:
+        prompt = row["prompt"]
+        if not isinstance(prompt, str):  # chat messages
+            prompt = json.dumps(prompt)
+        prompts.append(prompt)
+    return Corpus(prompts=prompts, **columns)
 
 
 def read_corpora(args):
@@ -1267,20 +1422,34 @@ def read_corpora(args):
         problem = f"{args.out}: no scores; first run generate, then score, with this --out"
     require(rows and all(rows.values()), problem)
     for spec, members in rows.items():
+        parse_adaptor(spec)  # a name that is no setting's ends the program here
         corpora[spec] = make_corpus(members)
     return corpora
 
 
 def read_scores(folder):
-    """{setting: rows} of <setting>/<chunk>.json."""
+    """{setting: rows} of <setting>/<chunk>.json.  SystemExit: unusable rows."""
     found = {}
     for path in sorted(folder.glob("*/*.json")):
+        leave_if_stopped()
         rows = read_rows(path)
         for number, row in enumerate(rows):
-            for name in ("prompt", *NUMBERS):
-                require(name in row, f"{path}: row {number}: no {name}; score it again")
+            why = why_no_scores(row)
+            require(not why, f"{path}: row {number}: {why}; score it again")
         found.setdefault(path.parent.name, []).extend(rows)
     return found
+
+
+def why_no_scores(row):
+    """What is wrong with a row of a score file, or "" if nothing is."""
+    if not isinstance(row.get("prompt"), str | list):
+        return "no prompt"
+    for name in NUMBERS:
+        if name not in row:
+            return f"no {name}"
+        if not is_number(row[name]):
+            return f"{name} {row[name]!r:.20} is not a finite number"
+    return ""
 
 
 RELEASED = {  # kind of the authors' file: {our column: theirs}
@@ -1296,39 +1465,116 @@ RELEASED = {  # kind of the authors' file: {our column: theirs}
 RELEASED_NAME = re.compile(r"numgenerations\d+_(.+?)_t([\d.]+)_.*?(scored[a-z]+)")
 
 
+@dataclass
+class ReleasedRow:
+    """A row of one of the authors' CSVs."""
+
+    number: int  # from 1
+    key: tuple  # prompt and text
+    scores: dict  # {our column: number}, nan where there is none
+
+
 def read_released(folder, beta):
     """{setting: rows} of the authors' CSVs, joined by setting, prompt and text.
 
-    Responses without text, or with a score that is missing or infinite, are left out.
+    Responses without text, that are not in all three files, or with a score that is missing or
+    infinite, are left out and counted.
     """
-    # Three files a setting, each with a part of the columns, are joined by prompt and text.
-    joined = {}
+    # Three files a setting, each with a part of the columns.
+    files = {}  # {setting: {kind of file: ReleasedRows}}
     for path in sorted(Path(folder).glob("*numgenerations*_t*_scored*.csv")):
+        leave_if_stopped()
         match = RELEASED_NAME.search(path.name)
         if match is None or match[3] not in RELEASED:
             continue  # another file of theirs
         kind, T, end = match.groups()
-        setting_rows = joined.setdefault(f"{kind},temperature={T}", {})
-        sign = 1 if end == "scoredreward" else -1  # they store negative log-probs
-        for line, row in enumerate(read_rows(path), 2):  # line 1 names the columns
-            for column in ("prompt", "generated_text", *RELEASED[end].values()):
-                problem = f"{path}:{line}: no column {column!r} in {', '.join(row)}"
-                require(row.get(column) is not None, problem)
-            scores = setting_rows.setdefault((row["prompt"], row["generated_text"]), {})
-            for ours, theirs in RELEASED[end].items():
-                scores[ours] = sign * float(row[theirs] or "nan")
+        parts = files.setdefault(f"{kind},temperature={T}", {})
+        parts.setdefault(end, []).extend(read_released_file(path, end))
 
     # What has all four columns, and numbers in them, is kept.
     found = {}
-    for spec, setting_rows in joined.items():
-        found[spec] = []
-        for (prompt, text), scores in setting_rows.items():
-            complete = len(scores) == 4 and math.isfinite(sum(scores.values()))
-            if complete and text.strip():
-                implicit = beta * (scores["log_aligned"] - scores["log_prior"])
-                more = {"prompt": prompt, "implicit": implicit, "log_kept": math.nan}
-                found[spec].append(scores | more)
+    for spec, parts in files.items():
+        for end in RELEASED:
+            problem = f"{folder}: {spec} has no CSV *_{end}*: each setting needs CSVs of all three"
+            require(end in parts, f"{problem} kinds; copy it there")
+        found[spec] = join_released(f"{folder}: {spec}: responses", parts, beta)
     return found
+
+
+def read_released_file(path, end):
+    """One of the authors' CSVs -> ReleasedRows.  SystemExit: no such column, or no number."""
+    sign = 1 if end == "scoredreward" else -1  # they store negative log-probs
+    found = []
+    line = 2  # line 1 names the columns
+    for number, row in enumerate(read_rows(path), 1):
+        place = f"{path}:{line}"
+        for column in ("prompt", "generated_text", *RELEASED[end].values()):
+            problem = f"{place}: no column {column!r} in {', '.join(map(str, row)):.80}"
+            require(column in row, problem)
+        scores = {}
+        for ours, theirs in RELEASED[end].items():
+            scores[ours] = sign * csv_number(row[theirs], f"{place}: {theirs}")
+        key = (str(row["prompt"]), str(row["generated_text"]))
+        found.append(ReleasedRow(number, key, scores))
+        line += 1 + "".join(map(str, row.values())).count("\n")  # a text may have several lines
+    return found
+
+
+def csv_number(value, place):
+    """A number of a CSV, nan where there is none.  SystemExit: another text."""
+    if value is None or value == "":
+        return math.nan
+    try:
+        return float(value)
+    except ValueError:
+        problem = f"{place} {value!r:.20} is not a number; correct it, or empty the cell"
+        raise SystemExit(problem) from None
+
+
+def join_released(what, parts, beta):
+    """Three lists of ReleasedRows, by kind -> rows as in score files; prints what is left out."""
+    # By prompt and text, in the order of the file that comes first.
+    joined = {}
+    first = {}
+    for rows in parts.values():
+        for row in rows:
+            joined.setdefault(row.key, {}).update(row.scores)
+            first.setdefault(row.key, row.number)
+
+    # A text that is drawn twice cannot be told from its double, whose scores it has.
+    dropped = defaultdict(list)
+    seen = set()
+    for row in parts["scoredreward"]:
+        if row.key in seen:
+            dropped["the same text again"].append(row.number)
+        seen.add(row.key)
+
+    kept = []
+    for key, scores in joined.items():
+        prompt, text = key
+        why = why_left_out(text, scores)
+        if why:
+            dropped[why].append(first[key])
+            continue
+        implicit = beta * (scores["log_aligned"] - scores["log_prior"])
+        more = {"prompt": prompt, "implicit": implicit, "log_kept": math.nan}
+        kept.append(scores | more)
+    if dropped:
+        report(what, len(kept), dropped)
+    return kept
+
+
+def why_left_out(text, scores):
+    """The reason to leave a response of the authors' files out, or "" if it is usable."""
+    if len(scores) < 4:
+        return "not in all three files"
+    if not text.strip():
+        return "no text"
+    if any(map(math.isnan, scores.values())):
+        return "a score is missing"
+    if any(map(math.isinf, scores.values())):
+        return "a score is infinite"
+    return ""
 
 
 # IMH over the corpora, its table and its figures.
@@ -1375,9 +1621,12 @@ def imh_setting(args, spec, corpus, rng):
     record = Record(spec, args.target, prompts=len(pools), n=args.corpus_size)
 
     # The limit of every chain in closed form, and the chains themselves.
-    limits = [pool_limit(log_w[pool]) for pool in pools]
+    limits = []
     snis = []
-    for limit, pool in zip(limits, pools):
+    for pool in pools:
+        leave_if_stopped()
+        limit = pool_limit(log_w[pool])
+        limits.append(limit)
         snis.append(limit.weights @ values[pool])
     chains = run_chains(log_w, pools, args.chain_length, args.burn_in, rng)
     after = values[chains.states.ravel()]
@@ -1413,13 +1662,17 @@ def imh_setting(args, spec, corpus, rng):
 
 def imh(args):
     """Run IMH over each setting's draws, write out/imh.json and print a table -> Records"""
+    corpora = read_corpora(args)
+    for corpus in corpora.values():
+        check_chains(args, len(pools_of(corpus.prompts, args.pooled)))
     print(f"IMH to {args.target}: mean log p and mean reward; correlations of the two")
     head = f"{'':32}   as drawn        | chain            | limit            |"
     print(f"{head} accept  limit   ess  log_Z | strings corpora typical")
 
     # One line for each setting; its chance depends on the seed and its number.
     records = []
-    for number, (spec, corpus) in enumerate(read_corpora(args).items()):
+    for number, (spec, corpus) in enumerate(corpora.items()):
+        leave_if_stopped()
         rng = np.random.default_rng([args.seed, number])
         record = imh_setting(args, spec, corpus, rng)
         records.append(record)
@@ -1495,12 +1748,46 @@ def reward_panels(records, corpora, column, ylabel):
     return panels
 
 
+def read_records(path):
+    """The Records that imh wrote.  SystemExit: rows that are none."""
+    records = []
+    for number, row in enumerate(read_rows(path)):
+        why = why_no_record(row)
+        require(not why, f"{path}: row {number}: {why}; run imh again with this --out")
+        records.append(Record(**row))
+    require(records, f"{path}: no rows; run imh again with this --out")
+    return records
+
+
+def why_no_record(row):
+    """What is wrong with a row of imh.json, or "" if nothing is."""
+    if set(row) != {column.name for column in fields(Record)}:
+        return "not the columns that imh writes"
+    if not isinstance(row["setting"], str) or row["target"] not in get_args(Target):
+        return "no such setting or target"
+    if type(row["n"]) is not int or type(row["r_typ"]) is not float:
+        return "n or r_typ is of the wrong type"
+    for name in ("local", "chain", "snis"):
+        if not are_numbers(row[name], 4):
+            return f"{name} is not a list of 4 finite numbers"
+    if not isinstance(row["corpora"], dict):
+        return "corpora is not an object"
+    for kind in ("local", "chain", "typical"):
+        means = row["corpora"].get(kind)
+        if not isinstance(means, list) or not all(are_numbers(one, 4) for one in means):
+            return f"the {kind} corpora are not lists of 4 finite numbers"
+    return ""
+
+
 def figures(args):
     """Draw both rewards against log p: of strings, and of corpora before and after IMH."""
     path = Path(args.out, "imh.json")
     require(path.exists(), f"{args.out}: no imh.json; first run imh with this --out")
-    records = [Record(**row) for row in read_rows(path)]
+    records = read_records(path)
     corpora = read_corpora(args)
+    for record in records:
+        problem = f"{path}: has {record.setting}, of which there are no scores; run imh again"
+        require(record.setting in corpora, problem)
     ylabel = "reward (the judge's unit)"
     draw_reward(args, records, corpora, REWARD, ylabel, "correlations.png")
     if all(np.ptp(corpus.implicit) == 0 for corpus in corpora.values()):
@@ -1513,6 +1800,7 @@ def figures(args):
 
 def draw_reward(args, records, corpora, column, ylabel, name):
     """One figure of four panels, under the name of the authors' figure."""
+    leave_if_stopped()
     panels = reward_panels(records, corpora, column, ylabel)
     caption = f"As {name} of the authors' repository; IMH to the target {records[0].target}\n"
     caption += f"{setting(args)}\n{what_is_seen(records)}"
@@ -1521,38 +1809,68 @@ def draw_reward(args, records, corpora, column, ylabel, name):
     print(f"{name}: {'; '.join(titles)}")
 
 
+RANGES = {  # option: its least and largest value
+    "temperatures": (1e-6, 1e5),  # as `parse_adaptor` reads them from a name
+    "prompts": (1, 10**9),
+    "samples": (1, 10**6),
+    "beta": (1e-9, 1e9),
+    "chain_length": (2, 10**9),  # of one step no proposal could be accepted
+    "burn_in": (0, 10**9),
+    "corpus_size": (1, 10**9),
+    "eps": (1e-9, 1e9),
+    "max_length": (2, 2**30),
+}
+
+
 def check(args, command):
     """Refuse bad numbers, and --csv where it is not read, before anything is loaded."""
-    require(0 < args.beta < math.inf, "--beta: above 0, and finite")
-    require(args.prompts > 0, "--prompts: at least 1")
-    require(args.max_length > 1, "--max-length: at least 2")
-    require(args.max_prompt_length > 0, "--max-prompt-length: at least 1")
-    require(args.corpus_size > 0, "--corpus-size: at least 1")
-    require(0 <= args.burn_in < args.chain_length, "--burn-in: 0 <= --burn-in < --chain-length")
-    require(0 < args.eps < math.inf, "--eps: above 0, and finite")
+    # Numbers by themselves, and by what they would take.
+    check_ranges(args, RANGES)
+    problem = f"--burn-in {args.burn_in}: must be below --chain-length {args.chain_length}"
+    require(args.burn_in < args.chain_length, problem)
+    check_chains(args, chains=1)
+    size = 1000 * args.corpus_size * CORPUS_BYTES
+    require_memory(f"--corpus-size {args.corpus_size}", "1000 corpora", size)
+    rows = max(args.batch_size, args.samples)
+    size = rows * args.max_length * 8
+    flag = f"--max-length {args.max_length}"
+    require_memory(flag, f"the uniforms of {rows} responses", size)
+
+    # Options that are no numbers.
     reads_csv = command in ("imh", "figures")
     problem = f"--csv: {command} does not read it; run imh, then figures, with this --csv"
     require(reads_csv or not args.csv, problem)
+    require("{}" in args.template, "--template: needs {} where the prompt goes")
+    require(args.sampling_types, "--sampling-types: give one at least")
     for spec in all_settings(args.sampling_types, args.temperatures):
         parse_adaptor(spec)
 
 
+def alone(function, args):
+    """function(args) by rank 0, while the others wait: if it leaves, they all do."""
+
+    def work():
+        function(args)
+
+    on_rank0(work, f"{function.__name__} with --out {args.out}: cannot go on")
+
+
 def main(args, command="all"):
     check(args, command)
-    # Generate and score use every process; the rest is light and needs one, which torchrun names.
-    first = os.environ.get("RANK", "0") == "0"
-    if command in ("all", "toy") and first:
-        toy(args)
+    setup(args.seed)
+
+    # Generate and score use every process; the rest is light and needs one.
+    if command in ("all", "toy"):
+        alone(toy, args)
 
     # A p_+ that is Eq. 1 to the last digit; all runs it where the reward is known.
     tiny = args.data == "tiny" and args.reward == "tiny"
-    wanted = command == "exact" or (command == "all" and tiny)
-    if wanted and first:
+    if command == "exact" or (command == "all" and tiny):
         # The model is no file here: it is the name in captions.
         known = replace(args, model="exact posterior", target="global", out=f"{args.out}-exact")
         exact(known)
-        imh(known)
-        figures(known)
+        alone(imh, known)
+        alone(figures, known)
 
     # Without an aligned model the prior proposes, and IMH alone goes to Eq. 1.
     if command == "all" and args.model == args.ref_model:
@@ -1562,10 +1880,10 @@ def main(args, command="all"):
         generate(args)
     if command in ("all", "score"):
         score(args)
-    if command in ("all", "imh") and first:
-        imh(args)
-    if command in ("all", "figures") and first:
-        figures(args)
+    if command in ("all", "imh"):
+        alone(imh, args)
+    if command in ("all", "figures"):
+        alone(figures, args)
 
 
 if __name__ == "__main__":

@@ -48,8 +48,9 @@ class Args:
     sample: int = 0  # items, drawn as in the released code; 0: all
     lists: bool = False  # where a row has a pair and a list of responses, take the list
     max_length: int = 0  # tokens of prompt and response, cut at the end; 0: the model's context
-    separator: str = "auto"  # between prompt and response; auto: a space unless there is one
-    append_eos: bool = False  # score the end of the response too, as DPO training does
+    # Which text is scored: that of training here (prompt and response tokenised apart, the end of
+    # the response scored too), or, as released, one text with a space between them and no end.
+    text: Literal["training", "released"] = "training"
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: near ties again in float32
     seed: int = 0  # of the bootstrap
@@ -58,12 +59,10 @@ class Args:
     overwrite: bool = False  # replace it; records that still apply are kept
 
 
-PAPER = dict(
-    model=("EleutherAI/pythia-2.8b",), sample=1000, separator=" "
-)  # App. C.2; released code
+PAPER = dict(model=("EleutherAI/pythia-2.8b",), sample=1000, text="released")  # App. C.2
 TRAIN_ONLY = ("openbmb/UltraFeedback", "Dahoas/synthetic-instruct-gptj-pairwise")
 PRESETS = {
-    "tiny": Args(append_eos=True),
+    "tiny": Args(),
     "fig1": Args(
         data=("hh", "stanfordnlp/SHP", "se"), **PAPER
     ),  # all of HH, as in the released code
@@ -84,22 +83,23 @@ import functools
 import hashlib
 import json
 import math
-from collections import Counter
+from collections import defaultdict
 from itertools import combinations
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from transformers import AutoConfig
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import token_logps  # log-probabilities
-from common import pack_pairs, row_texts  # tokenization
-from common import hub_rows, load_pairs, read_rows, report, words  # data
+from common import encode_rows, pack_pairs, show_example  # tokenization
+from common import as_dialogue, hub_rows, load_pairs, number, read_rows, report  # data
+from common import Unusable, is_empty, require_text, without_tags  # data
 from common import load_model, load_tokenizer, model_folder  # models
-from common import on_rank0, progress, require, setup, start_run  # processes
+from common import check_ranges, on_rank0, progress, require, setup  # processes
+from common import save_figure, signals, start_run, stop_requested, write  # processes
 # isort: on
 
 # ---- the paper: accuracies, ideals, thresholds
@@ -198,6 +198,7 @@ def bootstrap_interval(values, items, seed, resamples=1000):
     n = len(sums)
     means = []
     for _ in range(resamples):
+        leave_if_stopped()
         drawn = rng.integers(0, n, n)
         means.append(sums[drawn].sum() / counts[drawn].sum())
     return np.quantile(means, [0.025, 0.975]).tolist()
@@ -214,6 +215,7 @@ class Item:
     responses: list  # n of them
     ranks: list  # n numbers, 1 = best; equals share the smallest
     share: float | None  # of raters, for the first of two; None: not known
+    tools: list | str | None = None  # that a chat may call
 
 
 @dataclass
@@ -226,6 +228,9 @@ class Judged:
     # What the scores are: "scores"; "votes", how many raters are for each of two; or "shares",
     # which part of the raters is.
     kind: str = "scores"
+    is_question: bool = False  # the prompt is a question alone, without the cue for an answer
+    is_html: bool = False  # with tags, which training takes off
+    tools: list | str | None = None  # that a chat may call
 
 
 def load_items(name, args):
@@ -244,29 +249,22 @@ def load_items(name, args):
         rows = load_pairs(name, args.split, pairs=False)
 
     # What is usable becomes an Item; what is not is counted.
-    kept, dropped = [], Counter()
-    try:
-        for one in judged(rows, args.lists):
-            scores = np.array(one.scores, float)  # "10" is the number 10
-            reason = why_dropped(one, scores)
-            if reason:
-                dropped[reason] += 1
-                continue
-            ranks = competition_ranks(scores.tolist())
-            share = None
-            if one.kind != "scores":
-                share = float(scores[0] / scores.sum())
-            kept.append(Item(one.prompt, one.responses, ranks, share))
-    except (KeyError, TypeError, ValueError) as error:
-        why = f"a row is not what its columns promise ({error!r}); see --help"
-        raise SystemExit(f"{name}: {why}") from None
+    kept, dropped = [], defaultdict(list)
+    for place, one in enumerate(judged(rows, args.lists, name), 1):
+        try:
+            kept.append(usable_item(one, args.text))
+        except Unusable as reason:
+            dropped[str(reason)].append(place)
     report(f"{name}: items", len(kept), dropped)
 
     # Whole items are drawn, so that an item keeps all its votes.
-    if not 0 < args.sample < len(kept):
-        return kept
-    drawn = np.random.default_rng(0).choice(len(kept), args.sample, replace=False)
-    return [kept[i] for i in drawn]
+    items = kept
+    if 0 < args.sample < len(kept):
+        drawn = np.random.default_rng(0).choice(len(kept), args.sample, replace=False)
+        items = [kept[i] for i in drawn]
+    ranked = any(len(set(item.ranks)) > 1 for item in items)
+    require(ranked, f"{name}: every pair is a tie: there is nothing to rank; give other --data")
+    return items
 
 
 def is_list_layout(row):
@@ -275,26 +273,73 @@ def is_list_layout(row):
     return any(column in row for column in columns)
 
 
-def why_dropped(one, scores):
-    """The reason to drop an item, or "" if it is usable."""
+def usable_item(one, text):
+    """Judged -> Item, its texts as training has them or as they are.  Raises Unusable."""
+    if isinstance(one, Unusable):
+        raise one
+    scores = np.array([number(score) for score in one.scores])  # "10" is the number 10
     if len(one.responses) < 2:
-        return "fewer than two"
-    if len(scores) != len(one.responses) or not np.isfinite(scores).all():
-        return "a score is missing"
+        raise Unusable("fewer than two")
+    if len(scores) != len(one.responses):
+        raise Unusable("a score is missing")
     if one.kind != "scores" and (scores.min() < 0 or not scores.any()):
-        return "no votes, or below 0"
-    if not all(words(response).strip() for response in one.responses):
-        return "empty response"
-    return ""
+        raise Unusable("no votes, or below 0")
+    for part in [one.prompt, *one.responses]:
+        require_text(part)
+    if any(map(is_empty, one.responses)):
+        raise Unusable("empty response")
+
+    # Training reads a question and its answers as a dialogue of one turn.
+    prompt = one.prompt
+    responses = one.responses
+    if one.is_html and text == "training":
+        prompt = without_tags(prompt)
+        responses = [without_tags(response) for response in responses]
+    if one.is_question and text == "training":
+        responses = [as_dialogue(prompt, response)[1] for response in responses]
+        prompt, _ = as_dialogue(prompt, "")
+    share = None
+    if one.kind != "scores":
+        share = float(scores[0] / scores.sum())
+    return Item(prompt, responses, competition_ranks(scores.tolist()), share, one.tools)
 
 
-def judged(rows, lists):
-    """Rows of any layout -> list of Judged."""
+def judged(rows, lists, name):
+    """Rows of any layout -> for each item a Judged, or an Unusable with the reason to drop it.
+
+    name: of the data, for the message.  SystemExit: a row without a column of its layout.
+    """
     if rows and "preference" in rows[0]:
+        require_columns(name, rows, ("instruction", "output_1", "output_2", "preference"))
         return alpaca_farm_items(rows)
     if rows and "human_ref_A" in rows[0]:
+        columns = ["post_id", "history"]
+        for side in "AB":
+            columns += [f"human_ref_{side}", f"score_{side}", f"created_at_utc_{side}"]
+        require_columns(name, rows, columns)
         return shp_items(rows)
-    return [judged_row(row, lists) for row in rows]
+    found = []
+    for place, row in enumerate(rows, 1):
+        try:
+            one = judged_row(row, lists)
+            one.tools = row.get("tools")
+            found.append(one)
+        except KeyError as key:
+            columns = ", ".join(map(str, row))
+            raise SystemExit(f"{name}: row {place} has no {key}, only {columns}") from None
+        except Unusable as reason:
+            found.append(reason)
+        except (TypeError, AttributeError, ValueError):
+            found.append(Unusable("a column of the wrong type"))
+    return found
+
+
+def require_columns(name, rows, columns):
+    """SystemExit: a row that lacks one of the columns."""
+    for place, row in enumerate(rows, 1):
+        for column in columns:
+            only = ", ".join(map(str, row))
+            require(column in row, f"{name}: row {place} has no {column!r}, only {only}")
 
 
 def judged_row(row, lists):
@@ -302,21 +347,21 @@ def judged_row(row, lists):
     if "completions" in row:
         responses = [one["response"] for one in row["completions"]]
         scores = [one.get("overall_score") for one in row["completions"]]
-        return Judged(row["instruction"], responses, scores)
+        return Judged(row["instruction"], responses, scores, is_question=True)
     if "answers" in row:
         responses = [one["text"] for one in row["answers"]]
         scores = [one.get("pm_score") for one in row["answers"]]
-        return Judged(row["question"], responses, scores)
+        return Judged(row["question"], responses, scores, is_question=True, is_html=True)
     if "rejected" not in row or (lists and "responses" in row):
         scores = row.get("scores") or row.get("rewards")
         if not scores:
-            scores = [-rank for rank in row.get("ranks") or ()]
+            scores = [-number(rank) for rank in row.get("ranks") or ()]
         return Judged(row["prompt"], row["responses"], scores)
 
     # A pair: what is known of alpha?
     pair = [row["chosen"], row["rejected"]]
-    p = row.get("p_chosen")
-    if p is not None:
+    if row.get("p_chosen") is not None:
+        p = number(row["p_chosen"])
         return Judged(row["prompt"], pair, [p, 1 - p], "shares")
     if row.get("votes"):
         return Judged(row["prompt"], pair, list(row["votes"]), "votes")
@@ -327,32 +372,44 @@ def alpaca_farm_items(rows):
     """Alpaca Farm cross-annotations: a row is one rater's vote, 1 or 2, on a pair."""
     # Count the votes of each pair.
     votes_of = {}
+    wrong = []
     for row in rows:
         pair = (row["instruction"], row["output_1"], row["output_2"])
         votes = votes_of.setdefault(pair, [0, 0])
-        votes[[1, 2].index(row["preference"])] += 1  # another number is a ValueError
+        if str(row["preference"]) in ("1", "1.0"):
+            votes[0] += 1
+        elif str(row["preference"]) in ("2", "2.0"):
+            votes[1] += 1
+        else:
+            wrong.append(Unusable("a preference that is neither 1 nor 2"))
     found = []
     for (prompt, first, second), votes in votes_of.items():
-        found.append(Judged(prompt, [first, second], votes, "votes"))
-    return found
+        found.append(Judged(prompt, [first, second], votes, "votes", is_question=True))
+    return found + wrong
 
 
 def shp_items(rows):
     """SHP: a row is two answers to a post; of equal scores the later answer is better."""
     # All answers to each post with what orders them.
     posts = {}
+    wrong = []
     for row in rows:
-        answers = posts.setdefault((row["post_id"], row["history"]), {})
-        for side in "AB":
-            score = (row["score_" + side], row["created_at_utc_" + side])
-            answers[row["human_ref_" + side]] = score
+        try:
+            answers = {}
+            for side in "AB":
+                score = (number(row["score_" + side]), number(row["created_at_utc_" + side]))
+                answers[row["human_ref_" + side]] = score
+        except Unusable as reason:
+            wrong.append(reason)
+            continue
+        posts.setdefault((row["post_id"], row["history"]), {}).update(answers)
     found = []
     for (_, prompt), answers in posts.items():
-        ranks = competition_ranks(
-            list(answers.values())
-        )  # of (score, time): its negative serves as the score
-        found.append(Judged(prompt, list(answers), [-rank for rank in ranks]))
-    return found
+        # Ranks of (score, time); a rank's negative serves as the score.
+        ranks = competition_ranks(list(answers.values()))
+        scores = [-rank for rank in ranks]
+        found.append(Judged(prompt, list(answers), scores, is_question=True))
+    return found + wrong
 
 
 # ---- scoring
@@ -370,47 +427,86 @@ class Record:
     cut: bool  # to the context
 
 
-def encode(tokenizer, item, args, limit):
-    """An item -> rows for pack_pairs, or a text: why it is dropped.
+def encode(tokenizer, items, args, limit):
+    """Items -> for each its rows for pack_pairs, or a text: why it is dropped."""
+    rows = []
+    for item in items:
+        rows.append({"prompt": item.prompt, "responses": item.responses, "tools": item.tools})
+    found = []
+    for item, encoded in zip(items, encode_rows(rows, tokenizer)):
+        if isinstance(encoded, str):
+            found.append(encoded)
+            continue
+        wholes = []
+        if args.text == "released" and isinstance(item.prompt, str):
+            wholes = released_ids(tokenizer, item)
+        else:
+            n = len(encoded.prompt_ids)
+            for response in encoded.responses:
+                wholes.append(Whole(encoded.prompt_ids + response, n, end=1))
+        found.append(rows_within(wholes, limit))
+    return found
 
-    Prompt and response are tokenised as one text; a token that straddles the border belongs to the
-    response.  So there is one row, unless the prompt's last letters merge with some responses.
+
+@dataclass
+class Whole:
+    """The token ids of a prompt and one response."""
+
+    ids: list
+    prompt_tokens: int  # how many of them are the prompt's
+    end: int  # how many at the end are no text
+
+
+def released_ids(tokenizer, item):
+    """Prompt, a space and response tokenised as one text -> a Whole for each response.
+
+    A token that straddles the border belongs to the response.
     """
-    texts = row_texts(tokenizer, {"prompt": item.prompt, "responses": item.responses})
-    if isinstance(texts, str):
-        return texts
-    prompt = texts[0]
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    wholes = []
+    for response in item.responses:
+        text = item.prompt + " " + response
+        tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        n = len(bos) + sum(end <= len(item.prompt) for _, end in tokens["offset_mapping"])
+        wholes.append(Whole(bos + tokens["input_ids"], n, end=0))
+    return wholes
+
+
+def rows_within(wholes, limit):
+    """Rows for pack_pairs of at most `limit` tokens; or a text: why the item is dropped.
+
+    One row, unless the prompt's last letters merge with some responses.
+    """
     rows = {}
-    for number, response in enumerate(texts[1:]):
-        # Prompt and response as one text: where does the prompt end among its tokens?
-        separator = args.separator
-        if separator == "auto":
-            spaced = prompt[-1:].isspace() or response[0].isspace()
-            separator = "" if spaced or isinstance(item.prompt, list) else " "
-        whole = prompt + separator + response
-        tokens = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-        ids = bos + tokens["input_ids"]
-        n = len(bos) + sum(end <= len(prompt) for _, end in tokens["offset_mapping"])
+    for j, whole in enumerate(wholes):
+        n = whole.prompt_tokens
         if n == 0:
             return "empty prompt"
         if n >= limit:
             return "prompt fills the context"
-        if n >= len(ids):
+        if n >= len(whole.ids):
             return "empty response"
 
         # What is too long loses its end (`cut`: text is lost, not only the EOS); responses to the
         # same prompt ids share a row.
-        cut = len(ids) > limit
-        if args.append_eos:
-            ids = ids + [tokenizer.eos_token_id]
-        ids = ids[:limit]
+        cut = len(whole.ids) - whole.end > limit
+        ids = whole.ids[:limit]
         key = tuple(ids[:n])
         if key not in rows:
             rows[key] = {"prompt_ids": ids[:n], "responses": [], "at": []}
         rows[key]["responses"].append(ids[n:])
-        rows[key]["at"].append((number, cut))
+        rows[key]["at"].append((j, cut))
     return list(rows.values())
+
+
+def check_model(name, args):
+    """SystemExit: no model and tokenizer of this name, or a run folder with damaged files."""
+    folder = model_folder(name)
+    problem = f"{folder}: no config.json, so not a model (or an adapter); give another --model"
+    require((folder / "config.json").is_file(), problem)
+    load_tokenizer(name)
+    loss_of(name, args)
+    read_evaluations(name)
 
 
 def records_path(name, items, out, args):
@@ -419,73 +515,132 @@ def records_path(name, items, out, args):
     So a killed run goes on where it was, and another beta or figure needs no model.
     """
     folder = model_folder(name)
-    require(
-        (folder / "config.json").is_file(),
-        f"{folder}: no config.json, so not a model (or an adapter)",
-    )
 
     # The model by its files, the texts as they are; who prefers what does not matter.
     files = []
     for file in sorted(folder.iterdir()):
         files.append((file.name, file.stat().st_size, file.stat().st_mtime_ns))
-    settings = [args.max_length, args.separator, args.append_eos, args.dtype]
-    texts = [(item.prompt, item.responses) for item in items]
+    settings = [args.max_length, args.text, args.dtype]
+    texts = [(item.prompt, item.responses, item.tools) for item in items]
     key = hashlib.sha256(json.dumps([settings, texts, files]).encode())
     return out / f"records-{key.hexdigest()[:16]}.jsonl"
 
 
-def read_records(path):
-    """The records of a file by (item, response); a line torn by a kill is cut off."""
+def read_records(path, items):
+    """The records of a file by (item, response); a line torn by a kill is cut off.
+
+    SystemExit: a line that is no record of one of these items.
+    """
     if not path.exists():
         return {}
     lines = path.read_bytes().splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n"):
         lines = lines[:-1]
-        path.write_bytes(b"".join(lines))
+        write(path, b"".join(lines))
     records = {}
-    for line in lines:
-        record = Record(**json.loads(line))
+    for place, line in enumerate(lines, 1):
+        values = json_object(line)
+        why = why_no_record(values, items)
+        require(not why, f"{path}:{place}: damaged, delete it: {why}")
+        record = Record(**values)
         records[record.item, record.response] = record
     return records
 
 
+def json_object(text):
+    """The object that a text is in JSON; None if it is none."""
+    try:
+        found = json.loads(text)
+    except ValueError:  # not JSON, or not UTF-8
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def why_no_record(values, items):
+    """What is wrong with an object as a record of these items, or "" if nothing is."""
+    if values is None:
+        return "not a JSON object"
+    names = [field.name for field in dataclasses.fields(Record)]
+    if set(values) != set(names):
+        return f"its names must be {', '.join(names)}"
+
+    # The numbers of an item and a response that are there.
+    if not is_count(values["item"]) or values["item"] >= len(items):
+        return f"there is no item {values['item']!r:.20}"
+    responses = items[values["item"]].responses
+    if not is_count(values["response"]) or values["response"] >= len(responses):
+        return f"its item has no response {values['response']!r:.20}"
+
+    # What was measured of it.
+    if not is_number(values["logp"]):
+        return f"logp {values['logp']!r:.20} is not a finite number"
+    for name in ("tokens", "prompt_tokens"):
+        if not is_count(values[name]) or values[name] == 0:
+            return f"{name} {values[name]!r:.20} is not a number of tokens"
+    if not isinstance(values["cut"], bool):
+        return f"cut {values['cut']!r:.20} is neither true nor false"
+    return ""
+
+
+def is_number(value):
+    """Whether a value of JSON is a finite number; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # never of nan
+
+
+def is_count(value):
+    """Whether a value of JSON is a whole number, 0 or more."""
+    return isinstance(value, int) and is_number(value) and value >= 0
+
+
 def append_records(path, records):
-    """A line for each record, after those that are there."""
+    """A line for each record, after those that are there; none if its log-prob is not finite."""
     with open(path, "a") as file:
         for record in records:
-            file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+            if math.isfinite(record.logp):
+                file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+
+
+def leave_if_stopped():
+    """Leave after SIGTERM or Ctrl-C, where rank 0 works and the others wait in on_rank0."""
+    if signals:
+        raise SystemExit(143)
 
 
 def score(name, items, out, args):
     """All responses under model `name` -> {item: its Records}; none depends on its batch.
 
-    Items that cannot be scored are counted and left out.
+    Items that cannot be scored are counted and left out.  SystemExit(143) after a signal: what is
+    scored is kept.
     """
     path = records_path(name, items, out, args)
-    done = on_rank0(functools.partial(read_records, path), f"{path} damaged, delete it")
+    read = functools.partial(read_records, path, items)
+    done = on_rank0(read, f"{path}: cannot be read, delete it")
     tokenizer = load_tokenizer(name)
     limit = args.max_length
-    if limit == 0:
-        config = AutoConfig.from_pretrained(model_folder(name)).get_text_config()
-        limit = getattr(config, "max_position_embeddings", 1024)
-
-    model, dropped = None, Counter()
+    if limit == 0 or limit > tokenizer.model_max_length:
+        limit = tokenizer.model_max_length
+    model, dropped = None, defaultdict(list)
 
     # Blocks of items, so that a killed run loses one block at most.
     for start in progress(range(0, len(items), 512)):
         # What of this block has no record yet?
-        rows = []
+        missing = []
         for i in range(start, min(start + 512, len(items))):
-            if all((i, j) in done for j in range(len(items[i].responses))):
-                continue
-            found = encode(tokenizer, items[i], args, limit)
+            if not all((i, j) in done for j in range(len(items[i].responses))):
+                missing.append(i)
+        rows = []
+        encoded = encode(tokenizer, [items[i] for i in missing], args, limit)
+        for i, found in zip(missing, encoded):
             if isinstance(found, str):
-                dropped[found] += 1
+                dropped[found].append(i + 1)
                 continue
             for row in found:
                 rows.append({**row, "item": i})
         if not rows:
             continue
+        show_example(tokenizer, rows[0]["prompt_ids"], rows[0]["responses"][0])
         if model is None:
             model = load_model(name, args.dtype)
 
@@ -496,6 +651,8 @@ def score(name, items, out, args):
         in_order = [new[at] for at in sorted(new)]
         write_block = functools.partial(append_records, path, in_order)
         on_rank0(write_block, f"{path}: cannot be written")
+        if stop_requested():
+            raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
     # In bfloat16 the responses that are nearly tied are scored again, exactly.
     scored = complete_items(name, items, done, dropped)
@@ -510,7 +667,10 @@ def score(name, items, out, args):
 
 
 def score_rows(model, rows, args):
-    """Packed rows, each process its share -> {(item, response): Record} of all of them."""
+    """Packed rows, each process its share -> {(item, response): Record} of all of them.
+
+    After a signal: of the micro-batches up to here, of which every process has equally many.
+    """
     world = dist.get_world_size()
     while len(rows) < world:
         rows = rows + rows[:1]  # every process needs one
@@ -525,10 +685,12 @@ def score_rows(model, rows, args):
         r = 0  # of the batch's responses
         for row in batch["rows"]:
             prompt_tokens = len(row["prompt_ids"])
-            for number, cut in row["at"]:
-                record = Record(row["item"], number, sums[r], counts[r], prompt_tokens, cut)
-                mine[row["item"], number] = record
+            for j, cut in row["at"]:
+                record = Record(row["item"], j, sums[r], counts[r], prompt_tokens, cut)
+                mine[row["item"], j] = record
                 r += 1
+        if stop_requested():
+            break
 
     # Every process gets the records of all.
     parts = [None] * world
@@ -548,7 +710,7 @@ def complete_items(name, items, done, dropped):
         if None in records:
             continue
         if not all(math.isfinite(record.logp) for record in records):
-            dropped["log-prob is not finite"] += 1
+            dropped["log-prob is not finite"].append(i + 1)
             continue
         scored[i] = records
     cut = 0
@@ -619,6 +781,7 @@ def all_pairs(items, records, proportion):
     logps = []
     tokens = []
     for i, found in sorted(records.items()):
+        leave_if_stopped()
         judged_records = zip(items[i].ranks, found)
         for (rank_a, a), (rank_b, b) in combinations(judged_records, 2):
             if items[i].share is not None:
@@ -705,6 +868,7 @@ def measure_lists(measured, lists, seed):
 
     # The ranking of each list by raw and by normalised likelihood, by length, and by chance.
     for ranks, found in lists:
+        leave_if_stopped()
         raw.append(competition_ranks([r.logp for r in found]))
         normalised.append(competition_ranks([r.logp / r.tokens for r in found]))
         shorter.append(competition_ranks([-r.tokens for r in found]) == ranks)
@@ -717,6 +881,7 @@ def measure_lists(measured, lists, seed):
     for form, own in ((measured.R, raw), (measured.R_tilde, normalised)):
         same, correlations = [], []
         for (ranks, _), model_ranks in zip(lists, own):
+            leave_if_stopped()
             same.append(1.0 * (ranks == model_ranks))  # Eq. 11, 12
             found = rank_correlations(ranks, model_ranks)
             if found is not None:
@@ -751,14 +916,63 @@ FLIPS = "kept", "lost", "fixed", "missed"  # right or wrong under the reference,
 
 
 def run_flags(name):
-    """The flags of a run folder of this repository; {} for any other model."""
+    """The flags of a run folder of this repository; {} for any other model.
+
+    A run folder holds its model in model/, and beside it its flags.  The config.json of a model
+    folder is the library's, which may have a beta that is no loss's.
+    SystemExit: a config.json that is damaged.
+    """
     path = Path(name, "config.json")
-    if not path.is_file():
+    if not Path(name, "model").is_dir() or not path.is_file():
         return {}
-    flags = json.loads(path.read_text())
-    if isinstance(flags.get("gamma"), list):  # of a sweep each run has one gamma
-        (flags["gamma"],) = flags["gamma"]
+    flags = json_object(path.read_bytes())
+    require(flags is not None, f"{path}: not a JSON object; restore it, or give {name}/model")
+    if "model_type" in flags:
+        return {}
     return flags
+
+
+def loss_of(name, args):
+    """beta and gamma of a model's loss: those of its run folder, if it says, else the options'."""
+    flags = run_flags(name)
+    beta = flags.get("beta", args.beta)
+    gamma = flags.get("gamma", args.gamma)
+    if isinstance(gamma, list) and len(gamma) == 1:
+        gamma = gamma[0]  # dpo_gamma.py has a run for each of its gammas
+    for option, value in (("beta", beta), ("gamma", gamma)):
+        least, largest = RANGES[option]
+        problem = f"{name}/config.json: {option} {value!r:.20}: no number from {least:g} to "
+        problem += f"{largest:g}; correct it, or give {name}/model and --{option}"
+        require(is_number(value) and least <= value <= largest, problem)
+    return beta, gamma
+
+
+def read_evaluations(name):
+    """Evaluations in metrics.jsonl of a run folder: [step, kept, lost, fixed, missed], ...
+
+    Lines without shares are of training steps, or of another method.  A last line that was torn by
+    a kill is no line.  SystemExit: another damaged line, or a share that is no number.
+    """
+    path = Path(name, "metrics.jsonl")
+    found = []
+    if not path.is_file():
+        return found
+    for place, text in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not text.endswith(b"\n"):
+            break
+        line = json_object(text)
+        remedy = "restore it, or give the model folder inside"
+        require(line is not None, f"{path}:{place}: not a JSON object; {remedy}")
+        if "eval_kept" not in line:
+            continue
+        values = [line.get("step")]
+        for flip in FLIPS:
+            values.append(line.get("eval_" + flip))
+        numbers = all(is_number(value) for value in values)
+        names = f"step, eval_{', eval_'.join(FLIPS)}"
+        require(numbers, f"{path}:{place}: {names} must be numbers; {remedy}")
+        found.append(values)
+    return found
 
 
 def ideal_table(ref_log_ratio, alpha, args):
@@ -787,15 +1001,8 @@ def flips(c, delta):
 
 def training_curve(name, c, last):
     """Fig. 2: shares over the evaluations of the run folder `name`; else before and after."""
-    path = Path(name, "metrics.jsonl")
-
     # The evaluations of a training run of this repository.
-    curve = []
-    if path.is_file():
-        for text in path.read_text().splitlines():
-            line = json.loads(text)
-            if "eval_kept" in line:
-                curve.append([line["step"], *(line["eval_" + flip] for flip in FLIPS)])
+    curve = read_evaluations(name)
     if curve:
         return curve
 
@@ -823,9 +1030,7 @@ def beside_reference(data, scored, items, args):
     for name, records in scored.items():
         measured = measure(items, {i: records[i] for i in sorted(shared)}, args)
         # The best that this model's loss allows, and which pairs it changed.
-        flags = run_flags(name)
-        beta = flags.get("beta", args.beta)
-        gamma = flags.get("gamma", args.gamma)
+        beta, gamma = loss_of(name, args)
         own = idealized_ranking_accuracy(-c, reference.alpha, beta, gamma, args.epsilon)
         shares = flips(c, measured.R.delta)
         lines.append(
@@ -937,9 +1142,10 @@ def show_models(lines):
 
 def write_lines(path, lines):
     """metrics.jsonl: a JSON object for each line of the table, arrays as lists."""
-    with open(path, "w") as file:
-        for line in lines:
-            file.write(json.dumps(dataclasses.asdict(line), default=np.ndarray.tolist) + "\n")
+    text = ""
+    for line in lines:
+        text += json.dumps(dataclasses.asdict(line), default=np.ndarray.tolist) + "\n"
+    write(path, text.encode())
 
 
 def where(lines):
@@ -986,7 +1192,7 @@ def plot_ranking(out, lines):
     handles, labels = axis.get_legend_handles_labels()
     once = dict(zip(labels, handles))
     axis.legend(once.values(), once.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(out / "figures" / "ranking.png", dpi=110)
+    save_figure(figure, out / "figures" / "ranking.png", dpi=110)
 
 
 def plot_flips(out, lines):
@@ -1005,7 +1211,7 @@ def plot_flips(out, lines):
         axis.legend(fontsize=8, loc="lower left")
     caption = f"As Fig. 2 (held-out pairs)\nand Fig. 3 (scored pairs)\n({where(lines)})"
     figure.suptitle(caption, fontsize=9)
-    figure.savefig(out / "figures" / "flips.png", dpi=110)
+    save_figure(figure, out / "figures" / "flips.png", dpi=110)
 
 
 def plot_curve(axis, line):
@@ -1036,13 +1242,21 @@ def plot_losses(axis, line):
     axis.set(xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", ylabel="loss, nats", yscale="log")
 
 
+RANGES = {  # option: its least and largest value
+    "beta": (1e-9, 1e9),
+    "gamma": (0, 1e9),
+    "betas": (1e-9, 1e9),
+    "gammas": (0, 1e9),
+    "proportion": (0.500001, 0.999999),  # a majority, and not all
+    "epsilon": (1e-9, 0.499999),
+    "sample": (0, 10**9),
+}
+
+
 def check(args):
-    """Leave with one line if a number is out of its range."""
-    betas = (args.beta, *args.betas)
-    require(args.betas and all(beta > 0 for beta in betas), "--beta, --betas: above 0")
-    require(0 < args.epsilon < 0.5, "--epsilon: in (0, 0.5)")
-    require(0.5 < args.proportion < 1, "--proportion: in (0.5, 1)")
-    require(args.sample >= 0, "--sample: not below 0")
+    """Refuse a number that is out of its range, and an option that says nothing."""
+    check_ranges(args, RANGES)
+    require(args.data, "--data: name one data set at least")
 
 
 def tiny_runs():
@@ -1056,33 +1270,46 @@ def tiny_runs():
     return found
 
 
+def compare(data, scored, items, args):
+    """Measure all models on one data set, and print the tables -> a Line for each model"""
+    lines = beside_reference(data, scored, items, args)
+    show_theorem(lines[0], args)
+    show_ideal(lines[0], args)
+    show_models(lines)
+    return lines
+
+
+def write_results(out, lines):
+    """metrics.jsonl and the figures."""
+    write_lines(out / "metrics.jsonl", lines)
+    plot_ranking(out, lines)
+    plot_flips(out, lines)
+
+
 def main(args):
     check(args)
     setup(args.seed)
-    out = start_run(args, "ranking_accuracy")
-    (out / "figures").mkdir(exist_ok=True)
+
+    # Data and models: what cannot be used is refused here, before there is a run folder.
     models = list(args.model) or ["tiny", *tiny_runs()]
     if args.ref_model:
         models.insert(0, args.ref_model)
+    for name in models:
+        check_model(name, args)
+    items = {data: load_items(data, args) for data in args.data}
+    out = start_run(args, "ranking_accuracy")
 
     # Data sets one after the other; a line for each model on each of them.
     lines = []
     for data in args.data:
-        # One pass over the responses for each model, then arithmetic.
-        items = load_items(data, args)
-        scored = {name: score(name, items, out, args) for name in models}
-        if dist.get_rank() > 0:
-            continue
-        new = beside_reference(data, scored, items, args)
-        show_theorem(new[0], args)
-        show_ideal(new[0], args)
-        show_models(new)
-        lines += new
+        # One pass over the responses for each model.
+        scored = {name: score(name, items[data], out, args) for name in models}
 
-    if lines:
-        write_lines(out / "metrics.jsonl", lines)
-        plot_ranking(out, lines)
-        plot_flips(out, lines)
+        # Then arithmetic, by rank 0 while the others wait.
+        measure_all = functools.partial(compare, data, scored, items[data], args)
+        lines += on_rank0(measure_all, f"{data}: cannot be measured")
+
+    on_rank0(functools.partial(write_results, out, lines), f"{out}: cannot be written")
     return lines
 
 

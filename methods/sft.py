@@ -99,7 +99,8 @@ from common import response_logps  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, every_turn, load_pairs, optimiser_steps, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, save_model  # models
-from common import log, merge, progress, require, setup, speed, start_run  # processes
+from common import check_ranges, log, merge, progress, require, setup  # processes
+from common import speed, start_run  # processes
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
 from common import plot_curves, print_evaluations, setting  # processes
 # isort: on
@@ -167,8 +168,12 @@ PANELS = [  # of the figure: title, unit, metrics
 ]
 
 
+RANGES = {}  # of this method's own options: least and largest value
+
+
 def check(args):
     """Refuse what no run could use, before anything is loaded."""
+    check_ranges(args, RANGES)
     require(args.objective in ("sum", "mean"), "--objective must be sum or mean")
 
 

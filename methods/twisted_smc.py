@@ -222,7 +222,11 @@ import copy
 import importlib.util
 import json
 import math
+import os
 import shutil
+import signal
+import traceback
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -234,10 +238,13 @@ from torch.utils.checkpoint import checkpoint
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import prefill, decode_step, reorder, stay_in_place, sample_tokens  # sampling
+from common import encode_prompt, head_logits, show_example  # tokenization, logits
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_attributes, tiny_reward  # the tiny world
-from common import load_checkpoint, log, require, say, save_checkpoint  # processes
-from common import setup, start_run, stop_requested  # processes
+from common import Unusable, number  # what others wrote
+from common import check_ranges, load_checkpoint, log, require, say, save_checkpoint  # processes
+from common import save_figure, setup, signals, start_run, stop_requested, write  # processes
+from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 
 # isort: on
 
@@ -840,31 +847,95 @@ class TinyPotential:
         return values
 
 
+def what_happened(error, path):
+    """What an error in a user's file was, in a few words, with the line of that file.
+
+    path: absolute, as tracebacks have it.
+    """
+    # The last place in the file through which the error came; a file that does not parse has none.
+    line = None
+    if isinstance(error, SyntaxError) and error.filename == path:
+        line = error.lineno
+    for frame, at in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == path:
+            line = at
+
+    if isinstance(error, SystemExit):
+        what = f"calls sys.exit({str(error.code)[:20]})"
+    else:
+        said = str(error).strip().partition("\n")[0]
+        what = f"raises {type(error).__name__}: {said[:60]}"
+    if line is None:
+        return what
+    return f"line {line} {what}"
+
+
 class FilePotential:
     """exp(beta f(tokens, texts)) for a user's function f.
 
     It may have an attribute f.log_bound, a number that f never exceeds; rejection needs it.
+    Whatever the file or the function does wrong ends the program with one line.
     """
 
     def __init__(self, path, name, beta):
         # The file is run as a module, and the function is taken from it.
+        self.place = f"potential {path}:{name}"
         spec = importlib.util.spec_from_file_location("potential", path)
+        self.path = spec.origin  # absolute
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        require(hasattr(module, name), f"potential {path}:{name}: {path} has no function {name}")
-        self.function = getattr(module, name)
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            what = what_happened(error, self.path)
+            raise SystemExit(f"{self.place}: the file cannot be run: {what}") from None
+        self.function = getattr(module, name, None)
+        require(callable(self.function), f"{self.place}: the file has no function {name}")
 
         # Without a bound there is no rejection, so there are no exact samples.
         self.beta = beta
         self.log_bound = None
-        if hasattr(self.function, "log_bound"):
-            self.log_bound = beta * self.function.log_bound
+        bound = getattr(self.function, "log_bound", None)
+        if bound is not None:
+            try:
+                self.log_bound = beta * number(bound)
+            except Unusable as reason:
+                raise SystemExit(f"{self.place}: its log_bound {reason}") from None
 
     def log_phi(self, tokens, texts):
-        return self.beta * torch.as_tensor(self.function(tokens, texts), dtype=torch.float64)
+        try:
+            answer = self.function(tokens, texts)
+        except Stopped:
+            raise  # a signal, not the function
+        except (Exception, SystemExit) as error:
+            what = what_happened(error, self.path)
+            raise SystemExit(f"{self.place}: {what}; it must give a number for each text") from None
+        try:
+            return self.beta * torch.as_tensor(answer, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError, ArithmeticError):
+            problem = f"{self.place}: gives {str(answer)[:40]!r}, which are no numbers"
+            raise SystemExit(f"{problem}; it must give one for each text") from None
 
 
 FLOOR = 1e-16  # phi of the texts that miss a threshold, as in the released code
+
+
+def load_classifier(name):
+    """A sequence classification model -> model, tokenizer, weights that are not in its files.
+
+    Such weights are random.  SystemExit: a folder that holds no such model, or a damaged one.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    folder = model_folder(name)
+    try:
+        tokenizer = load_tokenizer(name)
+        load = AutoModelForSequenceClassification.from_pretrained
+        judge, info = load(folder, output_loading_info=True)
+    except Exception as error:  # damaged files: many types
+        said = str(error).strip().partition("\n")[0]
+        why = f"{type(error).__name__}: {said[:60]}"
+        raise SystemExit(f"--classifier {folder}: cannot be loaded ({why}); restore it") from None
+    return judge, tokenizer, info["missing_keys"]
 
 
 class ClassifierPotential:
@@ -881,17 +952,14 @@ class ClassifierPotential:
     """
 
     def __init__(self, kind, what, classifier, beta, device):
-        from transformers import AutoModelForSequenceClassification
-
         self.kind = kind
         self.beta = beta
         self.device = device
-        self.tokenizer = load_tokenizer(classifier)
-        folder = model_folder(classifier)
-        load = AutoModelForSequenceClassification.from_pretrained
-        judge, info = load(folder, output_loading_info=True)
+        judge, self.tokenizer, untrained = load_classifier(classifier)
         self.judge = judge.to(device).requires_grad_(False)
         judge.config.pad_token_id = self.tokenizer.pad_token_id
+        self.context = min(512, self.tokenizer.model_max_length)
+        self.cut = False  # has a text been longer?
 
         # Does the model have the logits that the potential needs?  And how large can log phi be?
         n = judge.config.num_labels  # as many logits; 1 logit makes two classes
@@ -909,14 +977,13 @@ class ClassifierPotential:
         else:
             raise ValueError(f"unknown potential of a classifier {kind!r}")
         problem = (
-            f"potential {kind}:{what}: {classifier} has {n} labels, {judge.config.id2label}; class "
-            "needs one of them, threshold 1 or 2, reward 1, and all must be trained"
+            f"potential {kind}:{what}: {classifier} has {n} labels; class needs one of them, "
+            "threshold 1 or 2, reward 1, and all must be trained"
         )
-        untrained = info["missing_keys"]  # weights that are not in the file, so they are random
         require(fits and not untrained, problem)
 
     def logits(self, texts):
-        """(M, labels), in batches of 256 texts."""
+        """(M, labels), in batches of 256 texts; a line at the first text that is cut."""
         parts = []
         for start in range(0, len(texts), 256):
             batch = self.tokenizer(
@@ -924,8 +991,12 @@ class ClassifierPotential:
                 return_tensors="pt",
                 padding=True,
                 truncation=True,
-                max_length=512,
+                max_length=self.context,
             )
+            full = int((batch["attention_mask"].sum(1) == self.context).sum())
+            if full and not self.cut:
+                self.cut = True
+                say(f"the classifier reads {self.context} tokens: the end of {full} texts is cut")
             parts.append(self.judge(**batch.to(self.device)).logits.double())
         return torch.cat(parts)
 
@@ -1004,7 +1075,7 @@ class LMWorld:
         self.tokenizer = tokenizer
         self.name = args.potential  # for messages
         self.beta = args.beta
-        self.prompt = tokenizer(args.prompt).input_ids
+        self.prompt = encode_prompt(args.prompt, tokenizer)
         self.V = min(len(tokenizer), len(model.get_output_embeddings().weight))  # no padded rows
         self.d = model.get_output_embeddings().weight.shape[1]
         self.T = args.T
@@ -1033,14 +1104,17 @@ class LMWorld:
         """Exit with one line if prompt, sequence and continuation do not fit together."""
         # A condition to show under infilling is as long as those that are drawn.
         n = len(self.continuation)
-        wrong = f"--continuation {args.continuation!r} has {n} tokens, but --c is {args.c}"
+        wrong = f"--continuation {args.continuation[:40]!r} has {n} tokens, but --c is {args.c}"
         require(not self.conditional or n in (0, self.c), wrong)
+        empty = args.potential == "continuation" and n == 0
+        require(not empty, f"--continuation {args.continuation[:40]!r} has no tokens; give a text")
 
         # What the model's context leaves for the prompt.
-        room = self.model.config.max_position_embeddings - self.T - self.c
+        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", math.inf)
+        room = context - self.T - self.c
         problem = (
             f"--prompt: has {len(self.prompt)} tokens; with {self.T + self.c} to follow in a "
-            f"context of {self.model.config.max_position_embeddings} it must have 1 to {room}"
+            f"context of {context} it must have 1 to {room}"
         )
         require(1 <= len(self.prompt) <= room, problem)
 
@@ -1054,8 +1128,7 @@ class LMWorld:
 
     def head(self, hidden):
         """Next-token logits (..., V) of p0's hidden states (..., d)."""
-        logits = self.model.get_output_embeddings()(hidden.to(self.model.dtype))
-        return logits[..., : self.V].float()
+        return head_logits(self.model, hidden)[..., : self.V].float()
 
     def after_prompt(self, tokens):
         """Tokens (N, K, t) -> (N K, P + t), each row with the prompt before it."""
@@ -1105,8 +1178,8 @@ class LMWorld:
         if wrong.any():
             i = wrong.nonzero()[0].item()
             raise SystemExit(
-                f"potential {self.name}: log phi is {values[i]} for {texts[i]!r}; it must be a "
-                "number below infinity, or -inf, for every text"
+                f"potential {self.name}: log phi is {values[i]} for {texts[i][-30:]!r}; it must be "
+                "a number below infinity, or -inf"
             )
         return values
 
@@ -1456,28 +1529,45 @@ def target_of(args):
     target = {name: getattr(args, name) for name in names}
     path = Path(args.potential.rpartition(":")[0])
     if path.suffix == ".py":
-        target["file"] = path.read_text()  # an edited potential is another target
+        target["file"] = path.read_text(errors="replace")  # an edited potential is another target
     return target
 
 
-def read_exact_samples(path, args):
-    """Exact samples that an earlier run has written; exits if they are of another target."""
+def are_ids(tokens, n, V):
+    """Is this a tensor of token ids, (any number, n), all below V?"""
+    if not isinstance(tokens, torch.Tensor) or tokens.dtype != torch.long:
+        return False
+    if tokens.dim() != 2 or tokens.shape[1] != n:
+        return False
+    return bool(((tokens >= 0) & (tokens < V)).all())
+
+
+def read_exact_samples(path, args, V):
+    """Exact samples that an earlier run has written; exits if they are of another target.
+
+    V: the token ids that there are.
+    """
+    problem = f"{path}: no file of exact samples"
     try:
         saved = torch.load(path, "cpu")
-        target = saved["target"]
+        target = dict(saved["target"])
         tokens = saved["tokens"]
         o = saved["o"]
-    except Exception as error:
-        why = (
-            f"{path}: no file of exact samples ({type(error).__name__}); delete it, or name another"
-        )
+    except Exception as error:  # torn, or another kind of file: many types
+        why = f"{problem} ({type(error).__name__}); delete it, or name another"
         raise SystemExit(why) from None
 
-    # The same target, and samples enough.
+    # The same target, ids of its tokens and conditions, and samples enough.
     wanted = target_of(args)
     changed = [name for name in wanted if target.get(name) != wanted[name]]
-    problem = f"{path}: exact samples of another target, with another {', '.join(changed)}"
-    require(not changed, f"{problem}; name another --exact-samples")
+    other = f"{path}: exact samples of another target, with another {', '.join(changed)}"
+    require(not changed, f"{other}; name another --exact-samples")
+    whole = are_ids(tokens, args.T, V)
+    if args.potential == "infilling":
+        whole = whole and are_ids(o, args.c, V) and len(o) == len(tokens)
+    else:
+        whole = whole and o is None
+    require(whole, f"{problem}: its tokens are damaged; delete it, or name another")
     few = f"{path}: holds {len(tokens)} exact samples, fewer than --exact {args.exact}; delete it"
     require(len(tokens) >= args.exact, few)
     if o is not None:
@@ -1485,31 +1575,51 @@ def read_exact_samples(path, args):
     return ExactSamples(tokens[: args.exact], o)
 
 
-def load_exact_samples(args, world, out, device):
-    """The run's exact samples, from the file --exact-samples -> ExactSamples, called `pool` below.
+def exact_path(args, out):
+    """The file of the run's exact samples."""
+    return Path(args.exact_samples or out / "exact_samples.pt")
 
-    If there is no such file, the first process draws them and writes it.
+
+def read_or_draw_exact_samples(args, world, out):
+    """The run's exact samples -> ExactSamples, called `pool` below.  Only the first process works.
+
+    They are read from the file --exact-samples; if there is none they are drawn, and not yet
+    written: the run folder is made after all that can fail.
     """
-    path = Path(args.exact_samples or out / "exact_samples.pt")
-    found = [None]  # a list, as broadcast_object_list needs one
-    if dist.get_rank() == 0 and path.exists():
-        found = [read_exact_samples(path, args)]
-    elif dist.get_rank() == 0:
-        # Draw, and write under another name first, so that the file is never half-written.
-        print(f"drawing {args.exact} exact samples: {path}", flush=True)
+    path = exact_path(args, out)
+    in_folder = path.resolve() == (out / "exact_samples.pt").resolve()
+    deleted = args.overwrite and in_folder  # by clear(), in a moment
+    if path.exists() and not deleted:
+        return read_exact_samples(path, args, world.V)
+    require_writable(path.parent, "--exact-samples")
+    print(f"drawing {args.exact} exact samples: {path}", flush=True)
+    with leaving_at_once():
         drawn = draw_exact_samples(world, args.exact)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contents = {"target": target_of(args), "tokens": drawn.tokens.cpu(), "o": None}
-        if drawn.o is not None:
-            contents["o"] = drawn.o.cpu()
-        unfinished = Path(f"{path}.tmp")
-        torch.save(contents, unfinished)
-        unfinished.replace(path)
-        found = [ExactSamples(contents["tokens"], contents["o"])]
+    if drawn.o is not None:
+        drawn.o = drawn.o.cpu()
+    return ExactSamples(drawn.tokens.cpu(), drawn.o)
 
-    # The others get them from the first process.
-    dist.broadcast_object_list(found)
-    pool = found[0]
+
+def save_exact_samples(args, pool, out):
+    """Write the run's exact samples, if their file is not there, whole or not at all."""
+    path = exact_path(args, out)
+    if path.exists():
+        return
+    contents = {"target": target_of(args), "tokens": pool.tokens.cpu(), "o": None}
+    if pool.o is not None:
+        contents["o"] = pool.o.cpu()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(f"{path}.tmp")
+    torch.save(contents, unfinished)
+    unfinished.replace(path)
+
+
+def load_exact_samples(args, world, out, device):
+    """The run's exact samples, on all processes; None if there are none of this potential."""
+    if world.log_bound is None or args.exact == 0:
+        return None
+    work = partial(read_or_draw_exact_samples, args, world, out)
+    pool = on_rank0(work, f"{exact_path(args, out)}: no exact samples")
     pool.tokens = pool.tokens.to(device)
     if pool.o is not None:
         pool.o = pool.o.to(device)
@@ -1636,14 +1746,17 @@ SHOWN = ("kl_q_sigma", "kl_sigma_q", "log_Z", "gap", "lower", "kl_prior", "rewar
 
 def evaluate_and_log(args, world, twist, pool, out, step):
     """The first process evaluates; all of them log its record to out/metrics.jsonl."""
-    found = [None]
-    if dist.get_rank() == 0:
-        found = [evaluate(args, world, twist, pool)]
-    dist.broadcast_object_list(found)
-    record = found[0]
+    work = partial(evaluate_alone, args, world, twist, pool)
+    record = on_rank0(work, f"{out}: not evaluated after {step} updates")
     line = {name: record[name] for name in SHOWN if name in record}  # first, since they are printed
     line.update(record)
     log(out, step, **line)
+
+
+def evaluate_alone(args, world, twist, pool):
+    """evaluate(), which a signal ends at once."""
+    with leaving_at_once():
+        return evaluate(args, world, twist, pool)
 
 
 # ---- Training
@@ -1724,6 +1837,10 @@ def train(args, learner, seed, world, model, pool, out):
         optimizer = torch.optim.Adam(weights, lr=rate)
         if args.resume:
             step, _ = load_checkpoint(out, twist, optimizer)
+    else:
+        # Evaluated anew, even where a run is resumed.
+        forget = partial((out / "metrics.jsonl").unlink, missing_ok=True)
+        on_rank0(forget, f"{out}: cannot be written to")
     begun = step  # this run starts here: 0, or the checkpoint that it resumes
 
     while True:
@@ -1757,6 +1874,7 @@ def print_text(args, world, twist):
         o = draw_exact_samples(world, 1).o
     particles = sample(world, twist, args.K, o=o, tau=0.0)
     k = particles.log_w[0].softmax(-1).multinomial(1).item()
+    show_example(world.tokenizer, world.prompt, particles.tokens[0, k])
     text = world.tokenizer.decode(particles.tokens[0, k])
     if o is not None:
         text = f"{text} [{world.tokenizer.decode(o[0])}]"
@@ -1764,9 +1882,35 @@ def print_text(args, world, twist):
     print(f"one of {args.K} by weight: log phi {log_phi:.3f}, {text!r}", flush=True)
 
 
+RECORDED = ("step", "kl_prior", "reward", "hits", "F_q", "conditional")  # at every evaluation
+
+
 def read_history(out):
-    """The records of a run's metrics.jsonl, in the order of their updates."""
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    """The records of a run's metrics.jsonl, in the order of their updates.
+
+    SystemExit: a line that is no record of an evaluation.
+    """
+    path = out / "metrics.jsonl"
+    records = []
+    for place, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            record = None
+        whole = isinstance(record, dict)
+        for name in RECORDED:
+            whole = whole and isinstance(record.get(name), int | float)
+        require(whole, f"{path}:{place}: no record of an evaluation; --overwrite starts anew")
+        records.append(record)
+    return records
+
+
+def look_back(args, world, twist, out):
+    """A learner's records when it has been trained; the first process prints one of its texts."""
+    with leaving_at_once():
+        history = read_history(out)
+        print_text(args, world, twist)
+    return history
 
 
 def values_over_seeds(name, records, log_Z):
@@ -1869,7 +2013,7 @@ def write_table(out, records):
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]
         lines.append("| " + " | ".join(cells) + " |")
     lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    (out / "table.md").write_text("\n".join(lines) + "\n")
+    write(out / "table.md", ("\n".join(lines) + "\n").encode())
     print("", *lines, "", *warnings, sep="\n")
 
 
@@ -1966,8 +2110,7 @@ def draw_figure(out, records, args):
     figure.suptitle(f"{args.potential}, {where}; T {args.T}, seed {args.seed}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
-    (out / "figures").mkdir(exist_ok=True)
-    figure.savefig(out / "figures" / "twisted_smc.png", dpi=100)
+    save_figure(figure, out / "figures" / "twisted_smc.png", dpi=100)
 
 
 # log Z of the default target and half of its 95 % interval: the log of the mean of phi over 200,000
@@ -1984,19 +2127,16 @@ def known_log_Z(args):
 
 # ---- The run
 
-LEAST = {  # the smallest value that an option may have
-    "T": 1,
-    "K": 1,
-    "conditions": 1,
-    "c": 0,
-    "runs": 1,
-    "seeds": 1,
-    "seed": 0,
-    "exact": 0,
-    "max_steps": 0,
-    "eval_every": 0,
-    "lr": 0,
-    "tau": 0,
+RANGES = {  # option: its least and largest value
+    "T": (1, 10**6),
+    "c": (0, 10**6),
+    "K": (1, 10**6),
+    "conditions": (1, 10**6),
+    "tau": (0, 10**9),
+    "exact": (0, 10**9),
+    "bound_K": (1, 10**6),
+    "runs": (1, 10**6),
+    "seeds": (1, 10**6),
 }
 
 
@@ -2017,12 +2157,12 @@ def check_potential(args):
         problem = f"choose tiny:reward, or one of {', '.join(attributes)} after tiny:"
     elif kind.endswith(".py"):
         fits = Path(kind).is_file()
-        problem = f"there is no file {kind}"
+        problem = "there is no file of this name"
     elif name == "reward":
         fits = args.classifier
         problem = "name its --classifier"
     elif kind == "class":
-        fits = args.classifier and what.isdecimal()
+        fits = args.classifier and what.isdecimal() and len(what) < 10
         problem = "give a label (0, 1, ...) after class:, and a --classifier"
     elif kind == "threshold":
         digits = what.removeprefix("-").replace(".", "", 1)  # of a number such as -1.5
@@ -2037,20 +2177,18 @@ def check_potential(args):
             "unknown; choose infilling, continuation, tiny:WHAT, FILE.py:FUNCTION, or class:LABEL, "
             "threshold:ETA, reward with --classifier"
         )
-    require(fits, f"potential {name}: {problem}")
+    require(fits, f"potential {name[-80:]}: {problem}")
 
 
 def check(args):
     """Exit with one line if an option is out of its range, before anything is loaded or made."""
-    for name, least in LEAST.items():
-        value = getattr(args, name)
-        require(least <= value < math.inf, f"--{name.replace('_', '-')} {value}: at least {least}")
-    require(0 < args.beta < math.inf, f"--beta {args.beta}: must be positive")
-    require(args.bound_K and min(args.bound_K) > 0, "--bound-K: one number or several, at least 1")
+    check_ranges(args, RANGES)
     require(args.rates in LR, f"unknown row of rates {args.rates!r}: choose one of {', '.join(LR)}")
     known = args.learner in (*LEARNERS, "all", "none", "policy")
     require(known, f"unknown learner {args.learner!r}: choose one of {', '.join(LEARNERS)}, all")
     check_potential(args)
+    problem = f"--learner policy: name it, with the vocabulary of --model {args.model}, by --policy"
+    require(args.policy or args.learner != "policy", problem)
 
     # CTL, SIXO and DPG learn from how the weights of K particles differ.  Under infilling SIXO and
     # DPG do not: there they learn from one exact sample for each condition.
@@ -2076,27 +2214,162 @@ def choose_learners(args, world):
     return learners
 
 
-def main(args):
-    check(args)
+class Stopped(SystemExit):
+    """SIGTERM or Ctrl-C has come: the program ends with code 143."""
+
+
+def leave_now(signal_number, _):
+    """What a signal does within leaving_at_once."""
+    signals.append(signal_number)
+    raise Stopped(143)
+
+
+@contextmanager
+def leaving_at_once():
+    """Within it SIGTERM and Ctrl-C end the program at once, and not after a step.
+
+    It is for long work that the first process does alone and that writes nothing.  There it cannot
+    ask stop_requested, which the other processes would have to answer; and a step may be a user's
+    potential that takes minutes.
+    """
+    if signals:
+        raise Stopped(143)
+    before = {}
+    for signal_number in (signal.SIGTERM, signal.SIGINT):
+        before[signal_number] = signal.signal(signal_number, leave_now)
+    try:
+        yield
+    finally:
+        for signal_number, handler in before.items():
+            signal.signal(signal_number, handler)
+
+
+def require_writable(folder, flag):
+    """Exit with one line unless the folder, or the nearest one above that exists, takes files."""
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+    require(writable, f"{nearest}: not a folder that can be written to; choose another {flag}")
+
+
+def require_free(args, out):
+    """Exit with one line if start_run would refuse the folder, so that no work is done in vain."""
+    is_run = (out / "config.json").is_file()
+    if args.resume:
+        require(is_run, f"{out}: no config.json, so no run to resume; start it without --resume")
+    elif out.is_dir() and any(out.iterdir()):
+        require(args.overwrite, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
+        require(is_run, f"{out}: no config.json, so --overwrite deletes nothing; another --out")
+    require_writable(out, "--out")
+
+
+def memory(device):
+    """Bytes of memory of a device; of the processor's, what the machine has."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def check_sizes(args, world, learners, device):
+    """Exit with one line if the largest tensors would not fit the memory.
+
+    The sizes are the least that is needed: p0's logits of one step, (n, V) in float32, and the
+    hidden states of all steps, (n, T, d), of n particles.
+    """
+    a_particle = 4 * world.V + 4 * args.T * world.d
+    room = memory(device)
+
+    # An update.  DPG and PPO have log psi_t, log p0 and their sum for every token of every step.
+    n = args.K
+    flags = f"--K {args.K}, --T {args.T}"
+    if world.conditional:
+        n = args.K * args.conditions
+        flags = f"{flags}, --conditions {args.conditions}"
+    size = n * a_particle
+    if "dpg" in learners or "ppo" in learners:
+        size += 12 * n * args.T * world.V
+    problem = f"{flags}: an update takes {size} bytes of {room}"
+    require(size <= room, f"{problem}; lower them")
+
+    # The bounds, of as many runs as there are exact samples for.
+    exact = 0
+    runs = args.runs
+    if world.log_bound is not None and args.exact > 0:
+        exact = args.exact
+        runs = min(runs, exact)
+    size = max(args.bound_K) * runs * a_particle
+    problem = f"--bound-K {max(args.bound_K)}, --runs {runs}: bounds take {size} bytes of {room}"
+    require(size <= room, f"{problem}; lower them")
+
+    # Each exact sample is a particle: under conditions when they are drawn, else in KL(sigma | q).
+    size = exact * a_particle
+    problem = f"--exact {exact}, --T {args.T}: exact samples take {size} bytes of {room}"
+    require(size <= room, f"{problem}; lower them")
+
+
+@torch.no_grad()
+def rehearse(args, world, model):
+    """Try what may fail later: the potential on two texts, and the policy.
+
+    Random draws are what they would be without it.
+    """
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        if world.text_potential is not None:
+            ids = torch.arange(2 * world.T, device=model.device) % world.V
+            world.log_phi(ids.view(1, 2, world.T))
+        if args.learner == "policy":
+            make_twist(args, "policy", world, model)
+
+
+def clear(out):
+    """Delete what an earlier run of this file has left; start_run deletes the rest."""
+    (out / "exact_samples.pt").unlink(missing_ok=True)
+    for old in out.glob("*-seed*"):
+        shutil.rmtree(old)
+
+
+def write_results(out, records, args):
+    """The table and the figure."""
+    write_table(out, records)
+    draw_figure(out, records, args)
+    print(f"{out}: table.md, figures/twisted_smc.png")
+
+
+def prepare(args, out):
+    """Load and try all that can be refused -> world, learners, pool.
+
+    It comes before the run folder is made, so that the corrected command finds it free.
+    """
+    device = setup(args.seed)
+    free = f"{out}: cannot hold a run; choose another --out"
+    on_rank0(partial(require_free, args, out), free)
 
     # The target, and who learns to sample from it.
-    device = setup(args.seed)
     model = load_model(args.model, args.dtype)
     world = lm_world(model, load_tokenizer(args.model), args)
     learners = choose_learners(args, world)
-    out = start_run(args, "twisted_smc")
-    first = dist.get_rank() == 0
-
-    # What an earlier run has left there goes with it.
-    if args.overwrite and first:
-        (out / "exact_samples.pt").unlink(missing_ok=True)
-        for old in out.glob("*-seed*"):
-            shutil.rmtree(old)
+    check_sizes(args, world, learners, device)
+    rehearse(args, world, model)
 
     # Exact samples, for upper bounds and KL(sigma | q).
-    pool = None
-    if world.log_bound is not None and args.exact > 0:
-        pool = load_exact_samples(args, world, out, device)
+    pool = load_exact_samples(args, world, out, device)
+    return world, learners, pool
+
+
+def main(args):
+    check(args)
+    out = Path(args.out or "results/twisted_smc")
+    world, learners, pool = prepare(args, out)
+    start_run(args, "twisted_smc")
+
+    # What an earlier run has left there goes with it.
+    if args.overwrite:
+        on_rank0(partial(clear, out), f"{out}: cannot be cleared")
+    if pool is not None:
+        work = partial(save_exact_samples, args, pool, out)
+        on_rank0(work, f"{exact_path(args, out)}: cannot be written")
 
     # Train and evaluate every learner, with every seed.
     records = {}
@@ -2104,16 +2377,12 @@ def main(args):
         for learner in learners:
             say(f"{learner}, seed {seed}")
             folder = out / f"{learner}-seed{seed}"
-            twist = train(args, learner, seed, world, model, pool, folder)
-            if first:
-                records[learner, seed] = read_history(folder)
-                print_text(args, world, twist)
+            twist = train(args, learner, seed, world, world.model, pool, folder)
+            work = partial(look_back, args, world, twist, folder)
+            records[learner, seed] = on_rank0(work, f"{folder}: no records, or no text")
 
     # Table and figure.
-    if first:
-        write_table(out, records)
-        draw_figure(out, records, args)
-        print(f"{out}: table.md, figures/twisted_smc.png")
+    on_rank0(partial(write_results, out, records, args), f"{out}: cannot be written")
     return records
 
 

@@ -41,6 +41,7 @@ from common import pack_pairs, tokenize_pairs  # tokenization
 from common import load_pairs, read_rows  # data
 from common import load_model, load_tokenizer  # models
 from common import tiny_reward  # the tiny world
+from common import save_figure  # processes
 
 # isort: on
 
@@ -114,7 +115,7 @@ def sample(folder, rows, copies, seed):
         prompts = [row["prompt_ids"] for row in batch]
         vocabulary = len(tokenizer)
         draws = uniforms[i : i + 128]
-        responses = respond(model, prompts, draws, sampler(), tokenizer.eos_token_id, vocabulary)
+        responses = respond(model, prompts, draws, sampler(), [tokenizer.eos_token_id], vocabulary)
         for row, response in zip(batch, responses):
             text = tokenizer.decode(response, skip_special_tokens=True)
             reward = tiny_reward(row["prompt"], text)
@@ -227,8 +228,7 @@ def plot(args, outcomes):
         axis.set_title(name)
         axis.set_xlabel("optimiser step")
         axis.set_ylabel("log pi/pi_ref (nats)")
-    Path(args.out, "figures").mkdir(exist_ok=True)
-    figure.savefig(Path(args.out, "figures", "rewards.png"), dpi=120)
+    save_figure(figure, Path(args.out, "figures", "rewards.png"))
 
 
 def main(args):

@@ -33,7 +33,7 @@ import dpo_gamma
 # isort: off
 from common import subset, read_rows  # data
 from common import load_model, load_tokenizer  # models
-from common import require, say, setting, setup  # processes
+from common import require, save_figure, say, setting, setup  # processes
 # isort: on
 
 
@@ -121,8 +121,7 @@ def main(args):
     options = read_options(folders[0])
     title = "DPO^gamma (Chen et al.), blue: ranked right"
     figure.suptitle(f"{title}, beta {options.beta}, {setting(options)}", size=9)
-    (sweep / "figures").mkdir(exist_ok=True)
-    figure.savefig(sweep / "figures" / "ranking.png", dpi=120)
+    save_figure(figure, sweep / "figures" / "ranking.png")
     say(f"figure: {sweep / 'figures' / 'ranking.png'}")
 
 

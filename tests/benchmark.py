@@ -41,6 +41,7 @@ from imh_adaptors import adaptor_logps, imh_chain, sample
 
 from common import (
     decode_step,
+    load_tokenizer,
     pack_pairs,
     prefill,
     reorder,
@@ -48,6 +49,7 @@ from common import (
     response_logps,
     sample_tokens,
     setup,
+    tokenize_pairs,
 )
 
 SHAPES = {"14m": (128, 6, 4), "70m": (512, 6, 8), "160m": (768, 12, 12)}  # width, layers, heads
@@ -489,6 +491,52 @@ def score_peak_of(system, pairs):
     print(memory("VmHWM") - before)
 
 
+# ---- text to ids
+
+
+def text_rows(n, seed=0):
+    """n pairs of random words, as long as HH's."""
+    rng = np.random.default_rng(seed)
+    words = (
+        "the fox and owl found a bright old lamp near silver lakes , then they went home .".split()
+    )
+    rows = []
+    for row in hh_pairs(n, seed):
+        texts = []
+        for ids in (row["prompt_ids"], *row["responses"]):
+            texts.append(" " + " ".join(rng.choice(words, len(ids))))
+        prompt = f"\n\nHuman:{texts[0]}\n\nAssistant:"
+        rows.append({"prompt": prompt, "chosen": texts[1], "rejected": texts[2] + "!"})
+    return rows
+
+
+def tokenise(n=4043, rounds=3):
+    """Pairs of text to ids, every row checked, against a call of the tokenizer for each text."""
+    tokenizer = load_tokenizer("tiny")
+    rows = text_rows(n)
+
+    def naive(_):
+        ids = []
+        for row in rows:
+            for name in ("prompt", "chosen", "rejected"):
+                ids.append(tokenizer(row[name], add_special_tokens=False).input_ids)
+        return [sum(map(len, ids)) + 2 * n]
+
+    def ours(_):
+        found = tokenize_pairs(rows, tokenizer, 10**6, 10**5, what=None)
+        responses = sum(len(ids) for row in found for ids in row["responses"])
+        return [responses + sum(len(row["prompt_ids"]) for row in found)]
+
+    tokenizer.model_max_length = 10**6  # no model reads these rows
+    seconds, results = interleave({"naive": naive, "ours": ours}, rounds)
+    print(
+        f"tokenise   {n} pairs of HH's lengths: {ratio(seconds, 'naive', 'ours')}  "
+        f"{n * rounds / sum(seconds['ours']):6.0f} rows/s  "
+        f"{agree(results, 'naive', 'ours', 'numbers of tokens')}",
+        flush=True,
+    )
+
+
 # ---- sampling
 
 
@@ -524,7 +572,7 @@ def generate(rounds=1, new=32, n=32):
 
     def ours(i):
         uniforms = torch.rand(n, new, generator=torch.Generator().manual_seed(i))
-        return len(respond(model, prompts, uniforms, no_adaptor, -1, None))
+        return len(respond(model, prompts, uniforms, no_adaptor, [-1], None))
 
     def batch(_):
         return library(prompts)
@@ -890,6 +938,7 @@ BENCHMARKS = {
     "sweep": sweep,
     "dpl_step": dpl_step,
     "score": score,
+    "tokenise": tokenise,
     "generate": generate,
     "smc": smc,
     "ctl_update": ctl_update,

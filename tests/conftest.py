@@ -23,6 +23,10 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--deep", action="store_true", help="25 times as many random examples")
+
+
 @pytest.fixture(scope="session")
 def blank(tmp_path_factory):
     """A folder with model/ (random GPT-NeoX, two layers of width 32, dropout 0.1 in its config) and

@@ -507,10 +507,10 @@ def test_run(blank, tmp_path, options):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(beta=0.0), "--beta must be positive"),
-        (dict(beta=math.nan), "--beta must be positive"),
-        (dict(lam=-1.0), "--lam must be at least 0"),
-        (dict(lam=math.nan), "--lam must be at least 0"),
+        (dict(beta=0.0), "--beta 0.0: must be from 1e-09"),
+        (dict(beta=math.nan), "--beta nan: must be from 1e-09"),
+        (dict(lam=-1.0), "--lam -1.0: must be from 0"),
+        (dict(lam=math.nan), "--lam nan: must be from 0"),
         (dict(contrast="hinge"), "--contrast must be dpo, ipo or slic"),
     ],
 )

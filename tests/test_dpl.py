@@ -1,7 +1,12 @@
 """dpl.py against closed forms, exact optima, and numbers from the released losses and outputs."""
 
+import dataclasses
 import json
 import math
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import dpl
@@ -13,6 +18,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, records, run
+from safetensors.torch import load_file, save_file
 
 import common
 
@@ -184,6 +190,30 @@ def test_categorical_loss_entropy_and_gradient():
     )
 
 
+def test_shares_of_the_entropy_of_a_batch():
+    """In parts of any size: value and gradient of H of the mean p, by its definition at once."""
+    logits = [torch.randn(2, 7, 5, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    mean_p = logits[0].softmax(-1).mean((0, 1))
+    whole = -(mean_p * mean_p.log()).sum()
+    whole.backward()
+    log_mean_p = logits[0].detach().softmax(-1).mean((0, 1)).log()
+    logits[1].data.copy_(logits[0])
+    total = 0
+    for part in logits[1].split((3, 1, 3), dim=1):
+        share = dpl.entropy_shares(*part, log_mean_p).sum() / 7
+        share.backward(retain_graph=True)
+        total += share.item()
+    assert total == pytest.approx(whole.item(), abs=1e-12)
+    torch.testing.assert_close(logits[1].grad, logits[0].grad, atol=1e-12, rtol=0)
+    close(dpl.entropy(*logits[0], "batch"), whole.item())
+
+    # Atoms without mass: the mean p is too small for a float, and its log is not.
+    far = torch.tensor([[0.0, -500.0]]).requires_grad_()
+    share = dpl.entropy_shares(far, far, far.detach().log_softmax(-1).logsumexp(0))
+    share.sum().backward()
+    assert share.isfinite().all() and far.grad.isfinite().all()
+
+
 def test_losses_by_enumeration_and_symmetry():
     c, r = torch.randn(2, 6, 5, dtype=torch.float64)
     p_c, p_r = c.softmax(-1), r.softmax(-1)
@@ -227,6 +257,13 @@ def test_losses_by_enumeration_and_symmetry():
         torch.testing.assert_close(
             scaled, forth
         )  # (mu, sigma) -> (3 mu + 5, 3 sigma) changes nothing
+
+
+def test_calibration_keeps_a_certain_pair():
+    predicted = torch.tensor([0.0, 0.05, 0.2, 0.95, 1.0])
+    means, true = dpl.calibration(predicted, torch.tensor([0.1, 0.3, 0.5, 0.6, 1.0]))
+    close(means, [0.025, 0.2, 0.975], atol=1e-7)
+    close(true, [0.2, 0.5, 0.8], atol=1e-7)
 
 
 @pytest.mark.parametrize("link", ["logistic", "probit"])
@@ -716,6 +753,95 @@ def test_a_short_run_of_each_type(blank, tmp_path, type, first):
     torch.testing.assert_close(ours, alone, atol=1e-5, rtol=1e-4)
 
 
+def batch_entropy_args(blank, out, **options):
+    options = dict(entropy="batch", entropy_coeff=0.5, schedule="constant") | options
+    return tiny_args(blank, out, type="categorical", **options)
+
+
+def test_gradient_with_the_entropy_of_a_batch(blank, tmp_path):
+    """Micro-batches against the whole batch at once: texts one by one, p averaged as it stands."""
+    args = batch_entropy_args(blank, tmp_path / "run")
+    common.setup(0)
+    tokenizer = common.load_tokenizer(args.model)
+    model, _ = dpl.new_reward_model(args, tokenizer)
+    model.score.weight.data.normal_(generator=torch.Generator().manual_seed(1))
+    rows = dpl.encode(common.load_pairs(args.data, "train"), tokenizer, 512)[:8]
+    weights = [p for p in model.parameters() if p.requires_grad]
+
+    # The whole batch.
+    logits = []
+    for row in rows:
+        for response in row["responses"]:
+            ids = torch.tensor([row["prompt_ids"] + response])
+            logits.append(model.score(model.gpt_neox(ids).last_hidden_state[0, -1]))
+    p = torch.stack(logits).softmax(-1)
+    M = torch.ones(10, 10).tril(-1) + torch.eye(10) / 2
+    mean_p = p.mean(0)
+    entropy = -(mean_p * mean_p.log()).sum()
+    wins = torch.einsum("bi,ij,bj->b", p[0::2], M, p[1::2])
+    objective = -wins.log().mean() - 0.5 * entropy
+    expected = torch.autograd.grad(objective, weights)
+
+    counts = set()
+    for budget in (1, 200, 8192):
+        batches = common.pack_pairs(rows, budget)
+        counts.add(len(batches))
+        log_mean_p = dpl.log_mean_probabilities(model, batches, args)
+        torch.testing.assert_close(log_mean_p, mean_p.log().detach(), atol=1e-5, rtol=1e-5)
+        total = 0
+        model.zero_grad()
+        for batch in batches:
+            losses, _ = dpl.batch_losses(model, batch, args, log_mean_p)
+            (losses.sum() / 8).backward()
+            total += losses.sum().item() / 8
+        assert total == pytest.approx(objective.item(), abs=1e-5)
+        for weight, gradient in zip(weights, expected, strict=True):
+            torch.testing.assert_close(weight.grad, gradient, atol=1e-5, rtol=1e-4)
+    assert len(counts) == 3
+
+
+def test_entropy_of_a_batch_whatever_the_micro_batches(blank, tmp_path, monkeypatch):
+    """Losses and weights of runs with three token budgets; H of each micro-batch differs by 6e-5.
+
+    With SGD: Adam turns the rounding errors of a gradient that is 0 into steps of size lr.
+    """
+
+    def sgd(model, args):
+        head = model.score.weight
+        body = [p for p in model.parameters() if p.requires_grad and p is not head]
+        return torch.optim.SGD([{"params": body}, {"params": [head]}], args.lr)
+
+    monkeypatch.setattr(dpl, "new_optimizer", sgd)
+    runs = []
+    for budget in (1, 200, 8192):
+        out = tmp_path / str(budget)
+        options = dict(max_steps=8, lr=0.1, head_lr=1.0, tokens_per_microbatch=budget)
+        history = dpl.main(batch_entropy_args(blank, out, **options))
+        losses = [line.get("loss", line.get("eval_loss")) for line in history]
+        runs.append((losses, load_file(out / "model/model.safetensors")))
+    (losses, weights), *others = runs
+    for other_losses, other_weights in others:
+        assert other_losses == pytest.approx(losses, abs=1e-5)
+        for name, weight in weights.items():
+            torch.testing.assert_close(other_weights[name], weight, atol=1e-5, rtol=0)
+
+
+def test_entropy_of_a_batch_costs_only_those_who_use_it(blank, tmp_path, monkeypatch):
+    passes = []
+    once = dpl.head_outputs
+    monkeypatch.setattr(dpl, "head_outputs", lambda *a: passes.append(1) or once(*a))
+    for options, expected in (
+        (dict(type="categorical", entropy="batch"), 2),
+        (dict(type="categorical", entropy="batch", entropy_coeff=0.0), 1),
+        (dict(type="categorical"), 1),
+        (dict(type="base", entropy="batch"), 1),
+    ):
+        passes.clear()
+        out = tmp_path / "-".join(map(str, options.values()))
+        dpl.main(tiny_args(blank, out, max_steps=1, eval_pairs=2, **options))
+        assert len(passes) == expected + 1  # and one of the held-out pairs
+
+
 def test_zero_head_and_swapped_pairs():
     for type, K in (("base", 1), ("mean_and_variance", 2), ("categorical", 10)):
         zeros = torch.zeros(4, K, dtype=torch.float64)
@@ -1049,6 +1175,305 @@ def test_two_processes_and_a_resumed_run_equal_one(blank, tmp_path):
     assert [line.get("loss", line.get("eval_loss")) for line in one] == [
         line.get("loss", line.get("eval_loss")) for line in stopped
     ]  # bit for bit
+
+
+def test_entropy_of_a_batch_on_two_processes(blank, tmp_path):
+    command = [ROOT / "methods/dpl.py", "train", "--model", blank / "model"]
+    command += ["--data", blank / "pairs.jsonl", "--batch-size", "8", "--max-steps", "4"]
+    command += ["--type", "categorical", "--entropy", "batch", "--entropy-coeff", "0.5"]
+    command += ["--head-lr", "0.1", "--schedule", "constant"]
+    command += ["--lr", "1e-6"]  # Adam makes steps of lr of what is 0 but for rounding
+    run(*command, "--out", tmp_path / "one")
+    run(*command, "--out", tmp_path / "two", processes=2)
+    for line, other in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
+        for key in {"loss", "eval_loss"} & line.keys():
+            assert line[key] == pytest.approx(other[key], abs=1e-5)
+    one, two = (load_file(tmp_path / name / "model/model.safetensors") for name in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, atol=1e-5, rtol=0)
+
+
+# ---- signals
+
+
+@pytest.fixture
+def asked_at(monkeypatch):
+    """asked_at(name, n): as if SIGTERM came in the n-th call of this function of dpl.py."""
+    monkeypatch.setattr(common, "signals", [])
+
+    def ask(name, n):
+        calls, function = [], getattr(dpl, name)
+
+        def counted(*args, **options):
+            calls.append(1)
+            if len(calls) == n:
+                common.signals.append(signal.SIGTERM)
+            return function(*args, **options)
+
+        monkeypatch.setattr(dpl, name, counted)
+        return calls
+
+    return ask
+
+
+def stopped(args):
+    with pytest.raises(SystemExit) as stop:
+        dpl.main(args)
+    assert stop.value.code == 143
+
+
+def test_score_stops_between_two_micro_batches(blank, tmp_path, asked_at):
+    dpl.main(tiny_args(blank, tmp_path / "run", max_steps=1))
+    calls = asked_at("head_outputs", 2)
+    out = tmp_path / "out.jsonl"
+    data = tmp_path / "test.jsonl"  # a name with which all of the rows are held out
+    shutil.copy(blank / "pairs.jsonl", data)
+    options = dict(checkpoints=(str(tmp_path / "run"),), out=str(out), tokens_per_microbatch=1)
+    stopped(dpl.ScoreArgs(data=str(data), **options))
+    assert len(calls) == 2 and not out.exists() and not list(tmp_path.glob("out*"))
+
+
+def test_synthetic_stops_between_two_steps(tmp_path, asked_at):
+    calls = asked_at("synthetic_losses", 150)
+    stopped(dpl.SyntheticArgs(out=str(tmp_path / "run"), width=4, batch_size=4))
+    assert len(calls) == 150
+    assert [line["step"] for line in records(tmp_path / "run")] == [0, 100]
+
+
+@pytest.mark.parametrize("n", [8 + 8 + 3, 8 + 8 + 8 + 8 + 3])
+def test_a_stopped_evaluation_is_resumed(blank, tmp_path, asked_at, n):
+    """8 pairs, one at a time, to evaluate before a step, for each of two steps, and at the end."""
+    data = tmp_path / "test.jsonl"  # a name with which all of the rows are held out
+    shutil.copy(blank / "pairs.jsonl", data)
+    options = dict(max_steps=2, eval_pairs=8, eval_every=8, tokens_per_microbatch=1)
+    options["data"] = str(data)
+    whole = dpl.main(tiny_args(blank, tmp_path / "whole", **options))
+    args = tiny_args(blank, tmp_path / "run", **options)
+    calls = asked_at("head_outputs", n)
+    stopped(args)
+    assert len(calls) == n and not (tmp_path / "run/model").exists()
+    common.signals.clear()
+    dpl.main(dataclasses.replace(args, resume=True))
+    kept = [line.get("eval_loss", line.get("loss")) for line in records(tmp_path / "run")]
+    assert kept == [line.get("eval_loss", line.get("loss")) for line in whole]
+
+
+def test_sigterm_ends_a_process(tmp_path):
+    command = ["methods/dpl.py", "synthetic", "--steps", "1000000", "--out", tmp_path / "run"]
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode == 143
+
+
+# ---- what is refused
+
+
+def refusal(args):
+    """The line with which it is refused: one, and not too long."""
+    with pytest.raises(SystemExit) as stop:
+        dpl.main(args)
+    line = stop.value.code
+    assert isinstance(line, str) and "\n" not in line, line
+    assert len(line) <= 200 + line.count("/") * 20, line  # folders of tests have long names
+    return line
+
+
+NUMBERS = []
+for command in (dpl.Args, dpl.SyntheticArgs, dpl.ScoreArgs, dpl.SummarizeArgs):
+    for field in dataclasses.fields(command):
+        if field.type in (int, float):
+            NUMBERS.append((command, field.name))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, 1e30, 2**60])
+@pytest.mark.parametrize("command, name", NUMBERS, ids=lambda x: getattr(x, "__name__", x))
+def test_numbers_out_of_range(command, name, value, tmp_path, monkeypatch):
+    monkeypatch.setattr(dpl, "setup", lambda seed: pytest.fail("loading began"))
+    monkeypatch.chdir(tmp_path)
+    line = refusal(command(**{name: value}))
+    assert line.startswith("--" + name.replace("_", "-") + " ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_options_that_do_not_go_together(tmp_path, monkeypatch):
+    monkeypatch.setattr(dpl, "setup", lambda seed: pytest.fail("loading began"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "config.json").write_text("{}")
+    for args, flag in (
+        (dpl.Args(batch_size=0), "--batch-size"),
+        (dpl.Args(max_length=0), "--max-length"),
+        (dpl.Args(num_atoms=1001), "--num-atoms"),
+        (dpl.Args(seed=2**32), "--seed"),
+        (dpl.Args(out="taken"), "--overwrite"),
+        (dpl.SyntheticArgs(width=0), "--width"),
+        (dpl.SyntheticArgs(width=2**14), "--width"),
+        (dpl.SyntheticArgs(width=2**13, batch_size=2**20), "--batch-size"),
+        (dpl.SyntheticArgs(lr=0.0), "--lr"),
+        (dpl.ScoreArgs(checkpoints=(), names=(), data="tiny"), "--checkpoints"),
+        (dpl.ScoreArgs(names=("",), data="tiny"), "--names"),
+        (dpl.ScoreArgs(data="tiny", prompt="a"), "--response"),
+        (dpl.ScoreArgs(data="tiny", out=""), "--out"),
+        (dpl.ScoreArgs(data="tiny", out="taken", overwrite=True), "--out"),
+        (dpl.ScoreArgs(data="tiny", out="missing/out.jsonl"), "--out"),
+        (dpl.ScoreArgs(data="tiny", out="taken/config.json"), "--overwrite"),
+    ):
+        assert flag in refusal(args)
+
+
+def summary_line(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return refusal(dpl.SummarizeArgs(files=(str(path),)))
+
+
+def test_summarize_checks_every_row(tmp_path):
+    path = tmp_path / "scored.jsonl"
+    meta = {"type": "mean_and_variance", "K": 2, "link": "logistic", "atoms": []}
+    good = {"reward_outputs_x": [[1, 2], [3, 4]], "reward_model_x": meta}
+    for outputs in (
+        [[1, 2]],
+        [[1, 2], [3]],
+        [[1, 2], [3, "4"]],
+        [[1, 2], [3, True]],
+        [[1, 2], [3, math.nan]],
+        [[1, 2], [3, math.inf]],
+        [[1, 2], [3, 10**400]],
+        [[1, 2], [3, None]],
+        [[1, 2], 3],
+        [],
+        [[], []],
+        {"a": [1, 2]},
+        "text",
+        None,
+    ):
+        row = good | {"reward_outputs_x": outputs}
+        line = summary_line(path, good, good, row)
+        assert f"{path}:3: reward_outputs_x" in line and line.endswith("score the file again")
+    assert f"{path}:2: reward_outputs_x" in summary_line(path, good, {"reward_model_x": meta})
+    for other in (
+        meta | {"type": "categorical"},
+        meta | {"link": "probit"},
+        meta | {"type": "base"},
+        meta | {"type": ["base"]},
+        meta | {"type": "normal"},
+        meta | {"link": 3},
+        meta | {"K": 3},
+        {},
+        "base",
+        None,
+    ):
+        line = summary_line(path, good, good | {"reward_model_x": other})
+        assert f"{path}:2: reward_model_x" in line
+    alone = {"reward_outputs_x": good["reward_outputs_x"]}
+    assert f"{path}:1: reward_model_x" in summary_line(path, alone, good)
+    long = "y\n" * 300
+    assert f"{path}:1: " in summary_line(path, {f"reward_outputs_{long}": 3})
+
+
+def test_damaged_reward_models(blank, tmp_path):
+    dpl.main(tiny_args(blank, tmp_path / "run", max_steps=1))
+    bad = tmp_path / "bad"
+    config, weights = bad / "config.json", bad / "model.safetensors"
+    whole = json.loads((tmp_path / "run/model/config.json").read_text())
+    head = load_file(tmp_path / "run/model/model.safetensors")
+
+    def line(place):
+        found = refusal(dpl.ScoreArgs(checkpoints=(str(bad),), prompt="a", response="b"))
+        assert found.startswith(f"{place}: ")
+        shutil.rmtree(bad)
+        shutil.copytree(tmp_path / "run/model", bad)
+        return found
+
+    shutil.copytree(tmp_path / "run/model", bad)
+    config.unlink()
+    line(config)
+    for text in ("", "{", '"text"', "\udcff", "[1]", json.dumps(whole)[:-30]):
+        config.write_bytes(text.encode(errors="surrogateescape"))
+        line(config)
+    for meta in (
+        None,
+        3,
+        "base",
+        {"K": 2, "link": "logistic"},
+        whole["dpl"] | {"type": "normal"},
+        whole["dpl"] | {"type": "base"},
+        whole["dpl"] | {"K": "2"},
+        whole["dpl"] | {"link": "logit"},
+    ):
+        config.write_text(json.dumps(whole | {"dpl": meta}))
+        line(config)
+    config.write_text(json.dumps(whole | {"dpl": {"type": "base", "K": 1}}))
+    assert "head has 2 outputs" in line(bad)
+    weights.write_bytes(weights.read_bytes()[:100])
+    line(weights)
+    for weight in (torch.full((2, 32), math.nan), torch.zeros(2), torch.zeros(2, 16)):
+        save_file(head | {"score.weight": weight}, weights, metadata={"format": "pt"})
+        line(bad)
+    head.pop("score.weight")
+    save_file(head, weights, metadata={"format": "pt"})
+    assert "no score.weight" in line(bad)
+
+    # The second of two is refused before the first has scored anything.
+    config.unlink()
+    both = (str(tmp_path / "run"), str(bad))
+    options = dict(names=("a", "b"), data=str(blank / "pairs.jsonl"))
+    out = tmp_path / "out.jsonl"
+    assert str(config) in refusal(dpl.ScoreArgs(checkpoints=both, out=str(out), **options))
+    assert not out.exists()
+
+
+def test_texts_that_cannot_be_scored(blank, tmp_path):
+    dpl.main(tiny_args(blank, tmp_path / "run", max_steps=1))
+    run_folder, path, out = (str(tmp_path / "run"),), tmp_path / "prompts.jsonl", tmp_path / "out"
+    for options in (
+        dict(prompt="a", response="b<|endoftext|>"),
+        dict(prompt="a\udcff", response="b"),
+        dict(prompt="a", response="b\ud83d"),
+        dict(prompt="a", response="b" * 40, max_length=3),
+    ):
+        line = refusal(dpl.ScoreArgs(checkpoints=run_folder, **options))
+        assert line.startswith("--prompt, --response: ")
+    for row in (
+        {"responses": ["b"]},
+        {"prompt": "a"},
+        {"prompt": None, "responses": ["b"]},
+        {"prompt": 5, "responses": ["b"]},
+        {"prompt": "a", "responses": []},
+        {"prompt": "a", "responses": [5]},
+        {"prompt": "a", "responses": ["\ud83d"]},
+    ):
+        path.write_text(json.dumps({"prompt": "a", "responses": ["b"]}) + "\n" + json.dumps(row))
+        line = refusal(dpl.ScoreArgs(checkpoints=run_folder, data=str(path), out=str(out)))
+        assert line.startswith(f"{path}:2: needs prompt and responses")
+    for good in (1, 0):
+        rows = [{"prompt": "a", "responses": ["b"]}] * good
+        rows.append({"prompt": "a", "responses": ["<|endoftext|>"]})
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        line = refusal(dpl.ScoreArgs(checkpoints=run_folder, data=str(path), out=str(out)))
+        assert line.startswith(str(path))
+    assert not out.exists()
+
+
+def test_no_run_folder_where_a_run_is_refused(blank, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(blank / "model", broken)
+    (broken / "model.safetensors").write_bytes(b"")
+    out = tmp_path / "out"
+    for options in (
+        dict(model=str(broken)),
+        dict(data=str(tmp_path / "missing.jsonl")),
+        dict(max_length=3),
+        dict(batch_size=1000),
+        dict(subset="helpful"),
+        dict(type="compare", data="tiny", max_length=30),
+        dict(type="compare", data="tiny", model=str(broken)),
+    ):
+        assert refusal(tiny_args(blank, out, **options))
+        assert not out.exists(), options
 
 
 def test_help_is_instant_and_lists_the_commands():

@@ -257,18 +257,18 @@ def test_cached_reference_equals_live_reference(blank):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(beta=0.0), "--beta must be positive"),
+        (dict(beta=0.0), "--beta 0.0: must be from 1e-09"),
         (dict(label_smoothing=0.5), "--label-smoothing"),
         (dict(data="nowhere.jsonl"), "nowhere.jsonl"),
         (dict(model="no/such/model"), "no/such/model"),
         (dict(batch_size=400), "fewer than one batch"),
         (dict(batch_size=0), "--batch-size"),
         (dict(batch_size=-8), "--batch-size"),
-        (dict(warmup_steps=-5), "--warmup-steps -5: at least 0"),
+        (dict(warmup_steps=-5), "--warmup-steps -5: must be from 0"),
         (dict(max_grad_norm=math.nan), "--max-grad-norm nan"),
         (dict(lr=math.inf), "--lr inf"),
         (dict(eval_pairs=0), "--eval-pairs 0"),
-        (dict(beta=math.nan), "--beta must be positive"),
+        (dict(beta=math.nan), "--beta nan: must be from 1e-09"),
         (dict(ref_model="OTHER"), "different vocabularies"),
     ],
 )
@@ -277,7 +277,9 @@ def test_bad_input_is_one_line(blank, tmp_path, change, message, monkeypatch):
     if change.get("ref_model"):
         tokenizer = common.load_tokenizer(str(blank / "model"))
         tokenizer.add_tokens(["<new>"])
-        common.save_model(common.load_model(str(blank / "model")), tokenizer, tmp_path / "other")
+        model = common.load_model(str(blank / "model"))
+        model.resize_token_embeddings(len(tokenizer))
+        common.save_model(model, tokenizer, tmp_path / "other")
         change = dict(ref_model=str(tmp_path / "other"))
     with pytest.raises(SystemExit) as stop:
         dpo.main(args(blank, tmp_path / "run", **change))
@@ -377,7 +379,7 @@ def test_released_transcripts(tmp_path):
     ours = load_file(tmp_path / "hh.jsonl", {"chosen": chosen, "rejected": rejected})
     print("released:", theirs, " here:", ours)
     assert theirs == (" d", "ant: e")
-    assert "dropped 1 (prompt is not a common prefix: 1)" in ours
+    assert "dropped 1 (prompt is not a common prefix: 1, the first is row 1)" in ours
 
 
 def test_released_ties(tmp_path):
@@ -386,7 +388,7 @@ def test_released_ties(tmp_path):
     ours = load_file(tmp_path / "se.jsonl", {"question": "q", "answers": answers})
     print("released:", released.se_preferred(3, 3), " here:", ours)
     assert released.se_preferred(3, 3) == "j"
-    assert "dropped 1 (equal scores: 1)" in ours
+    assert "dropped 1 (equal scores: 1, the first is row 1)" in ours
 
 
 def test_released_summaries(tmp_path):

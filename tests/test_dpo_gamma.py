@@ -389,10 +389,10 @@ def test_released_weight_norm(blank):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(gamma=(1.0, math.nan)), "--gamma must be"),
-        (dict(gamma=(math.inf,)), "--gamma must be"),
-        (dict(gamma=()), "--gamma must be"),
-        (dict(beta=0.0), "--beta must be positive"),
+        (dict(gamma=(1.0, math.nan)), "--gamma nan: must be from"),
+        (dict(gamma=(math.inf,)), "--gamma inf: must be from"),
+        (dict(gamma=()), "--gamma: give one number at least"),
+        (dict(beta=0.0), "--beta 0.0: must be from"),
     ],
 )
 def test_bad_input_is_one_line(blank, tmp_path, change, message):

@@ -3,10 +3,15 @@
 Each is a small random model; right is the library's forward pass on one row, no padding, no cache.
 """
 
+import json
+import math
+import sys
+
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import common
 
@@ -241,6 +246,9 @@ def test_gradients_of_packed_rows(name):
             torch.testing.assert_close(found[n], p.grad, atol=2e-4 * scale, rtol=0)
 
 
+WHOLE_PREFIXES = "mamba|mamba 2|rwkv|lfm2|jamba|recurrent gemma|falcon-h1|qwen3-next".split("|")
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_twelve_tokens(name):
@@ -248,6 +256,7 @@ def test_twelve_tokens(name):
     model = build(name)
     prompts = [numbers(12, 1), numbers(7, 9)]
     cache, _, logits = common.prefill(model, prompts, 12, copies=2)
+    assert model.decodes == (name not in WHOLE_PREFIXES)  # as README's table says
     texts = [list(prompts[0]), list(prompts[0]), list(prompts[1]), list(prompts[1])]
     for step in range(12):
         wanted = [model(torch.tensor([text]), use_cache=False).logits[0, -1] for text in texts]
@@ -278,3 +287,68 @@ def test_models_that_see_the_future_are_refused(kind, tmp_path):
     with pytest.raises(SystemExit) as refused:
         common.load_model(str(tmp_path))
     assert "\n" not in str(refused.value) and "decoder" in str(refused.value)
+
+
+def saved_neox(folder):
+    """A GPT-NeoX with random weights and a tokenizer of its vocabulary, in a folder."""
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(V)}, unk_token="0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="0")
+    tokenizer.save_pretrained(folder)
+    model = build("gpt-neox")
+    model.save_pretrained(folder)
+    return model, tokenizer
+
+
+def test_an_adapter_is_merged_into_its_base(tmp_path):
+    peft = pytest.importorskip("peft")
+    model, _ = saved_neox(tmp_path / "base")
+    model.name_or_path = str(tmp_path / "base")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert not list((tmp_path / "adapter").glob("tokenizer*"))
+    ids = torch.tensor([numbers(12, 1)])
+    with torch.no_grad():
+        wanted = adapted.eval()(ids).logits
+        found = common.load_model(str(tmp_path / "adapter"))(ids).logits
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+    assert len(common.load_tokenizer(str(tmp_path / "adapter"))) == V
+
+
+def test_an_adapter_without_peft_is_one_line(tmp_path, monkeypatch):
+    saved_neox(tmp_path / "base")
+    (tmp_path / "adapter").mkdir()
+    where = {"base_model_name_or_path": str(tmp_path / "base")}
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(where))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(SystemExit, match="needs peft: pip install peft") as refused:
+        common.load_model(str(tmp_path / "adapter"))
+    assert "\n" not in str(refused.value)
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    model, _ = saved_neox(tmp_path)
+    model.get_output_embeddings().weight.data[3, 1] = math.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(SystemExit, match="holds NaN or infinity"):
+        common.load_model(str(tmp_path))
+
+
+def test_more_tokens_than_embeddings_are_refused(tmp_path):
+    _, tokenizer = saved_neox(tmp_path)
+    tokenizer.add_tokens(["more", "tokens"])
+    tokenizer.save_pretrained(tmp_path)
+    message = f"has {V + 2} tokens, the model only {V} embeddings"
+    with pytest.raises(SystemExit, match=message):
+        common.load_tokenizer(str(tmp_path))
+
+
+def test_rows_beyond_the_context_are_refused(tmp_path):
+    model, tokenizer = saved_neox(tmp_path)
+    context = model.config.max_position_embeddings
+    tokenizer = common.load_tokenizer(str(tmp_path))
+    assert tokenizer.model_max_length == context
+    core = tokenizer.backend_tokenizer
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    row = {"prompt": "1 " * context, "chosen": "2"}
+    with pytest.raises(SystemExit, match=f"reads {context} tokens, but a row has up to"):
+        common.tokenize_pairs([row], tokenizer, 2 * context, 2 * context - 10)

@@ -1,6 +1,12 @@
+import dataclasses
 import json
+import math
+import os
 import shutil
 import sys
+import threading
+import time
+from pathlib import Path
 
 import dpl
 import generate as method
@@ -8,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, run
-from generate import Args, compare, main, respond, sampler, scores, summarise, wilson
+from generate import Args, main, other_responses, respond, sampler, scores, summarise, wilson
 from scipy.stats import binomtest
 from transformers import (
     AutoModelForCausalLM,
@@ -18,6 +24,7 @@ from transformers import (
     LlamaConfig,
 )
 
+import common
 from common import load_tokenizer
 
 V, END = 61, 0
@@ -55,7 +62,7 @@ def naive(model, prompt, uniforms, adapt):
 
 def test_left_padded_greedy_equals_unpadded_greedy(model):
     greedy = sampler(temperature=0)
-    found = respond(model, PROMPTS, torch.zeros(5, 12), greedy, END, V)
+    found = respond(model, PROMPTS, torch.zeros(5, 12), greedy, [END], V)
     assert found == [naive(model, prompt, torch.zeros(12), greedy) for prompt in PROMPTS]
 
 
@@ -66,7 +73,7 @@ def test_a_response_depends_on_its_own_prompt_and_uniforms(model, options):
     # 40 responses, of which most end early, against one by one: the last one is alone at the end
     prompts, adapt = PROMPTS * 8, sampler(**options)
     u = torch.rand(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = respond(model, prompts, u, lambda z: adapt(boost(z)), END, V)
+    found = respond(model, prompts, u, lambda z: adapt(boost(z)), [END], V)
     assert found == [
         naive(model, prompt, row, lambda z: adapt(boost(z))) for prompt, row in zip(prompts, u)
     ]
@@ -77,7 +84,7 @@ def test_a_response_depends_on_its_own_prompt_and_uniforms(model, options):
         and all(ids.index(END) == len(ids) - 1 for ids in ended)
     )
     assert all(len(ids) == 24 for ids in found if END not in ids)
-    part = respond(model, prompts[3:9], u[3:9], lambda z: adapt(boost(z)), END, V)
+    part = respond(model, prompts[3:9], u[3:9], lambda z: adapt(boost(z)), [END], V)
     assert part == found[3:9]
 
 
@@ -89,7 +96,7 @@ def boost(logits):
 def test_no_token_above_the_tokenizer_is_drawn(model):
     u = torch.rand(400, 5, generator=torch.Generator().manual_seed(0))
     found = respond(
-        model, PROMPTS[:1] * 400, u, sampler(), -1, 50
+        model, PROMPTS[:1] * 400, u, sampler(), [-1], 50
     )  # an embedding of 61 rows, a tokenizer of 50
     assert max(map(max, found)) < 50 and len(set(sum(found, []))) > 10
 
@@ -120,6 +127,10 @@ def test_wilson_interval():
     # by hand, z^2 = 3.8415: k = 0 gives 0 .. z^2 / (n + z^2)
     assert wilson(0, 10) == pytest.approx((0, 3.841459 / 13.841459), abs=1e-6)
     assert wilson(2.5, 10)[0] < 0.25 < wilson(2.5, 10)[1]
+
+
+def compare(args, rows):
+    return method.compare(args, rows, other_responses(args, rows))
 
 
 def response_rows(n=6):
@@ -334,6 +345,15 @@ def refused(args, *words):
         main(args)
     message = str(stop.value)
     assert "\n" not in message and all(word in message for word in words), message
+    assert len(message.replace(str(TEMPORARY[-1]), "/tmp/x")) <= 200, message
+
+
+TEMPORARY = [""]  # the folder of the test, whose long name the user did not choose
+
+
+@pytest.fixture(autouse=True)
+def remember(tmp_path):
+    TEMPORARY.append(tmp_path)
 
 
 def test_bad_input_ends_in_one_line(options, blank, tmp_path):
@@ -342,12 +362,12 @@ def test_bad_input_ends_in_one_line(options, blank, tmp_path):
     torch.manual_seed(0)
     config = GPTNeoXConfig.from_pretrained(small, vocab_size=300)
     AutoModelForCausalLM.from_config(config).save_pretrained(small)
-    refused(Args(**out | {"model": str(small)}), "400", "300", "do not belong together")
+    refused(Args(**out | {"model": str(small)}), "400", "300", "resize them")
     assert not (tmp_path / "out" / "responses.jsonl").exists()
     refused(Args(**out | {"max_new_tokens": 600}, overwrite=True), "reads 512 tokens")
     refused(Args(**options, top_p=2.0, out=str(tmp_path / "p")), "--top-p")
     assert not (tmp_path / "p").exists()
-    refused(Args(**out | {"max_new_tokens": 0}), "--max-new-tokens", "at least 1")
+    refused(Args(**out | {"max_new_tokens": 0}), "--max-new-tokens", "from 1")
 
     (tmp_path / "empty.jsonl").write_text("")
     refused(
@@ -374,7 +394,275 @@ def test_bad_input_ends_in_one_line(options, blank, tmp_path):
     refused(Args(**judged, against=str(tmp_path / "other.jsonl")), "other.jsonl", "--data")
     refused(Args(**judged, judge=str(blank / "model")), "not a reward model")
     refused(Args(**judged, judge=str(classifier(tmp_path / "two", blank, 2))), "not a reward model")
-    assert not (tmp_path / "j" / "judged.jsonl").exists()
+    assert not (tmp_path / "j").exists()
+
+
+NUMERIC = [field.name for field in dataclasses.fields(Args) if field.type in (int, float)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, 10**12])
+@pytest.mark.parametrize("name", NUMERIC)
+def test_numbers_out_of_range_are_refused_before_anything_is_loaded(name, value, monkeypatch):
+    monkeypatch.delattr(method, "setup")  # a run would begin with it
+    refused(Args(**{name: value}), "--" + name.replace("_", "-"), str(value))
+
+
+def test_a_temperature_that_overflows_is_refused_and_presets_are_not():
+    refused(Args(temperature=1e-30), "--temperature", "greedy")
+    for preset in method.PRESETS.values():
+        method.check(preset)
+    method.check(Args(temperature=0.0, top_p=0.0, min_p=1.0))
+    assert {"temperature", "top_p", "min_p", "prompts", "seed", "samples"} < set(NUMERIC)
+
+
+def test_sizes_beyond_the_memory_are_refused_with_their_bytes(options, tmp_path, monkeypatch):
+    out = tmp_path / "big"
+    big = options | {"data": str(shutil.copy(options["data"], tmp_path / "test.jsonl"))}
+    monkeypatch.setattr(method, "memory", lambda device: 10**9)
+    refused(Args(**big, samples=10**6, out=str(out)), "48 prompts", str(48 * 10**9), "--samples")
+    uniforms = torch.empty(7, 8, dtype=torch.float64, device="meta")
+    logits = torch.empty(7, 400, device="meta")  # a tokenizer of 400 tokens
+    size = uniforms.nbytes + logits.nbytes
+    room = {"bytes": size - 1}
+    monkeypatch.setattr(method, "ROW_BYTES", 1)
+    monkeypatch.setattr(method, "memory", lambda device: room["bytes"])
+    refused(Args(**big, out=str(out)), "--batch-size 7", f"{size} bytes")
+    assert not out.exists()
+    room["bytes"] = size
+    main(Args(**big, judge="none", out=str(out)))  # it fits exactly
+
+
+WRONG_ROWS = {
+    "no prompt": {"response": "r"},
+    "null": {"prompt": "p", "response": None},
+    "number": {"prompt": "p", "response": 3},
+    "list": {"prompt": ["p"], "response": "r"},
+    "chosen": {"prompt": "p", "response": "r", "chosen": 0.5},
+    "surrogate": {"prompt": "p", "response": "\ud83d"},
+    "row": {"prompt": "p", "response": "r", "row": [1]},
+}
+
+
+@pytest.mark.parametrize("flag", ["responses", "against"])
+@pytest.mark.parametrize("row", WRONG_ROWS.values(), ids=WRONG_ROWS)
+def test_rows_of_others_are_named(row, flag, options, tmp_path):
+    good, bad, out = tmp_path / "good.jsonl", tmp_path / "bad.jsonl", tmp_path / "out"
+    good.write_text('{"prompt": "p", "response": "r", "chosen": "c"}\n')
+    bad.write_text(good.read_text() + json.dumps(row) + "\n")
+    args = Args(**{"responses": str(good), "out": str(out), flag: str(bad)})
+    refused(args, f"{bad}: row 2: ")
+    assert not out.exists()
+    main(dataclasses.replace(args, **{flag: str(good)}))  # the corrected command runs
+    assert len(lines(out / "judged.jsonl")) == 1
+
+
+def damage_truncated(path, others):
+    path.write_bytes(path.read_bytes()[:-30])
+
+
+def damage_fewer(path, others):
+    path.write_text("".join(line + "\n" for line in path.read_text().splitlines()[:-1]))
+
+
+def damage_another(path, others):
+    shutil.copy(others, path)
+
+
+def damage_types(path, others):
+    rows = lines(path)
+    rows[2]["response"] = 7
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def damage_huge(path, others):
+    os.truncate(path, 10**12)  # a hole: no disk holds it, and no memory
+
+
+def damage_empty(path, others):
+    path.write_bytes(b"")
+
+
+DAMAGES = [
+    damage_truncated,
+    damage_fewer,
+    damage_another,
+    damage_types,
+    damage_huge,
+    damage_empty,
+]
+
+
+def test_a_damaged_part_is_drawn_again(many, tmp_path, monkeypatch, capsys):
+    main(Args(**many, out=str(tmp_path / "whole"), judge="none"))
+    stops = iter([False] * 6 + [True])  # six of seven batches
+    stop_requested = method.stop_requested
+    monkeypatch.setattr(method, "stop_requested", lambda: next(stops))
+    out = tmp_path / "stopped"
+    with pytest.raises(SystemExit) as stop:
+        main(Args(**many, out=str(out), judge="none"))
+    assert stop.value.code == 143
+    parts = sorted((out / "parts").iterdir())
+    assert len(parts) == 6
+    for damage, path in zip(DAMAGES, parts, strict=True):
+        damage(path, others=parts[3])
+    monkeypatch.setattr(method, "stop_requested", stop_requested)
+    main(Args(**many, out=str(out), judge="none", resume=True))
+    printed = capsys.readouterr().out
+    for path in parts:
+        assert f"{path}: " in printed and max(map(len, printed.splitlines())) < 10**4
+    assert printed.count("it is drawn again") == 6
+    whole, resumed = (tmp_path / x / "responses.jsonl" for x in ("whole", "stopped"))
+    assert whole.read_bytes() == resumed.read_bytes()
+
+
+def test_a_part_that_is_damaged_at_the_end_is_named(many, tmp_path, monkeypatch):
+    join = method.join
+
+    def damage_and_join(args, work, out):
+        damage_truncated(method.part_path(out, 4), None)
+        join(args, work, out)
+
+    monkeypatch.setattr(method, "join", damage_and_join)
+    out = tmp_path / "out"
+    refused(Args(**many, out=str(out)), "000004.jsonl", "--resume")
+    assert not (out / "responses.jsonl").exists()
+
+
+def broken_judges(folder, blank):
+    """Folders that are no reward models, and a word of the message."""
+    empty = folder / "empty"
+    empty.mkdir()
+    yield empty, "config.json"
+    for name, text in (("torn", '{"architectures": ['), ("list", "[]"), ("bytes", "\x00\xff")):
+        judge = shutil.copytree(blank / "model", folder / name)
+        (judge / "config.json").write_text(text)
+        yield judge, "config.json"
+    yield blank / "model", "not a reward model"
+    yield classifier(folder / "two", blank, 2), "not a reward model"
+    wrong = {"id2label": 3}, {"dpl": 3}, {"dpl": {"K": 1}}
+    for name, config in zip(("three", "dpl", "K"), wrong):
+        judge = classifier(folder / name, blank)
+        values = json.loads((judge / "config.json").read_text())
+        (judge / "config.json").write_text(json.dumps(values | config))
+        yield judge, "reward model" if name == "three" else "config.json"
+    judge = classifier(folder / "headless", blank)
+    shutil.copy(blank / "model" / "model.safetensors", judge)
+    yield judge, "lack score.weight"
+    judge = classifier(folder / "half", blank)
+    os.truncate(judge / "model.safetensors", 1000)
+    yield judge, "restore"
+
+
+def test_a_judge_that_is_none_leaves_no_run_folder(options, blank, tmp_path):
+    out = tmp_path / "out"
+    (tmp_path / "good.jsonl").write_text('{"prompt": "p", "response": "r", "chosen": "c"}\n')
+    for judge, word in broken_judges(tmp_path, blank):
+        refused(Args(**options, judge=str(judge), out=str(out)), word)
+        rows = dict(responses=str(tmp_path / "good.jsonl"), out=str(out))
+        refused(Args(**rows, judge=str(judge)), word)
+        assert not out.exists(), judge
+    refused(Args(**options, judge_command="python 'ask.py", out=str(out)), "--judge-command")
+    other = [row | {"prompt": "another"} for row in response_rows()]
+    (tmp_path / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in other))
+    refused(Args(**options, against=str(tmp_path / "other.jsonl"), out=str(out)), "other prompts")
+    assert not out.exists()
+    main(Args(**options, judge=str(classifier(tmp_path / "good", blank)), out=str(out)))
+
+
+def test_rewards_that_are_not_finite_are_refused(blank, tmp_path):
+    method.setup(0)
+    folder = classifier(tmp_path / "reward", blank)
+    model = GPTNeoXForSequenceClassification.from_pretrained(folder)
+    model.score.weight.data[:] = math.nan
+    model.save_pretrained(folder)
+    with pytest.raises(SystemExit, match="not a finite number"):
+        scores(Args(judge=str(folder)), [("p", "r", "")])
+
+
+def test_a_folder_that_cannot_hold_the_run_is_refused_first(options, tmp_path, monkeypatch):
+    monkeypatch.delattr(method, "prepare")  # nothing is loaded
+    (tmp_path / "file").write_text("")
+    refused(Args(**options, out=str(tmp_path / "file")), "another --out")
+    refused(Args(**options, out=str(tmp_path / "file" / "below")), "another --out")
+    refused(Args(**options, out=str(tmp_path)), "--resume goes on")
+    refused(Args(**options, out=str(tmp_path), overwrite=True), "deletes nothing")
+    refused(Args(**options, out=str(tmp_path / "none"), resume=True), "without --resume")
+
+
+def test_the_others_may_be_in_the_folder_that_is_overwritten(options, tmp_path):
+    out = tmp_path / "out"
+    first = main(Args(**options, out=str(out), judge="none"))
+    texts = [row["response"] for row in lines(out / "responses.jsonl")]
+    against = str(out / "responses.jsonl")
+    changed = options | {"seed": 4}
+    main(Args(**changed, out=str(out), against=against, overwrite=True))
+    judged = lines(out / "judged.jsonl")
+    assert first is None and [row["other"] for row in judged] == texts
+    assert texts != [row["response"] for row in judged]
+
+
+@pytest.mark.parametrize(
+    "command, words",
+    [
+        ("yes A", "and more"),
+        ("head -c 20000 /dev/zero | tr '\\0' x", "line 1 is"),
+        ("printf '\\377\\376\\n'", "line 1 is"),
+        ("head -c 20000 /dev/zero | tr '\\0' '\\1' >&2; exit 5", "exit code 5"),
+        ("kill -9 $$", "exit code -9"),
+        ("no-such-judge", "exit code 127"),
+    ],
+)
+def test_output_of_a_judge_that_is_no_answer(command, words, tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in response_rows()))
+    judged = dict(responses=str(tmp_path / "rows.jsonl"), out=str(tmp_path / "j"))
+    refused(Args(**judged, judge_command=command), "--judge-command", words)
+    assert not (tmp_path / "j").exists()
+
+
+def test_a_signal_ends_a_judge_command_and_what_it_started(tmp_path):
+    method.setup(0)
+    log = tmp_path / "pids"
+    command = f"sleep 60 & echo $! >> {log}; sleep 60"
+    common.signals.clear()
+    timer = threading.Timer(1, common.signals.append, [15])
+    timer.start()
+    begun = time.time()
+    try:
+        with pytest.raises(SystemExit) as stop:
+            scores(Args(judge_command=command), [("p", "a", "b")])
+    finally:
+        timer.join()
+        common.signals.clear()
+    assert stop.value.code == 143 and time.time() - begun < 5
+    state = Path(f"/proc/{log.read_text().strip()}/stat")
+    assert not state.exists() or state.read_text().split()[2] == "Z"  # gone, or dead
+
+
+def test_judging_ends_within_a_batch(blank, tmp_path, monkeypatch):
+    dpl.main(
+        dpl.Args(
+            type="base",
+            model=str(blank / "model"),
+            data=str(blank / "pairs.jsonl"),
+            max_steps=1,
+            batch_size=4,
+            out=str(tmp_path / "dpl"),
+        )
+    )
+    questions = [(row["prompt"], row["chosen"], "") for row in lines(blank / "pairs.jsonl")]
+    reward = str(classifier(tmp_path / "reward", blank))
+    # Asked before every text, then before every batch of 8 of the 48; dpl.py's batches are packed.
+    for judge, stop_at in ((reward, 3), (reward, 48 + 6), (str(tmp_path / "dpl"), 1)):
+        asked = []
+
+        def stop(asked=asked, stop_at=stop_at):
+            asked.append(1)
+            return len(asked) == stop_at
+
+        monkeypatch.setattr(method, "stop_requested", stop)
+        with pytest.raises(SystemExit) as stopped:
+            scores(Args(judge=judge, batch_size=8), questions)
+        assert stopped.value.code == 143 and len(asked) == stop_at
 
 
 def test_command_line(tmp_path):

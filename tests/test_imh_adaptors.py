@@ -1,9 +1,13 @@
 """Adaptors against the library and a table, IMH against enumeration, the commands end to end."""
 
 import csv
+import dataclasses
 import json
 import math
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -226,6 +230,17 @@ def test_chains_side_by_side_equal_a_python_loop():
             ):
                 state = i
             assert chain[i] == state
+
+
+def test_a_chain_in_pieces_is_the_chain(monkeypatch):
+    torch.manual_seed(1)
+    log_w, log_u = 2 * torch.randn(20, 50), torch.rand(20, 50).log()
+    log_w[:, ::7] = -INF  # among them the first of a piece
+    log_w[0] = torch.arange(50, 0, -1)  # accepts rarely: one draw is held over several pieces
+    whole = imh_chain(log_w, log_u)
+    for piece in (1, 7, 25, 49, 50, 51):
+        monkeypatch.setattr(imh, "PIECE", piece)
+        assert torch.equal(imh.held_steps(log_w, log_u), whole)
 
 
 def test_all_draws_impossible_or_huge():
@@ -1189,6 +1204,500 @@ def test_killed_runs_continue(models, scored, tmp_path):
     with pytest.raises(SystemExit, match="seed 0 -> 1"):
         imh.generate(imh.replace(scored, out=str(killed), resume=True, seed=1))
     imh.imh(imh.replace(scored, out=str(two)))
+
+
+# Numbers out of range, and sizes.
+
+
+def numeric_options(args):
+    """Every option that is a number or a tuple of numbers: its name and default."""
+    for option in dataclasses.fields(args):
+        default = getattr(args, option.name)
+        first = default[0] if isinstance(default, tuple) else default
+        if isinstance(first, int | float) and not isinstance(first, bool):
+            yield option.name, default
+
+
+BAD_NUMBERS = [
+    (name, bad)
+    for name, default in numeric_options(Args())
+    for bad in (math.nan, INF, -INF, -1, 10**12, *[()] * isinstance(default, tuple))
+]
+ZERO = ("temperatures", "prompts", "samples", "beta", "chain_length", "corpus_size", "eps")
+BAD_NUMBERS += [(name, 0) for name in (*ZERO, "max_length", "max_prompt_length", "batch_size")]
+BAD_NUMBERS += [("chain_length", 1), ("burn_in", 1000), ("max_length", 1)]
+
+
+def refused(args, command="all"):
+    """The line that ends main before anything is loaded."""
+    with pytest.MonkeyPatch.context() as patch:
+        for function in ("setup", "load_tokenizer", "load_pairs", "toy", "generate", "imh"):
+            patch.setattr(imh, function, None)
+        with pytest.raises(SystemExit) as stop:
+            imh.main(args, command)
+    message = str(stop.value)
+    assert "\n" not in message and len(message) <= 200
+    return message
+
+
+@pytest.mark.parametrize("name, bad", BAD_NUMBERS)
+def test_numbers_out_of_range_are_one_line(name, bad, tmp_path):
+    if name == "temperatures" and bad != ():
+        bad = (1.0, bad)
+    args = imh.replace(Args(out=str(tmp_path / "run")), **{name: bad})
+    assert refused(args).startswith("--" + name.replace("_", "-"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_that_say_nothing_are_one_line():
+    assert "give one at least" in refused(Args(sampling_types=()))
+    assert "needs {}" in refused(Args(template="Human:"))
+
+
+def test_the_numbers_of_the_presets_are_in_range():
+    assert len({name for name, _ in BAD_NUMBERS}) == 13
+    for args in imh.PRESETS.values():
+        imh.check(args, "all")
+
+
+def small_machine(monkeypatch):
+    """8 GiB of memory."""
+    sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**21}
+    monkeypatch.setattr(imh.os, "sysconf", sizes.get)
+
+
+@pytest.mark.parametrize(
+    "flags, size",
+    [
+        (dict(chain_length=10**9), "1 chains would take 64,000,000,000 bytes"),
+        (dict(corpus_size=10**9), "1000 corpora would take 40,000,000,000,000 bytes"),
+        (dict(corpus_size=250_000), "1000 corpora would take 10,000,000,000 bytes"),
+        (dict(max_length=2**30), "uniforms of 64 responses would take 549,755,813,888 bytes"),
+        (dict(samples=10**6, max_length=2000), "of 1000000 responses would take 16,000,000,000"),
+    ],
+)
+def test_sizes_beyond_the_memory_are_one_line(flags, size, monkeypatch):
+    small_machine(monkeypatch)
+    message = refused(Args(**flags))
+    assert size in message and "of 8,589,934,592 here; choose less" in message
+
+
+def test_chains_beyond_the_memory_are_one_line(scored, tmp_path, monkeypatch):
+    """Six prompts, so six chains, unless they are pooled: 384 bytes a step."""
+    small_machine(monkeypatch)
+    long = imh.replace(scored, chain_length=24_000_000, out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match="6 chains would take 9,216,000,000 bytes"):
+        imh.generate(long)
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit, match="6 chains would take 9,216,000,000 bytes"):
+        imh.imh(imh.replace(long, out=scored.out))
+    imh.check_chains(long, 5)
+
+
+MEASURED = """
+import resource, sys
+sys.path[:0] = [{methods!r}]
+import numpy as np
+import imh_adaptors as imh
+rng = np.random.default_rng(0)
+log_w = rng.normal(size=4000)
+pools = [np.arange(4 * i, 4 * i + 4) for i in range(1000)]
+values = rng.normal(size=(4000, 4))
+imh.run_chains(log_w, pools, 10, 1, rng)
+with open("/proc/self/statm") as file:
+    start = int(file.read().split()[1]) * resource.getpagesize()
+if {chains}:
+    after = values[imh.run_chains(log_w, pools, 20_000, 1, rng).states.ravel()]
+else:
+    imh.corpus_means(values, 20_000, rng)
+print((1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 2e7)
+"""
+
+
+@pytest.mark.parametrize("chains", [False, True])
+def test_the_bytes_of_chains_and_corpora_are_measured(chains):
+    """The peak of a process that makes 20 million steps of chains, or strings of corpora."""
+    script = MEASURED.format(methods=str(ROOT / "methods"), chains=chains)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    said = imh.CHAIN_BYTES if chains else imh.CORPUS_BYTES
+    assert float(done.stdout) == pytest.approx(said, rel=0.15)
+
+
+def test_responses_beyond_the_context_are_one_line(models, tmp_path):
+    args = Args(**{**models, **SETTINGS, "max_length": 513}, out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match="--max-length 513: .* reads 512 tokens; lower it"):
+        imh.generate(args)
+    assert not (tmp_path / "run").exists()
+
+
+def test_exact_without_room_for_a_response_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(imh, "load_model", None)
+    args = Args(out=str(tmp_path / "run"), max_length=8)
+    with pytest.raises(SystemExit) as stop:
+        imh.exact(args)
+    message = str(stop.value)
+    assert re.match(
+        r"--max-length 8: no room for a response to .* of \d+ tokens in tiny; ", message
+    )
+    assert len(message) <= 200 and not list(tmp_path.iterdir())
+
+
+# Signals.
+
+
+@pytest.fixture
+def no_signals():
+    """Signals that a test sends to itself are forgotten after it."""
+    imh.setup(0)
+    yield
+    imh.signals.clear()
+
+
+def stopped_at(monkeypatch, where, name, number, function):
+    """Run function; the call of this number of where.name sends SIGTERM -> how many were made."""
+    real = getattr(where, name)
+    calls = []
+
+    def signalled(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) == number:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(where, name, signalled)
+        with pytest.raises(SystemExit) as stop:
+            function()
+    assert stop.value.code == 143
+    imh.signals.clear()
+    return len(calls)
+
+
+def test_a_signal_ends_each_command_within_a_step(scored, tmp_path, monkeypatch, no_signals):
+    """Every loop that takes longer than a second, and nothing is written."""
+    toy = Args(out=str(tmp_path / "a"))
+    assert stopped_at(monkeypatch, imh.np, "sort", 5, lambda: imh.main(toy, "toy")) == 5
+    assert not list(tmp_path.iterdir())
+
+    run = tmp_path / "run"
+    shutil.copytree(Path(scored.out, "scores"), run / "scores")
+    shutil.copytree(Path(scored.out, "samples"), run / "samples")
+    args = imh.replace(scored, out=str(run))
+    for name, number in (("read_rows", 2), ("pool_limit", 3), ("imh_setting", 2)):
+        stop = lambda: imh.main(args, "imh")
+        assert stopped_at(monkeypatch, imh, name, number, stop) == number, name
+    monkeypatch.setattr(imh, "PIECE", 50)  # a chain of 200 steps has four
+    assert stopped_at(monkeypatch, imh, "imh_chain", 2, lambda: imh.main(args, "imh")) == 2
+    assert stopped_at(monkeypatch, imh, "read_samples", 2, lambda: imh.main(args, "score")) == 2
+    assert {path.name for path in run.iterdir()} == {"scores", "samples"}
+
+    imh.imh(args)
+    assert stopped_at(monkeypatch, imh, "scatter", 1, lambda: imh.main(args, "figures")) == 1
+    assert not (run / "figures/correlations_dpo_secret.png").exists()
+
+
+def test_a_signal_leaves_the_scores_of_exact_as_they_were(tmp_path, monkeypatch, no_signals):
+    args = Args(out=str(tmp_path), max_length=128)
+    short = dict(prompts=2, support=8, draws=4, settings=("greedy", "top_k=5,temperature=1"))
+    imh.exact(args, **short)
+    before = {path: path.read_bytes() for path in tmp_path.glob("scores/*/*")}
+    assert len(before) == 2
+    other = imh.replace(args, seed=1)
+    for name, number in (("sample", 1), ("exact_values", 1), ("exact_values", 3)):
+        stop = lambda: imh.exact(other, **short)
+        assert stopped_at(monkeypatch, imh, name, number, stop) == number
+        assert {path: path.read_bytes() for path in tmp_path.glob("scores/*/*")} == before
+    imh.exact(other, **short)
+    assert {path: path.read_bytes() for path in tmp_path.glob("scores/*/*")} != before
+
+
+def test_sigterm_of_the_toy_as_a_user_sends_it(tmp_path):
+    command = [sys.executable, "-u", ROOT / "methods/imh_adaptors.py", "toy", "--out", tmp_path]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline().startswith(b"toy: E r")
+        process.send_signal(signal.SIGTERM)
+        start = time.time()
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and time.time() - start < 10 and errors == b""
+
+
+TWO = """
+import os, signal, sys
+sys.path[:0] = [{methods!r}]
+import imh_adaptors as imh
+args = imh.Args(out=sys.argv[1], max_length=128, chain_length=100, burn_in=10, corpus_size=20)
+imh.setup(0)
+found = imh.exact(args, prompts=2, support=8, draws=4, settings=("top_k=5,temperature=1", "greedy"))
+assert len(found) == 2
+imh.main(args, "imh")
+real = imh.pool_limit
+
+def signalled(log_w):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(log_w)
+
+imh.pool_limit = signalled
+imh.main(args, "imh")
+"""
+
+
+def test_two_processes_write_the_same_and_stop_together(tmp_path):
+    """exact and imh are rank 0's; the other process waits, and leaves with it."""
+    script = tmp_path / "two.py"
+    script.write_text(TWO.format(methods=str(ROOT / "methods")))
+    one, two = tmp_path / "one", tmp_path / "two"
+    done = run(script, one, check=False)
+    assert done.returncode == 143, done.stderr
+    done = run(script, two, processes=2, check=False)
+    # Which of the two torchrun sees first, code 143 or the other's 1, is chance.
+    assert done.returncode == 1 and "ChildFailedError" in done.stderr, done.stderr
+    assert "Gloo" not in done.stderr and 'two.py", line' not in done.stderr
+    files = {path.relative_to(one): path.read_bytes() for path in one.glob("**/*.json")}
+    assert len(files) == 3
+    assert files == {path.relative_to(two): path.read_bytes() for path in two.glob("**/*.json")}
+
+
+# Files that others wrote.
+
+SAMPLE = dict(
+    prompt="a",
+    prompt_ids=[1, 2],
+    ids=[3, 4, 5],
+    text="b",
+    log_q=[-1.0, 0.0, -2.5],
+    log_kept=[0.0, -0.5, 0],
+)
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (dict(ids=[]), "no response, or no prompt"),
+        (dict(prompt_ids=[]), "no response, or no prompt"),
+        (dict(ids=[3, 4, 6]), "tokens that --model does not have"),
+        (dict(ids=[3, 4, -1]), "tokens that"),
+        (dict(ids=[3, 4, 5.0]), "tokens that"),
+        (dict(ids=[3, 4, True]), "tokens that"),
+        (dict(ids="345"), "tokens that"),
+        (dict(prompt_ids=[1, None]), "tokens that"),
+        (dict(log_q=[-1.0, 0.0]), "log_q is not a list of 3 finite numbers"),
+        (dict(log_q=[-1.0, 0.0, math.nan]), "log_q is not"),
+        (dict(log_q=[-1.0, 0.0, -INF]), "log_q is not"),
+        (dict(log_q=[-1.0, 0.0, "-2.5"]), "log_q is not"),
+        (dict(log_q=-3.5), "log_q is not"),
+        (dict(log_kept=[0.0] * 4), "log_kept is not a list of 3 finite numbers"),
+        (dict(log_kept=[0.0, 0.0, 10**400]), "log_kept is not"),
+        (dict(log_kept=None), "log_kept is not"),
+        (dict(text=None), "of the wrong type"),
+        (dict(prompt=1), "of the wrong type"),
+    ],
+)
+def test_samples_of_others_are_checked(tmp_path, damage, why):
+    path = tmp_path / "00000.json"
+    path.write_text(json.dumps([SAMPLE, SAMPLE | damage]))
+    with pytest.raises(SystemExit) as stop:
+        imh.read_samples(path, vocabulary=6)
+    message = str(stop.value)
+    assert message.startswith(f"{path}: row 1: ") and why in message
+    assert message.endswith("; delete the file, generate --resume") and "\n" not in message
+    path.write_text(json.dumps([SAMPLE, SAMPLE]))
+    assert imh.read_samples(path, vocabulary=6) == {(1, 2): [SAMPLE, SAMPLE]}
+
+
+@pytest.mark.parametrize("name", SAMPLE)
+def test_samples_without_a_column(tmp_path, name):
+    path = tmp_path / "00000.json"
+    path.write_text(json.dumps([{key: SAMPLE[key] for key in SAMPLE if key != name}]))
+    with pytest.raises(SystemExit, match=f"00000.json: row 0: no {name}; "):
+        imh.read_samples(path, vocabulary=6)
+    path.write_text("[]")
+    with pytest.raises(SystemExit, match="00000.json: no rows; "):
+        imh.read_samples(path, vocabulary=6)
+
+
+def test_damaged_samples_leave_the_scores_as_they_were(scored, tmp_path):
+    """Found in the last file, before the scores of the earlier run are touched."""
+    for kind in ("samples", "scores"):
+        shutil.copytree(Path(scored.out, kind), tmp_path / "run" / kind)
+    before = {path: path.read_bytes() for path in tmp_path.glob("run/scores/**/*.json")}
+    last = sorted(tmp_path.glob("run/samples/*/*.json"))[-1]
+    rows = json.loads(last.read_text())
+    rows[-1]["log_q"][0] = math.nan
+    last.write_text(json.dumps(rows))
+    with pytest.raises(SystemExit, match=f"{last.name}: row {len(rows) - 1}: log_q is not"):
+        imh.score(imh.replace(scored, out=str(tmp_path / "run"), overwrite=True))
+    assert {path: path.read_bytes() for path in tmp_path.glob("run/scores/**/*.json")} == before
+
+
+SCORES = dict(prompt="a", log_prior=-3.0, reward=1, implicit=0.5, log_aligned=-2.0)
+SCORES |= dict(log_q=-2.0, log_kept=0.0)
+
+
+@pytest.mark.parametrize("name", imh.NUMBERS)
+@pytest.mark.parametrize("bad", [math.nan, INF, -INF, None, "1", True, [1.0], 10**400])
+def test_scores_of_others_are_checked(tmp_path, name, bad):
+    """nan ended in a table of nan."""
+    folder = tmp_path / "scores/top_k=5,temperature=1"
+    folder.mkdir(parents=True)
+    (folder / "00000.json").write_text(json.dumps([SCORES]))
+    (folder / "00064.json").write_text(json.dumps([SCORES, SCORES | {name: bad}]))
+    with pytest.raises(SystemExit) as stop:
+        imh.imh(Args(out=str(tmp_path)))
+    message = str(stop.value)
+    assert f"00064.json: row 1: {name} " in message and message.endswith("score it again")
+    assert "\n" not in message and len(message.replace(str(tmp_path), "")) <= 200
+    assert not (tmp_path / "imh.json").exists()
+
+
+def test_scores_of_a_setting_that_is_none(tmp_path):
+    folder = tmp_path / "scores/top_q=5"
+    folder.mkdir(parents=True)
+    (folder / "00000.json").write_text(json.dumps([SCORES]))
+    with pytest.raises(SystemExit, match="no 'top_q'"):
+        imh.imh(Args(out=str(tmp_path)))
+    (folder / "00000.json").write_text(json.dumps([dict(SCORES, prompt=None)]))
+    with pytest.raises(SystemExit, match="00000.json: row 0: no prompt; score it again"):
+        imh.imh(Args(out=str(tmp_path)))
+
+
+def test_prompts_that_are_chats_have_chains_of_their_own():
+    chats = [[{"role": "user", "content": text}] for text in "abab"]
+    corpus = imh.make_corpus([dict(SCORES, prompt=chat) for chat in chats])
+    pools = imh.pools_of(corpus.prompts, pooled=False)
+    assert [pool.tolist() for pool in pools] == [[0, 2], [1, 3]]
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (dict(extra=1), "not the columns"),
+        (dict(target="nonsense"), "no such setting or target"),
+        (dict(setting=1), "no such setting or target"),
+        (dict(n="20"), "n or r_typ"),
+        (dict(r_typ=None), "n or r_typ"),
+        (dict(local=[1.0, 2.0, 3.0]), "local is not a list of 4"),
+        (dict(chain=[1.0, 2.0, 3.0, None]), "chain is not"),
+        (dict(snis=[1.0, 2.0, 3.0, math.nan]), "snis is not"),
+        (dict(corpora=[]), "corpora is not an object"),
+        (dict(corpora=dict(local=[], chain=[])), "the typical corpora"),
+        (dict(corpora=dict(local=[[1.0]], chain=[], typical=[])), "the local corpora"),
+    ],
+)
+def test_records_of_others_are_checked(scored, tmp_path, damage, why):
+    records = [dataclasses.asdict(imh.Record("greedy", "global", 1, 20, *[[0.0] * 4] * 3))]
+    records[0]["corpora"] = dict(local=[[0.0] * 4], chain=[], typical=[])
+    path = tmp_path / "imh.json"
+    path.write_text(json.dumps(records))
+    assert [dataclasses.asdict(record) for record in imh.read_records(path)][0]["n"] == 20
+    path.write_text(json.dumps([*records, records[0] | damage]))
+    with pytest.raises(SystemExit) as stop:
+        imh.figures(imh.replace(scored, out=str(tmp_path)))
+    message = str(stop.value)
+    assert message.startswith(f"{path}: row 1: {why}") and message.endswith("with this --out")
+    assert "\n" not in message and not (tmp_path / "figures").exists()
+
+
+def test_records_of_other_scores_are_one_line(scored, tmp_path):
+    shutil.copytree(Path(scored.out, "scores"), tmp_path / "scores")
+    args = imh.replace(scored, out=str(tmp_path))
+    imh.imh(args)
+    shutil.rmtree(tmp_path / "scores/greedy")
+    with pytest.raises(SystemExit, match="has greedy, of which there are no scores; run imh again"):
+        imh.figures(args)
+    (tmp_path / "imh.json").write_text("[]")
+    with pytest.raises(SystemExit, match="imh.json: no rows; run imh again"):
+        imh.figures(args)
+
+
+def edit_csv(folder, name, edit):
+    """Change the rows of the one file with this in its name."""
+    (path,) = folder.glob(name)
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    edit(rows)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_rows_missing_in_one_csv_are_counted(tmp_path, capsys):
+    """Two rows less in one file, one in another, one text twice, a score empty, one infinite."""
+    released_csvs(tmp_path)
+    args = Args(csv=str(tmp_path), out=str(tmp_path), beta=1.0, target="aligned", pooled=True)
+    whole = imh.read_corpora(args)
+    capsys.readouterr()
+
+    def shorter(rows):
+        del rows[10:12]
+
+    def last(rows):
+        del rows[-1]
+        rows[20]["negative_log_probability"] = ""
+        rows[21]["negative_log_probability"] = "inf"
+
+    def twice(rows):
+        rows.append(rows[5])
+
+    edit_csv(tmp_path, "*top_p090_t1.5*scoredcorrectionnll*", shorter)
+    edit_csv(tmp_path, "*top_p090_t1.5*scorednll*", last)
+    edit_csv(tmp_path, "*top_p090_t1.5*scoredreward*", twice)
+    corpora = imh.read_corpora(args)
+    printed = capsys.readouterr().out
+    spec = "top_p090,temperature=1.5"
+    line = next(line for line in printed.splitlines() if spec in line)
+    assert line.startswith(f"{tmp_path}: {spec}: responses: kept 34, dropped 7 (")
+    for reason in (
+        "not in all three files: 3, the first is row 38",  # the last one, two rows up
+        "no text: 1, the first is row 3",
+        "a score is missing: 1, the first is row 19",  # of a file that lacks two rows before it
+        "a score is infinite: 1, the first is row 20",
+        "the same text again: 1, the first is row 41",
+    ):
+        assert reason in line, reason
+    # What is kept has the numbers that it has in whole files.
+    kept = [i for i in range(39) if i + (i >= 2) not in (10, 11, 20, 21, 39)]
+    assert corpora[spec].reward.tolist() == whole[spec].reward[kept].tolist()
+    assert corpora[spec].log_q.tolist() == whole[spec].log_q[kept].tolist()
+    others = set(corpora) - {spec}
+    assert all(len(corpora[name].prompts) == 39 for name in others)
+
+
+def test_scores_of_zero_are_scores(tmp_path):
+    """Greedy draws have log q = 0: no score that is missing."""
+    released_csvs(tmp_path)
+
+    def zero(rows):
+        for number, row in enumerate(rows):
+            row["samplingbiased_negative_log_probability"] = ["0", "0.0"][number % 2]
+
+    edit_csv(tmp_path, "*ancestral*scoredcorrectionnll*", zero)
+    corpora = imh.read_corpora(Args(csv=str(tmp_path), out=str(tmp_path)))
+    assert corpora["ancestral_strict,temperature=1.0"].log_q.tolist() == [0.0] * 39
+
+
+def test_csvs_that_are_damaged_are_one_line(tmp_path):
+    """The line is that of the file, also below a text of several lines."""
+    released_csvs(tmp_path)
+    args = Args(csv=str(tmp_path), out=str(tmp_path))
+
+    def damage(rows):
+        rows[4]["generated_text"] = "two\nlines"
+        rows[7]["score"] = "good"
+
+    path = edit_csv(tmp_path, "*ancestral*scoredreward*", damage)
+    line = 1 + next(i for i, text in enumerate(path.read_text().split("\n")) if "good" in text)
+    with pytest.raises(SystemExit) as stop:
+        imh.imh(args)
+    assert str(stop.value).startswith(f"{path}:{line}: score 'good' is not a number; ")
+    path.unlink()
+    with pytest.raises(SystemExit) as stop:
+        imh.imh(args)
+    message = str(stop.value).replace(str(tmp_path), "")
+    assert "ancestral_strict,temperature=1.0 has no CSV *_scoredreward*" in message
+    assert "\n" not in message and len(message) <= 200
 
 
 def test_markers_go_by_the_number_of_the_temperature(tmp_path, monkeypatch):

@@ -363,6 +363,7 @@ def test_run_folder(tmp_path):
     assert (
         config["beta"] == 0.1 and config["world_size"] == 1 and config["torch"] == torch.__version__
     )
+    (out / "metrics.jsonl").write_text("")  # it has begun
     line = fails(common.start_run, Args(str(out)), "x")
     assert str(out) in line and "--overwrite" in line and "--resume" in line
 

@@ -2,9 +2,12 @@
 optimisation.
 """
 
+import dataclasses
 import itertools
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -595,7 +598,7 @@ def world(tmp_path_factory):
 
 def scored(model, items, folder, **options):
     folder.mkdir(exist_ok=True)
-    return ra.score(model, items, folder, Args(**{"append_eos": True, **options}))
+    return ra.score(model, items, folder, Args(**options))
 
 
 def item(prompt, *responses):
@@ -610,7 +613,7 @@ def test_scores_are_those_of_the_bigram(world, tmp_path):
             [record.logp for record in right[i]], [-7.623465320327, -11.286157151497], 3e-6
         )  # float32
         assert [record.tokens for record in right[i]] == [3, 5]
-    assert [record.prompt_tokens for record in right[1]] == [5, 5]  # BOS and four
+    assert [record.prompt_tokens for record in right[1]] == [4, 4]
     row = dict(prompt_ids=[0, 1, 2, 3, 1], responses=[[2, 3, 0], [3, 3, 1, 2, 0]])
     window = scored_rows(world["policy"], released.score_the_first_tokens(row))
     print("log p here", [r.logp for r in right[1]], "in the released code's window", window)
@@ -639,7 +642,7 @@ def test_scores_add_up(world, tmp_path):
     # log p(y | x) + log p(z | x y) = log p(y z | x), and a bare end of text adds its own log-prob
     x, y, z = [1, 3], [2, 2, 1], [3, 1]
     found = scored(
-        world["policy"], [item(x, y, y + z), item(x + y, z, z)], tmp_path, append_eos=False
+        world["policy"], [item(x, y, y + z), item(x + y, z, z)], tmp_path, text="released"
     )
     close(found[0][0].logp + found[1][0].logp, found[0][1].logp, 3e-6)
     ended = scored(world["policy"], [item(x, y, y + z)], tmp_path)
@@ -693,7 +696,7 @@ def test_near_ties_of_bfloat16_are_scored_again(tmp_path):
     items = [item([1], *pair) for pair in zip(responses, responses[1:])] + [
         item([1], responses[0], responses[-1])
     ]
-    options = dict(append_eos=False)
+    options = dict(text="released")
     exact, found = (
         scored(model, items, tmp_path / dtype, dtype=dtype, **options)
         for dtype in ("float32", "bfloat16")
@@ -730,19 +733,183 @@ def test_killed_run_goes_on(world, tmp_path, monkeypatch):
     assert scored(world["ref"], items, tmp_path) == whole
 
 
-def test_damaged_records_are_named(world, tmp_path):
+RECORD = dict(item=1, response=1, logp=-2.5, tokens=3, prompt_tokens=2, cut=False)
+
+
+@pytest.mark.parametrize(
+    "damage, why",
+    [
+        (dict(item=40), "there is no item 40"),
+        (dict(item=-1), "there is no item -1"),
+        (dict(item="1"), "there is no item '1'"),
+        (dict(item=True), "there is no item True"),
+        (dict(item=1.0), "there is no item 1.0"),
+        (dict(response=2), "has no response 2"),
+        (dict(response=-1), "has no response -1"),
+        (dict(response=None), "has no response None"),
+        (dict(logp=math.nan), "logp nan is not a finite number"),
+        (dict(logp=-math.inf), "logp -inf is not a finite number"),
+        (dict(logp="-2.5"), "logp '-2.5' is not a finite number"),
+        (dict(logp=[]), "logp [] is not"),
+        (dict(logp=10**400), "is not a finite number"),
+        (dict(tokens=0), "tokens 0 is not a number of tokens"),
+        (dict(tokens=-3), "tokens -3"),
+        (dict(tokens=2.5), "tokens 2.5"),
+        (dict(tokens=True), "tokens True"),
+        (dict(prompt_tokens=0), "prompt_tokens 0"),
+        (dict(cut=0), "cut 0 is neither true nor false"),
+        (dict(extra=1), "its names must be item, response"),
+        ("", "not a JSON object"),
+        ("[1, 2]", "not a JSON object"),
+        ("nonsense", "not a JSON object"),
+        ("\udcff", "not a JSON object"),
+    ],
+)
+def test_damaged_records_are_named(tmp_path, damage, why):
+    """A line that is no record of these items: file, line, what is wrong, and the remedy."""
+    items = [item([1], [2], [3]), item([1], [2], [3])]
+    path = tmp_path / "records-1.jsonl"
+    good = json.dumps(RECORD)
+    bad = json.dumps(RECORD | damage) if isinstance(damage, dict) else damage
+    text = f"{good}\n{bad}\n{good}\n"
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(SystemExit) as stop:
+        ra.read_records(path, items)
+    message = str(stop.value)
+    assert message.startswith(f"{path}:2: damaged, delete it: ") and why in message
+    assert "\n" not in message and len(message.replace(str(tmp_path), "")) <= 200
+    path.write_text(good + "\n")
+    assert ra.read_records(path, items) == {(1, 1): ra.Record(**RECORD)}
+
+
+def test_damaged_records_end_a_run(world, tmp_path):
     items = ra.load_items(world["data"], Args())
     scored(world["ref"], items, tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_text(path.read_text().replace("logp", 'lo"gp', 1))
-    with pytest.raises(SystemExit, match="records-.*damaged, delete it"):
+    with pytest.raises(SystemExit, match="records-.*:1: damaged, delete it"):
         scored(world["ref"], items, tmp_path)
+
+
+@pytest.fixture
+def no_signals():
+    """Signals that a test sends to itself are forgotten after it."""
+    yield
+    ra.signals.clear()
+
+
+def test_a_signal_ends_scoring_within_a_step(world, tmp_path, monkeypatch, no_signals):
+    """SIGTERM in the third micro-batch: what was scored is kept, and --resume ends as in one go."""
+    whole = run(world, tmp_path / "whole", model=(world["ref"],), tokens_per_microbatch=20)
+    exact = ra.token_logps
+    batches = []
+
+    def signalled(model, batch):
+        batches.append(batch["responses"])
+        if len(batches) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return exact(model, batch)
+
+    options = dict(model=(world["ref"],), tokens_per_microbatch=20)
+    monkeypatch.setattr(ra, "token_logps", signalled)
+    with pytest.raises(SystemExit) as stop:
+        run(world, tmp_path / "run", **options)
+    assert stop.value.code == 143 and len(batches) == 3
+    (path,) = (tmp_path / "run").glob("records-*")
+    before = path.read_text().splitlines()
+    assert len(before) == sum(batches) and not (tmp_path / "run/metrics.jsonl").exists()
+
+    # The rest, and nothing of what was there.
+    ra.signals.clear()
+    batches += [0, 0]
+    again = run(world, tmp_path / "run", resume=True, **options)
+    lines = path.read_text().splitlines()
+    assert lines[: len(before)] == before and len(lines) == 2 * len(world["rows"])
+    assert sum(batches) == len(lines)
+    close(again[0].measured.R.delta, whole[0].measured.R.delta, 1e-6)
+
+
+def test_a_signal_ends_the_arithmetic_within_a_step(world, tmp_path, monkeypatch, no_signals):
+    """Ctrl-C before the second bootstrap, of as many resamples as last for hours."""
+    bootstrap = ra.bootstrap_interval
+    calls = []
+
+    def signalled(values, items, seed):
+        calls.append(len(values))
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            return bootstrap(values, items, seed, resamples=10**9)
+        return bootstrap(values, items, seed)
+
+    monkeypatch.setattr(ra, "bootstrap_interval", signalled)
+    with pytest.raises(SystemExit) as stop:
+        run(world, tmp_path / "run")
+    assert stop.value.code == 143 and len(calls) == 2
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+    ra.signals.clear()
+    monkeypatch.undo()
+    monkeypatch.setattr(ra, "load_model", None)  # all is scored
+    assert len(run(world, tmp_path / "run", resume=True)) == 2
+
+
+@pytest.mark.parametrize("function", ["all_pairs", "measure_lists"])
+def test_a_signal_ends_loops_over_items(function, no_signals):
+    items = [ra.Item("", [], [1, 2, 3], None)]
+    records = {0: [record(-1, 1), record(-2, 1), record(-3, 1)]}
+    measured = ra.measure(items, records, Args())
+    ra.signals.append(signal.SIGTERM)
+    with pytest.raises(SystemExit) as stop:
+        if function == "all_pairs":
+            ra.all_pairs(items, records, 0.75)
+        else:
+            ra.measure_lists(measured, [(items[0].ranks, records[0])], 0)
+    assert stop.value.code == 143
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path[:0] = [{methods!r}]
+import ranking_accuracy as ra
+exact = ra.token_logps
+batches = []
+
+def signalled(model, batch):
+    batches.append(batch)
+    if len(batches) == 2 and ra.dist.get_rank() == 1 and "--resume" not in sys.argv:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return exact(model, batch)
+
+ra.token_logps = signalled
+args = ra.Args(model=(sys.argv[1],), data=(sys.argv[2],), out=sys.argv[3], tokens_per_microbatch=20)
+args.resume = "--resume" in sys.argv
+ra.main(args)
+"""
+
+
+def test_two_processes_stop_together(world, tmp_path):
+    """A signal to one of them ends both after the same micro-batch; what both scored is kept."""
+    script = tmp_path / "signalled.py"
+    script.write_text(SIGNALLED.format(methods=str(Path(ra.__file__).parent)))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "2", str(script), world["ref"], world["data"]]
+    out = str(tmp_path / "run")
+    done = subprocess.run([*command, out], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "exitcode  : 143" in done.stderr, done.stderr
+    assert "line" not in done.stdout and "Gloo" not in done.stderr
+    (path,) = Path(out).glob("records-*")
+    before = path.read_text().splitlines()
+    assert 4 <= len(before) < 2 * len(world["rows"])
+    subprocess.run([*command, out, "--resume"], check=True, capture_output=True, timeout=120)
+    lines = path.read_text().splitlines()
+    assert lines[: len(before)] == before and len(lines) == 2 * len(world["rows"])
+    places = {(row["item"], row["response"]) for row in map(json.loads, lines)}
+    assert len(places) == len(lines)
 
 
 def test_unusable_items_are_counted(world, tmp_path, capsys):
     items = [
         item([1], [2], [3]),
-        item([1] * 63, [2], [3]),
+        item([1] * 64, [2], [3]),
         item([1], [2], [3] * 70),
         item([1], [2], [0]),
     ]
@@ -750,7 +917,7 @@ def test_unusable_items_are_counted(world, tmp_path, capsys):
     assert (
         list(found) == [0, 2]
         and [r.cut for r in found[2]] == [False, True]
-        and found[2][1].tokens == 62
+        and found[2][1].tokens == 63  # of 64 the prompt has one
     )
     line = capsys.readouterr().out
     assert (
@@ -758,9 +925,7 @@ def test_unusable_items_are_counted(world, tmp_path, capsys):
         and "prompt fills the context: 1" in line
         and "responses cut 1" in line
     )
-    assert (
-        "contains the begin-of-text token: 1" in line or "contains the end-of-text token: 1" in line
-    )
+    assert "contains the special token a: 1" in line
 
 
 def test_scores_that_are_not_finite_are_left_out(world, tmp_path, monkeypatch, capsys):
@@ -772,28 +937,27 @@ def test_scores_that_are_not_finite_are_left_out(world, tmp_path, monkeypatch, c
     )
     found = scored(world["policy"], [item([1], [3], [1]), item([1], [2, 1], [3])], tmp_path)
     assert list(found) == [0] and "log-prob is not finite: 1" in capsys.readouterr().out
+    (path,) = tmp_path.iterdir()  # their records are not kept, so that the file can be read again
+    assert [json.loads(line)["item"] for line in path.read_text().splitlines()] == [0, 0, 1]
+    assert scored(world["policy"], [item([1], [3], [1]), item([1], [2, 1], [3])], tmp_path) == found
 
 
-def test_chat_template_and_separator(world):
+def test_chat_template_and_both_texts(world):
     tokenizer = ra.load_tokenizer(world["policy"])
 
     def ids(prompt, **options):
-        (row,) = ra.encode(
-            tokenizer, ra.Item(prompt, ["c", "d"], [1, 2], None), Args(**options), 64
-        )
+        one = ra.Item(prompt, ["c", "d"], [1, 2], None)
+        ((row,),) = ra.encode(tokenizer, [one], Args(**options), 64)
         return row["prompt_ids"], row["responses"]
 
-    assert ids("b") == ([0, 1], [[2], [3]])
-    assert ids("b", append_eos=True) == ([0, 1], [[2, 0], [3, 0]])
-    assert ids("b ", separator="d ") == (
-        [0, 1],
-        [[3, 2], [3, 3]],
-    )  # a separator is scored with the response
+    assert ids("b") == ([1], [[2, 0], [3, 0]])
+    assert ids("b", text="released") == ([0, 1], [[2], [3]])
     tokenizer.chat_template = (
         "{% for m in messages %}{{ 'd ' if m['role'] == 'user' else 'c ' }}{{ m['content'] }} "
         "{% endfor %}{{ 'c ' if add_generation_prompt }}"
     )
-    assert ids([{"role": "user", "content": "b"}]) == ([0, 3, 1, 2], [[2], [3]])
+    chat = [{"role": "user", "content": "b"}]
+    assert ids(chat) == ids(chat, text="released") == ([3, 1, 2], [[2, 0], [3, 0]])
 
 
 # ---- data of every kind
@@ -817,17 +981,19 @@ def test_ultrafeedback_and_stack_exchange(tmp_path):
             )
         ],
     )
-    assert found == ra.Item(prompt="x", responses=list("pqrs"), ranks=[2, 1, 3, 4], share=None)
+    asked = "\n\nHuman: x\n\nAssistant:"
+    assert found == ra.Item(asked, [" p", " q", " r", " s"], ranks=[2, 1, 3, 4], share=None)
     (found,) = items_of(
         tmp_path,
         [
             dict(
                 question="x",
-                answers=[dict(text=r, pm_score=s) for r, s in zip("pqrs", (3, 3, 3, 2))],
+                answers=[dict(text=r, pm_score=s) for r, s in zip("pqrs", (3, 3, "3", 2))],
             )
         ],
+        text="released",
     )
-    assert found == ra.Item(prompt="x", responses=list("pqrs"), ranks=[1, 1, 1, 4], share=None)
+    assert found == ra.Item("x", list("pqrs"), ranks=[1, 1, 1, 4], share=None)
 
 
 def test_shp_groups_the_answers_of_a_post(tmp_path):
@@ -847,7 +1013,7 @@ def test_shp_groups_the_answers_of_a_post(tmp_path):
         for a, b in zip(answers, answers[1:])
     ]
     other = dict(rows[0], post_id="2", history="y")
-    first, second = items_of(tmp_path, [*rows, other])
+    first, second = items_of(tmp_path, [*rows, other], text="released")
     assert first == ra.Item(
         prompt="x", responses=list("pqrstu"), ranks=[1, 2, 3, 4, 4, 6], share=None
     )
@@ -863,7 +1029,7 @@ def votes(pair, *preferences):
 
 def test_alpaca_farm_votes(tmp_path):
     rows = votes("p", 2, 1, 1) + votes("q", 2, 1) + votes("r", 2)
-    found = items_of(tmp_path, rows[::-1])
+    found = items_of(tmp_path, rows[::-1], text="released")
     assert {i.prompt: (i.ranks, i.share) for i in found} == {
         "p": ([1, 2], 2 / 3),
         "q": ([1, 1], 0.5),
@@ -900,14 +1066,24 @@ def test_votes_are_drawn_whole(tmp_path):
 
 
 def test_rows_that_are_not_what_they_seem(tmp_path):
-    for row in (
-        dict(votes("p", 1)[0], preference=3),
-        dict(preference=1, instruction="x", output_1="p"),
-        dict(completions=None, instruction="x"),
-        dict(prompt="x", chosen="p", rejected="q", votes=3),
+    wrong_type = "a column of the wrong type: 1, the first is row 1"
+    for row, why in (
+        (dict(votes("p", 1)[0], preference=3), "neither 1 nor 2"),
+        (dict(preference=1, instruction="x", output_1="p"), "row 1 has no 'output_2', only"),
+        (dict(completions=None, instruction="x"), wrong_type),
+        (dict(completions=[{"response": "p"}]), "row 1 has no 'instruction', only completions"),
+        (dict(prompt="x", chosen="p", rejected="q", votes=3), wrong_type),
+        (dict(prompt="x", chosen="p", rejected="q", p_chosen="often"), "'often' is not a number"),
     ):
-        with pytest.raises(SystemExit, match="test.jsonl: a row is not what its columns promise"):
+        with pytest.raises(SystemExit, match=f"test.jsonl.*{why}"):
             items_of(tmp_path, [row])
+
+
+def test_numbers_in_a_csv(tmp_path):
+    path = tmp_path / "test.csv"
+    path.write_text("prompt,chosen,rejected,p_chosen\nx,1.50,NA,0.75\nx,2,3,0.25\n")
+    first, second = ra.load_items(str(path), Args())
+    assert first == ra.Item("x", ["1.50", "NA"], [1, 2], 0.75) and second.share == 0.25
 
 
 @pytest.mark.parametrize(
@@ -956,7 +1132,9 @@ def test_dropped_rows_are_counted(tmp_path, capsys):
         + [dict(votes("r", 1)[0], output_1=None)]
     )
     assert len(items_of(tmp_path, rows)) == 1
-    assert "kept 1, dropped 2 (empty response: 2)" in capsys.readouterr().out
+    line = capsys.readouterr().out
+    assert "kept 1, dropped 2 (empty response: 1" in line
+    assert "a prompt or response is null: 1, the first is row 3" in line
     with pytest.raises(SystemExit, match="no votes, or below 0: 1.*no row is left"):
         items_of(tmp_path, [dict(prompt="x", chosen="p", rejected="q", votes=[0, 0])])
     good, lists = (
@@ -978,7 +1156,7 @@ def test_dropped_rows_are_counted(tmp_path, capsys):
         dict(lists, scores=[1, None, 2]),
     ]
     assert [i.ranks for i in items_of(tmp_path, rows)] == [[1, 3, 1]]  # numbers, not their spelling
-    with pytest.raises(SystemExit, match="not what its columns promise"):
+    with pytest.raises(SystemExit, match="is not a number: 1, the first is row 1"):
         items_of(tmp_path, [dict(good, votes="[3, 2]")])
 
 
@@ -993,7 +1171,6 @@ def run(world, out, **options):
                     model=(world["ref"], world["policy"]),
                     data=(world["data"],),
                     out=str(out),
-                    append_eos=True,
                 ),
                 **options,
             }
@@ -1083,6 +1260,70 @@ def test_figure_2_follows_the_evaluations_of_a_run(world, tmp_path):
     assert (tmp_path / "run" / "figures" / "flips.png").stat().st_size > 10_000
 
 
+def run_folder(world, folder, flags, metrics=""):
+    """A run folder with the policy in it -> its name"""
+    folder.mkdir()
+    (folder / "model").symlink_to(world["policy"])
+    (folder / "config.json").write_text(flags if isinstance(flags, str) else json.dumps(flags))
+    (folder / "metrics.jsonl").write_text(metrics)
+    return str(folder)
+
+
+def test_beta_and_gamma_are_those_of_runs_only(world, tmp_path):
+    args = Args(beta=0.3, gamma=0.7)
+    assert ra.loss_of(run_folder(world, tmp_path / "sft", dict(lr=1)), args) == (0.3, 0.7)
+    assert ra.loss_of(run_folder(world, tmp_path / "dpo", dict(beta=0.5)), args) == (0.5, 0.7)
+    swept = run_folder(world, tmp_path / "dpo_gamma", dict(beta=1, gamma=[2.0]))
+    assert ra.loss_of(swept, args) == (1, 2.0)
+    # A model folder's config.json is the library's, whatever it calls beta.
+    (tmp_path / "model").mkdir()
+    for flags in (dict(model_type="llama", beta="none", gamma=1e-6), dict(beta=5)):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(flags))
+        assert ra.loss_of(str(tmp_path / "model"), args) == (0.3, 0.7)
+    both = run_folder(world, tmp_path / "both", dict(model_type="llama", beta=5.0))
+    assert ra.loss_of(both, args) == (0.3, 0.7)
+
+
+GOOD = dict(step=0, eval_kept=0.25, eval_lost=0.25, eval_fixed=0.25, eval_missed=0.25)
+
+
+@pytest.mark.parametrize(
+    "flags, metrics, place, why",
+    [
+        ("{", "", "config.json: ", "not a JSON object"),
+        ("[]", "", "config.json: ", "not a JSON object"),
+        (dict(beta="0.1"), "", "config.json: ", "beta '0.1': no number from 1e-09 to 1e+09"),
+        (dict(beta=0), "", "config.json: ", "beta 0: no number"),
+        (dict(beta=True), "", "config.json: ", "beta True: no number"),
+        (dict(beta=math.nan), "", "config.json: ", "beta nan: no number"),
+        (dict(gamma=None), "", "config.json: ", "gamma None: no number from 0 to"),
+        (dict(gamma=-1), "", "config.json: ", "gamma -1: no number"),
+        (dict(gamma=[1.0, 2.0]), "", "config.json: ", "gamma [1.0, 2.0]: no number"),
+        (dict(), GOOD | dict(eval_lost=None), "metrics.jsonl:2: ", "eval_lost, eval_fixed"),
+        (dict(), GOOD | dict(eval_missed=math.nan), "metrics.jsonl:2: ", "must be numbers"),
+        (dict(), GOOD | dict(step="1"), "metrics.jsonl:2: ", "step, eval_kept"),
+        (dict(), "nonsense", "metrics.jsonl:2: ", "not a JSON object"),
+    ],
+)
+def test_damaged_run_folders_are_one_line(world, tmp_path, flags, metrics, place, why):
+    """File, line and remedy, before anything is scored or made."""
+    bad = metrics if isinstance(metrics, str) else json.dumps(metrics)
+    lines = f"{json.dumps(GOOD)}\n{bad}\n" if bad else ""
+    name = run_folder(world, tmp_path / "policy", flags, lines)
+    with pytest.raises(SystemExit) as stop:
+        run(world, tmp_path / "run", model=(world["ref"], name))
+    message = str(stop.value)
+    assert message.startswith(f"{name}/{place}") and why in message and "give" in message
+    assert "\n" not in message and len(message.replace(str(tmp_path), "")) <= 200
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_torn_last_line_of_metrics_is_none(world, tmp_path):
+    torn = json.dumps(GOOD) + "\n" + json.dumps(GOOD)[:20]
+    name = run_folder(world, tmp_path / "policy", {}, torn)
+    assert ra.read_evaluations(name) == [[0, 0.25, 0.25, 0.25, 0.25]]
+
+
 def test_another_beta_needs_no_model(world, tmp_path, monkeypatch):
     before = run(world, tmp_path / "run")
     monkeypatch.setattr(ra, "load_model", None)
@@ -1116,21 +1357,56 @@ def test_what_theorem_4_1_prints(capsys):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(beta=0.0), "--beta, --betas: above 0"),
-        (dict(betas=()), "--betas: above 0"),
-        (dict(betas=(math.nan,)), "above 0"),
-        (dict(betas=(1.0, -1.0)), "--betas: above 0"),
-        (dict(sample=-5), "--sample"),
+        (dict(beta=0.0), "--beta 0.0: must be from 1e-09"),
+        (dict(betas=(1.0, -1.0)), "--betas -1.0: must be from 1e-09"),
+        (dict(data=()), "--data: name one data set at least"),
         (dict(model=(__file__,)), "no config.json"),
         (dict(data=("nowhere.jsonl",)), "nowhere.jsonl"),
         (dict(model=("nowhere",)), "nowhere"),
-        (dict(proportion=0.4), "--proportion: in (0.5, 1)"),
+        (dict(proportion=0.5), "--proportion 0.5: must be from 0.500001 to 0.999999"),
     ],
 )
 def test_bad_input_is_one_line(world, tmp_path, options, message):
     with pytest.raises(SystemExit) as stop:
         run(world, tmp_path / "run", **options)
     assert message in str(stop.value) and "\n" not in str(stop.value)
+    assert not (tmp_path / "run").exists()
+
+
+def numeric_options(args):
+    """Every option that is a number or a tuple of numbers: its name and default."""
+    for option in dataclasses.fields(args):
+        default = getattr(args, option.name)
+        first = default[0] if isinstance(default, tuple) and default else default
+        if isinstance(first, int | float) and not isinstance(first, bool):
+            yield option.name, default
+
+
+BAD_NUMBERS = [
+    (name, bad)
+    for name, default in numeric_options(Args())
+    for bad in (math.nan, math.inf, -math.inf, -1, 10**12, *[()] * isinstance(default, tuple))
+]
+
+
+@pytest.mark.parametrize("name, bad", BAD_NUMBERS)
+def test_numbers_out_of_range_are_one_line(name, bad, tmp_path, monkeypatch):
+    """Of every numeric option, before anything is loaded or made."""
+    for function in ("setup", "load_items", "model_folder", "start_run"):
+        monkeypatch.setattr(ra, function, None)
+    if isinstance(getattr(Args(), name), tuple) and bad != ():
+        bad = (*getattr(Args(), name), bad)
+    with pytest.raises(SystemExit) as stop:
+        ra.main(dataclasses.replace(Args(out=str(tmp_path / "run")), **{name: bad}))
+    message = str(stop.value)
+    assert message.startswith("--" + name.replace("_", "-")) and "\n" not in message
+    assert len(message) <= 200 and not (tmp_path / "run").exists()
+
+
+def test_the_numbers_of_the_presets_are_in_range():
+    assert len({name for name, _ in BAD_NUMBERS}) == 10
+    for args in ra.PRESETS.values():
+        ra.check(args)
 
 
 def test_models_without_a_common_item_are_one_line():
@@ -1145,10 +1421,12 @@ def test_run_folder_is_not_overwritten(world, tmp_path):
 
 
 def test_only_ties_is_one_line(world, tmp_path):
+    """Found before anything is scored."""
     path = tmp_path / "test.jsonl"
     path.write_text(json.dumps(dict(prompt="b", chosen="c", rejected="d", votes=[1, 1])) + "\n")
-    with pytest.raises(SystemExit, match="every pair is a tie"):
+    with pytest.raises(SystemExit, match="test.jsonl: every pair is a tie"):
         run(world, tmp_path / "run", data=(str(path),))
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_processes_write_the_same_records(world, tmp_path):
@@ -1164,7 +1442,6 @@ def test_two_processes_write_the_same_records(world, tmp_path):
         world["ref"],
         "--data",
         world["data"],
-        "--append-eos",
         "--out",
     ]
     subprocess.run([*command, str(tmp_path / "two")], check=True, capture_output=True, timeout=120)

@@ -63,12 +63,12 @@ if DATA.is_file() and MODEL.is_dir():
         items = ra.load_items(str(pairs), Args())
         assert len(items) == 4035  # of 4043; six empty replies, two identical pairs
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
-        args = Args(separator="")
-        rows = [ra.encode(tokenizer, item, args, 10**6) for item in items[:400]]
+        args = Args(text="released")
+        rows = ra.encode(tokenizer, items[:400], args, 10**6)
         for item, (row, *more) in zip(items, rows):
             assert not more
             whole = [
-                tokenizer(item.prompt + r, add_special_tokens=False)["input_ids"]
+                tokenizer(item.prompt + " " + r, add_special_tokens=False)["input_ids"]
                 for r in item.responses
             ]
             assert [
@@ -90,7 +90,7 @@ if DATA.is_file() and MODEL.is_dir():
         )
         assert len(found) >= 15  # prompts that fill the context of 512 tokens are left out
         for i, records in found.items():
-            (row,) = ra.encode(tokenizer, items[i], args, 512)
+            ((row,),) = ra.encode(tokenizer, [items[i]], args, 512)
             for record, response in zip(records, row["responses"]):
                 ids, n = torch.tensor([row["prompt_ids"] + response]), len(row["prompt_ids"])
                 with torch.no_grad():
@@ -108,7 +108,7 @@ if DATA.is_file() and MODEL.is_dir():
         tokenizer = AutoTokenizer.from_pretrained(MODEL)
         rows = []
         for item in items:
-            found = ra.encode(tokenizer, item, Args(), 512)
+            (found,) = ra.encode(tokenizer, [item], Args(), 512)
             if isinstance(found, str) or len(found) > 1:
                 continue
             if max(map(len, found[0]["responses"])) < len(found[0]["prompt_ids"]):

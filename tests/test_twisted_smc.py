@@ -2,15 +2,22 @@
 small language models."""
 
 import copy
+import dataclasses
 import itertools
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import released
 import torch
 import torch.nn.functional as F
 import twisted_smc as t
+from conftest import ROOT
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPTNeoXConfig,
@@ -1324,7 +1331,7 @@ def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
         (dict(potential="infilling", c=1, exact=0), "--exact"),
         (dict(potential="continuation"), "--continuation"),
         (dict(prompt="the cat met the dog" * 20), "--prompt"),
-        (dict(prompt=""), "--prompt"),
+        (dict(prompt=""), "empty prompt"),
         (dict(K=1), "--K 1"),
         (dict(K=1, conditions=2, learner="dpg"), "--K 1"),
         (dict(beta=-1.0), "--beta"),
@@ -1345,9 +1352,278 @@ def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
 def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, options, words):
     monkeypatch.setattr(t.draw_exact_samples, "__defaults__", (1000, 3))  # patience: three batches
     options = {k: v.format(folder=folder) if isinstance(v, str) else v for k, v in options.items()}
+    refused(small(folder, tmp_path / "run", **options), folder, words)
+    # Only an evaluation can tell that nothing reaches a potential without exact samples.
+    assert (tmp_path / "run").exists() == (options.get("learner") == "rl")
+
+
+def refused(args, folder, *words):
+    """main ends with one line; the long names of temporary folders are not the user's."""
     with pytest.raises(SystemExit) as stop:
-        t.main(small(folder, tmp_path / "run", **options))
-    assert words in str(stop.value) and "\n" not in str(stop.value)
+        t.main(args)
+    message = str(stop.value)
+    assert "\n" not in message and all(word in message for word in words), message
+    for long in (os.path.dirname(args.out) or "x", str(folder)):
+        message = message.replace(long, "/tmp/x" if len(long) > 9 else long)
+    assert len(message) <= 200, message
+
+
+NUMERIC = [field.name for field in dataclasses.fields(t.Args) if field.type in (int, float)]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, -1, 10**12])
+@pytest.mark.parametrize("name", [*NUMERIC, "bound_K"])
+def test_numbers_out_of_range_are_refused_before_anything_is_loaded(name, value, monkeypatch):
+    monkeypatch.delattr(t, "setup")  # a run would begin with it
+    given = (8, value) if name == "bound_K" else value
+    refused(t.Args(**{name: given}), "x", "--" + name.replace("_", "-"), str(value))
+    assert {"T", "beta", "tau", "K", "lr", "seed"} < set(NUMERIC)
+
+
+def test_sizes_beyond_the_memory_are_refused_with_their_bytes(folder, tmp_path, monkeypatch):
+    """The bytes are those of tensors of these shapes."""
+    out = tmp_path / "run"
+
+    def nbytes(*shapes):
+        return sum(torch.empty(shape, device="meta").nbytes for shape in shapes)
+
+    # Particles of 4 tokens: one step's logits, all states; three tensors of logits in an update.
+    V, d = len(t.load_tokenizer(f"{folder}/model")), 32
+    update = nbytes((10**5, V), (10**5, 4, d), (3, 10**5, 4, V))
+    bounds = nbytes((300, V), (300, 4, d))
+    samples = nbytes((10**6, V), (10**6, 4, d))
+    for size, flag, options in (
+        (update, "--K 100000", dict(K=10**5)),
+        (bounds, "--bound-K 100", dict(bound_K=(100, 2), K=2)),
+        (samples, "--exact 1000000", dict(exact=10**6)),
+    ):
+        monkeypatch.setattr(t, "memory", lambda device, size=size: size - 1)
+        refused(small(folder, out, **options), folder, flag, f"{size} bytes")
+    assert not out.exists()
+    monkeypatch.setattr(t, "memory", lambda device: bounds)
+    t.main(small(folder, out, bound_K=(100, 2), K=2, learner="none"))  # it fits exactly
+
+
+POTENTIALS = """
+import math, sys
+import torch
+def raising(tokens, texts):
+    x = {}
+    return x["a" * 300 + chr(10)]
+def none(tokens, texts): pass
+def strings(tokens, texts): return ["good"] * len(texts)
+def nan(tokens, texts): return [math.nan] * len(texts)
+def inf(tokens, texts): return torch.full((len(texts),), math.inf)
+def many(tokens, texts): return [0.0] * (len(texts) + 1)
+def scalar(tokens, texts): return 0.0
+def table(tokens, texts): return [[0.0], [0.0, 1.0]]
+def large(tokens, texts): return [10**400] * len(texts)
+def alone(tokens): return [0.0]
+def leaving(tokens, texts): sys.exit("bye")
+def clean(tokens, texts): sys.exit(0)
+def bound(tokens, texts): return [0.0] * len(texts)
+bound.log_bound = "high"
+def endless(tokens, texts): return [0.0] * len(texts)
+endless.log_bound = math.inf
+text = "no function"
+"""
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("raising", ["line 6", "KeyError"]),
+        ("none", ["None"]),
+        ("strings", ["good", "no numbers"]),
+        ("nan", ["log phi is nan"]),
+        ("inf", ["log phi is inf"]),
+        ("many", ["(3,)", "2 texts", "one number for each"]),
+        ("scalar", ["shape ()", "one number for each"]),
+        ("table", ["no numbers"]),
+        ("large", ["no numbers"]),
+        ("alone", ["TypeError", "alone() takes 1 positional argument but 2 were given"]),
+        ("leaving", ["sys.exit(bye)"]),
+        ("clean", ["sys.exit(0)"]),
+        ("bound", ["log_bound 'high' is not a number"]),
+        ("endless", ["log_bound 'inf' is not a finite number"]),
+        ("text", ["no function text"]),
+        ("nothing", ["no function nothing"]),
+        ("", ["no function"]),
+    ],
+)
+def test_a_users_potential_is_tried_before_the_run_folder_is_made(folder, tmp_path, name, words):
+    file = tmp_path / "mine.py"
+    file.write_text(POTENTIALS)
+    # Without exact samples nothing else would call it before the run.
+    args = small(folder, tmp_path / "run", potential=f"{file}:{name}", learner="none", exact=0)
+    refused(args, folder, f"{file}:{name}: ", *words)
+    assert not (tmp_path / "run").exists()
+    file.write_text(f"def {name or 'f'}(tokens, texts): return [-1.0] * len(texts)\n\n")
+    t.main(dataclasses.replace(args, potential=f"{file}:{name or 'f'}"))  # the corrected command
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("import no_such_module", "line 1 raises ModuleNotFoundError: No module"),
+        ("\n\ndef f(:\n", "line 3 raises SyntaxError"),
+        ("1 / 0", "line 1 raises ZeroDivisionError"),
+        ("import sys\nsys.exit(7)", "line 2 calls sys.exit(7)"),
+        ("import sys\nsys.exit()", "line 2 calls sys.exit(None)"),
+        ("\0", "SyntaxError"),
+        ("raise Exception", "raises Exception"),
+    ],
+)
+def test_a_file_that_cannot_be_run_is_named(folder, tmp_path, text, words):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    args = small(folder, tmp_path / "run", potential=f"{file}:f")
+    refused(args, folder, f"{file}:f: the file cannot be run: ", words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_rehearsal_changes_no_draw(folder, tmp_path):
+    """Not even with a potential that draws random numbers itself."""
+    file = tmp_path / "mine.py"
+    file.write_text("import torch\ndef f(tokens, texts): return torch.rand(len(texts)).log()\n")
+    t.setup(3)
+    args = small(folder, "", potential=f"{file}:f")
+    model = t.load_model(args.model)
+    world = t.lm_world(model, t.load_tokenizer(args.model), args)
+    before = torch.get_rng_state()
+    t.rehearse(args, world, model)
+    assert torch.equal(before, torch.get_rng_state())
+    world.log_phi(torch.zeros(1, 2, 4, dtype=torch.long))
+    assert not torch.equal(before, torch.get_rng_state())  # it does draw
+
+
+def test_what_others_are_refused_for_leaves_the_folder_free(folder, tmp_path):
+    """Policies, classifiers and exact samples: refused, then corrected."""
+    out = tmp_path / "run"
+    other = tmp_path / "policy"
+    t.load_model(f"{folder}/policy").save_pretrained(other)
+    tokenizer = t.load_tokenizer(f"{folder}/policy")
+    tokenizer.add_tokens(["another"])
+    tokenizer.save_pretrained(other)
+    policy = dict(learner="policy", policy=str(other))
+    refused(small(folder, out, **policy), folder, "--policy", "vocabulary")
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    for file in (folder / "judge1").iterdir():
+        (torn / file.name).write_bytes(file.read_bytes())
+    judged = dict(potential="class:0", classifier=str(torn), learner="none")
+    (torn / "config.json").write_text("{")
+    refused(small(folder, out, **judged), folder, "torn: not a tokenizer that can be loaded")
+    (torn / "config.json").unlink()
+    refused(small(folder, out, **judged), folder, "--classifier", "cannot be loaded")
+    (torn / "config.json").write_bytes((folder / "judge1/config.json").read_bytes())
+    os.truncate(torn / "model.safetensors", 500)
+    refused(small(folder, out, **judged), folder, "--classifier", "cannot be loaded")
+    (tmp_path / "file").write_text("")
+    exact = small(folder, out, learner="none", exact_samples=f"{tmp_path}/file/exact.pt")
+    refused(exact, folder, "--exact-samples")
+    assert not out.exists()
+    t.main(small(folder, out, learner="none"))
+    refused(small(folder, out, learner="none"), folder, "--resume goes on")
+    (out / "config.json").unlink()
+    refused(small(folder, out, learner="none", overwrite=True), folder, "deletes nothing")
+
+
+def test_damaged_exact_samples_are_named(folder, tmp_path):
+    out, file = tmp_path / "run", tmp_path / "exact.pt"
+    args = small(folder, out, learner="none", exact_samples=str(file))
+    t.main(args)
+    good = torch.load(file)
+    for name, value in (
+        ("tokens", good["tokens"].tolist()),
+        ("tokens", good["tokens"].double()),
+        ("tokens", good["tokens"][:, :-1]),
+        ("tokens", good["tokens"] + 10**6),
+        ("tokens", good["tokens"] - 10**6),
+        ("o", good["tokens"]),
+        ("target", 3),
+    ):
+        torch.save(good | {name: value}, file)
+        new = dataclasses.replace(args, out=str(tmp_path / "new"))
+        refused(new, folder, f"{file}: no file of exact samples", "delete it")
+    file.write_bytes(os.urandom(500))
+    refused(new, folder, f"{file}: no file of exact samples", "delete it")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("line", ["[]", "{", '{"step": 1}', '{"step": "a"}', "", "\xff"])
+def test_damaged_metrics_are_named(folder, tmp_path, line):
+    good = dict.fromkeys(t.RECORDED, 1.0)
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(good | {"gap": math.nan}) + "\n")
+    assert len(t.read_history(tmp_path)) == 2
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(SystemExit, match=r"metrics\.jsonl:3: no record"):
+        t.read_history(tmp_path)
+
+
+def test_an_evaluated_run_is_resumed_without_a_second_line(folder, tmp_path):
+    t.main(small(folder, tmp_path / "run", learner="none"))
+    path = tmp_path / "run/none-seed0/metrics.jsonl"
+    first = path.read_text()
+    path.write_text(first + first[:20])  # torn by a kill
+    t.main(small(folder, tmp_path / "run", learner="none", resume=True))
+    assert path.read_text() == first
+
+
+SLOW = """
+import time
+from pathlib import Path
+calls = []
+def f(tokens, texts):
+    calls.append(1)
+    if len(calls) > {free}:
+        Path({sign!r}).touch()
+        time.sleep(60)
+    return [-1.0] * len(texts)
+{bound}
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("part", ["exact samples", "evaluation"])
+def test_a_signal_ends_long_work_at_once(folder, tmp_path, part, number):
+    """Even inside a potential; after the rehearsal, which is the first call."""
+    sign, file = tmp_path / "sign", tmp_path / "slow.py"
+    bound = "f.log_bound = 0.0" if part == "exact samples" else ""
+    file.write_text(SLOW.format(free=1, sign=str(sign), bound=bound))
+    command = [sys.executable, "methods/twisted_smc.py", "--model", f"{folder}/model"]
+    command += ["--potential", f"{file}:f", "--prompt", "a fox", "--learner", "ctl"]
+    command += ["--T", "4", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    for _ in range(2000):  # a busy machine imports torch for a minute
+        if sign.exists() or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    begun = time.time()
+    _, complaint = process.communicate(timeout=50)
+    assert process.returncode == 143 and time.time() - begun < 10, complaint
+    assert "Traceback" not in complaint
+    assert (tmp_path / "run/config.json").exists() == (part == "evaluation")
+
+
+def test_handlers_are_back_after_long_work():
+    t.setup(0)
+    before = signal.getsignal(signal.SIGTERM)
+    with t.leaving_at_once():
+        assert signal.getsignal(signal.SIGTERM) is t.leave_now
+    assert signal.getsignal(signal.SIGTERM) is before
+    t.signals.append(15)  # one that came earlier ends the work before it begins
+    try:
+        with pytest.raises(SystemExit) as stop, t.leaving_at_once():
+            pass
+        assert stop.value.code == 143
+    finally:
+        t.signals.clear()
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,326 @@
+"""Chat messages against `apply_chat_template(tokenize=True)`, for templates of many shapes.
+
+The templates are ours, each with the shape of a family's: what it writes before the first message,
+how a turn ends, what it refuses.  The tokenizer is a byte-level BPE of 600 tokens.
+"""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+import common
+from common import encode_prompt, encode_rows, end_tokens, load_pairs, turn_ends
+
+SPECIAL = "<s> </s> <|im_start|> <|im_end|> <|start|> <|end|> <|eot|> <turn> </turn>".split()
+
+CHATML = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{{ m['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+LLAMA2 = """{% if messages[0]['role'] == 'system' %}{% set system = messages[0]['content'] %}\
+{% set rest = messages[1:] %}{% else %}{% set rest = messages %}{% endif %}\
+{% for m in rest %}{% if m['role'] == 'user' %}{{ bos_token }}[INST] \
+{% if loop.first and system %}<<SYS>>
+{{ system }}
+<</SYS>>
+
+{% endif %}{{ m['content'].strip() }} [/INST]{% else %} {{ m['content'].strip() }} {{ eos_token }}\
+{% endif %}{% endfor %}"""
+LLAMA3 = """{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}<|start|>\
+{{ m['role'] }}<|end|>
+
+{{ m['content'] | trim }}<|eot|>{% endfor %}{% if add_generation_prompt %}<|start|>assistant<|end|>
+
+{% endif %}"""
+ZEPHYR = """{% for m in messages %}<|{{ m['role'] }}|>
+{{ m['content'] + eos_token }}
+{% endfor %}{% if add_generation_prompt %}<|assistant|>
+{% endif %}"""
+MISTRAL = """{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}\
+{% if tools and loop.last %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{% endif %}\
+[INST]{{ m['content'] }}[/INST]{% elif m['tool_calls'] is defined %}[TOOL_CALLS]\
+{% for call in m['tool_calls'] %}{{ call['function'] | tojson }}{% endfor %}{{ eos_token }}\
+{% elif m['role'] == 'tool' %}[TOOL_RESULTS]{{ m['content'] }}[/TOOL_RESULTS]\
+{% else %}{{ m['content'] }}{{ eos_token }}{% endif %}{% endfor %}"""
+MISTRAL = MISTRAL.replace("{% if tools and loop.last %}", "{% if tools and loop.first %}")
+GEMMA = """{{ bos_token }}{% if messages[0]['role'] == 'system' %}\
+{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}\
+<turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}
+{{ m['content'] | trim }}</turn>
+{% endfor %}{% if add_generation_prompt %}<turn>model
+{% endif %}"""
+PLAIN = """{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}
+{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"""  # no end of a turn
+PARTS = """{% for m in messages %}<|im_start|>{{ m['role'] }}
+{% if m['content'] is string %}{{ m['content'] }}{% else %}{% for part in m['content'] %}\
+{{ part['text'] }}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+# template, the tokenizer's EOS
+SHAPES = {
+    "chatml": (CHATML, "<|im_end|>"),
+    "chatml, another EOS": (CHATML, "</s>"),
+    "llama2": (LLAMA2, "</s>"),
+    "llama3": (LLAMA3, "</s>"),
+    "zephyr": (ZEPHYR, "</s>"),
+    "mistral": (MISTRAL, "</s>"),
+    "gemma": (GEMMA, "</s>"),
+    "parts": (PARTS, "<|im_end|>"),
+}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.fixture(scope="module")
+def core():
+    """A byte-level BPE that has seen a few words."""
+    found = Tokenizer(models.BPE())
+    # Newlines are a piece of their own, as in Llama 3; see test_a_token_across_the_border.
+    pieces = pre_tokenizers.Split(Regex(r" ?\w+|\n+| |[^\w\s]+"), "isolated")
+    letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    found.pre_tokenizer = pre_tokenizers.Sequence([pieces, letters])
+    found.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    text = "user assistant system model What is tea? A short answer.\n\n I do not know it at all. "
+    found.train_from_iterator([text * 3], trainer)
+    return found.to_str()
+
+
+def make(core, template, eos="</s>", bos="<s>", adds=""):
+    """A tokenizer; adds: the special token that it puts at the end of every text."""
+    inner = Tokenizer.from_str(core)
+    if adds:
+        inner.post_processor = processors.TemplateProcessing(
+            single=f"$A {adds}", special_tokens=[(adds, SPECIAL.index(adds))]
+        )
+    found = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, bos_token=bos)
+    found.chat_template = template
+    return found
+
+
+def library(tokenizer, chat, cue, tools=None):
+    """The ids of the library itself."""
+    found = tokenizer.apply_chat_template(
+        chat, tools=tools, tokenize=True, add_generation_prompt=cue, return_dict=False
+    )
+    return list(found)
+
+
+ROWS = [
+    ([user("What is tea?")], [assistant("A short answer."), assistant("I do not know.")]),
+    ([SYSTEM, user("What is tea?")], [assistant(" spaced ")]),
+    (
+        [user("What?"), assistant("Tea."), user("And it?")],
+        [assistant("A short answer.\n\nMore."), assistant("\n\nlines first")],
+    ),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ids_are_the_librarys(core, shape):
+    template, eos = SHAPES[shape]
+    tokenizer = make(core, template, eos)
+    compared = 0
+    for prompt, answers in ROWS:
+        (found,) = encode_rows([{"prompt": prompt, "responses": [[a] for a in answers]}], tokenizer)
+        if prompt[0] is SYSTEM and shape == "gemma":
+            assert found == "chat template: System role not supported"
+            continue
+        start = library(tokenizer, prompt, cue=True)
+        assert found.prompt_ids == start == encode_prompt(prompt, tokenizer)
+        for answer, response in zip(answers, found.responses):
+            whole = library(tokenizer, [*prompt, answer], cue=False)
+            merged = whole[: len(start)] != start  # a token reaches over the border
+            if not merged:
+                assert found.prompt_ids + response == whole
+                compared += 1
+            text = tokenizer.decode(found.prompt_ids + response)
+            assert text == tokenizer.decode(whole)
+    assert compared >= 3
+
+
+def test_a_token_across_the_border(core):
+    """GPT-2 reads two newlines as one token, but not before a letter: the prompt's ids stay those
+    from which a response is sampled, and the response is read apart.
+    """
+    inner = Tokenizer.from_str(core)
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # with GPT-2's pieces
+    tokenizer = make(inner.to_str(), LLAMA3)
+    prompt, answer = [user("What is tea?")], assistant("A short answer.")
+    start = library(tokenizer, prompt, cue=True)
+    whole = library(tokenizer, [*prompt, answer], cue=False)
+    assert whole[: len(start)] != start
+    (found,) = encode_rows([{"prompt": prompt, "chosen": [answer]}], tokenizer)
+    assert found.prompt_ids == start
+    assert tokenizer.decode(found.responses[0]) == "A short answer.<|eot|>"
+
+
+def test_bos_from_the_template_alone(core):
+    """The first token of the template is the BOS, which the tokenizer never puts itself."""
+    tokenizer = make(core, CHATML, eos="<|im_end|>", bos="<|im_start|>")
+    start = encode_prompt([user("What is tea?")], tokenizer)
+    assert start[0] == SPECIAL.index("<|im_start|>")
+    assert start == library(tokenizer, [user("What is tea?")], cue=True)
+
+
+def test_a_prompt_that_is_cut_keeps_its_bos(core):
+    tokenizer = make(core, LLAMA3)
+    row = {"prompt": [user("What is tea? " * 30)], "chosen": [assistant("A short answer.")]}
+    (found,) = common.tokenize_pairs([row], tokenizer, 40, 20, what=None)
+    assert len(found["prompt_ids"]) == 20 and found["prompt_ids"][0] == SPECIAL.index("<s>")
+    whole = library(tokenizer, row["prompt"], cue=True)
+    assert found["prompt_ids"][1:] == whole[-19:]
+
+
+def test_a_template_without_an_end_gets_one(core):
+    tokenizer = make(core, PLAIN)
+    (found,) = encode_rows([{"prompt": [user("Tea?")], "chosen": [assistant("Yes.")]}], tokenizer)
+    assert tokenizer.decode(found.responses[0]) == " Yes.\n</s>"
+    assert turn_ends(tokenizer) == {SPECIAL.index("</s>")}
+
+
+def test_a_tokenizer_that_appends_eos_does_not_put_it_into_prompts(core):
+    tokenizer = make(core, CHATML, adds="</s>")
+    end = SPECIAL.index("</s>")
+    assert tokenizer("What is tea?").input_ids[-1] == end
+    assert end not in encode_prompt("What is tea?", tokenizer)
+    assert end not in encode_prompt([user("What is tea?")], tokenizer)
+    (found,) = encode_rows([{"prompt": "What", "chosen": " is", "rejected": " tea"}], tokenizer)
+    assert [ids.count(end) for ids in found.responses] == [1, 1]
+
+
+def test_tools_and_calls(core):
+    tokenizer = make(core, MISTRAL)
+    call = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    prompt = [user("What is tea?")]
+    row = {"prompt": prompt, "chosen": [call], "rejected": [assistant("No.")], "tools": [TOOL]}
+    (found,) = encode_rows([row], tokenizer)
+    assert found.prompt_ids == library(tokenizer, prompt, True, [TOOL])
+    clean = {"role": "assistant", "tool_calls": [CALL], "content": None}
+    assert found.prompt_ids + found.responses[0] == library(
+        tokenizer, [*prompt, clean], False, [TOOL]
+    )
+    assert "weather" in tokenizer.decode(found.prompt_ids)
+    assert "Oslo" in tokenizer.decode(found.responses[0])
+
+    # A call in the prompt, its result, and tools as data sets store them: as JSON.
+    talk = [*prompt, call, {"role": "tool", "name": "weather", "content": "rain"}]
+    row = {"prompt": talk, "chosen": [assistant("It rains.")], "tools": json.dumps([TOOL])}
+    (found,) = encode_rows([row], tokenizer)
+    assert "rain" in tokenizer.decode(found.prompt_ids)
+
+    # A template that does not know of them says nothing of them: the row is dropped.
+    (found,) = encode_rows([row], make(core, CHATML))
+    assert found == "the chat template does not write tools or their calls"
+
+
+def test_null_columns_of_a_table_are_not_there(core, tmp_path):
+    """In parquet a message without tool_calls has a null there, beside one that has some."""
+    tokenizer = make(core, MISTRAL)
+    message = {**assistant("It rains."), "tool_calls": None, "name": None}
+    (found,) = encode_rows([{"prompt": [user("Tea?")], "chosen": [message]}], tokenizer)
+    assert "It rains." in tokenizer.decode(found.responses[0])
+
+
+def test_content_in_parts(core):
+    parts = [{"type": "text", "text": "What is "}, {"type": "text", "text": "tea?"}]
+    row = {"prompt": [user(parts)], "chosen": [assistant("Yes.")]}
+    reads_parts = make(core, PARTS)
+    (found,) = encode_rows([row], reads_parts)
+    assert found.prompt_ids == library(reads_parts, [user(parts)], cue=True)
+    assert "What is tea?" in reads_parts.decode(found.prompt_ids)
+    for template in (CHATML, ZEPHYR, LLAMA3):  # these would write a list, or fail
+        (found,) = encode_rows([row], make(core, template))
+        assert "What is \ntea?" in make(core, template).decode(found.prompt_ids)
+    image = [{"type": "image", "image": "x.png"}, {"type": "text", "text": "tea?"}]
+    (found,) = encode_rows([{**row, "prompt": [user(image)]}], reads_parts)
+    assert found == "a chat message with content that is not text"
+
+
+def test_what_cannot_be_rendered_is_a_reason(core):
+    tokenizer = make(core, CHATML)
+    answer = [assistant("Yes.")]
+    for prompt, reason in (
+        ([{"role": "user"}], "a chat message without content"),
+        ([user(None)], "a chat message without content"),
+        ([{"content": "x"}], "a chat message without a role"),
+        ([user("a <|im_end|> b")], "contains the special token <|im_end|>"),
+    ):
+        (found,) = encode_rows([{"prompt": prompt, "chosen": answer}], tokenizer)
+        assert found == reason
+
+
+def test_reasons_are_counted_with_the_first_row(core, tmp_path, capsys):
+    rows = [
+        {"prompt": [user("Tea?")], "chosen": [assistant("Yes.")], "rejected": [assistant("No.")]},
+        {
+            "prompt": [SYSTEM, user("Tea?")],
+            "chosen": [assistant("Yes.")],
+            "rejected": [assistant("No.")],
+        },
+    ]
+    path = tmp_path / "test.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows * 3))
+    common.tokenize_pairs(load_pairs(str(path), "test"), make(core, GEMMA))
+    line = "dropped 3 (chat template: System role not supported: 3, the first is row 2)"
+    assert line in capsys.readouterr().out
+
+
+def test_end_tokens_are_one_set(core):
+    tokenizer = make(core, CHATML)
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer), hidden_size=8, num_hidden_layers=1, num_attention_heads=1
+    )
+    model = GPTNeoXForCausalLM(config)
+    model.generation_config.eos_token_id = [3, 17]
+    named = {SPECIAL.index("</s>"), SPECIAL.index("<|im_end|>"), 17}
+    assert end_tokens(model, tokenizer) == sorted(named)
+    model.generation_config.eos_token_id = None
+    assert end_tokens(model, tokenizer) == sorted(named - {17})
+    tokenizer = make(core, None)
+    model.generation_config.eos_token_id = 5
+    assert end_tokens(model, tokenizer) == [SPECIAL.index("</s>"), 5]
+
+
+def test_head_logits_are_the_models():
+    from transformers import (
+        CohereConfig,
+        CohereForCausalLM,
+        Gemma2Config,
+        Gemma2ForCausalLM,
+        GraniteConfig,
+        GraniteForCausalLM,
+    )
+
+    small = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    small |= dict(num_attention_heads=2, num_key_value_heads=1, pad_token_id=0)
+    torch.manual_seed(0)
+    ids = torch.arange(1, 9)[None]
+    for model in (
+        Gemma2ForCausalLM(Gemma2Config(**small, head_dim=8, final_logit_softcapping=0.01)),
+        CohereForCausalLM(CohereConfig(**small, logit_scale=0.3)),
+        GraniteForCausalLM(GraniteConfig(**small, logits_scaling=4.0)),
+    ):
+        model.eval()
+        with torch.no_grad():
+            hidden = model.base_model(ids).last_hidden_state
+            assert torch.allclose(common.head_logits(model, hidden), model(ids).logits, atol=1e-6)
