@@ -17,25 +17,25 @@ run() {  # name, then what python is to run
   fi
 }
 
-preferences() {
-  run dpo_gamma methods/dpo_gamma.py --overwrite &&
-    run dpo_gamma_figures studies/dpo_gamma_figures.py &&
-    run cal_dpo methods/cal_dpo.py --overwrite &&
-    run sft methods/sft.py --overwrite &&
-    run dpl methods/dpl.py --overwrite
+one() {
+  run dpl methods/dpl.py --overwrite &&
+    run dpo_gamma methods/dpo_gamma.py --overwrite &&
+    run dpo_gamma_figures studies/dpo_gamma_figures.py
 }
 
-sampling() {
+other() {  # generate answers with the DPO model
   run dpo methods/dpo.py --overwrite &&
     run generate methods/generate.py --model results/dpo --overwrite &&
+    run cal_dpo methods/cal_dpo.py --overwrite &&
+    run sft methods/sft.py --overwrite &&
     run twisted_smc methods/twisted_smc.py --overwrite &&
     run imh_adaptors methods/imh_adaptors.py --overwrite
 }
 
 run tiny_world -c "import common; common.tiny_folder()" || exit 1
-preferences &
+one &
 first=$!
-sampling &
+other &
 second=$!
 failed=0
 wait $first || failed=1
