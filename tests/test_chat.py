@@ -324,3 +324,28 @@ def test_head_logits_are_the_models():
         with torch.no_grad():
             hidden = model.base_model(ids).last_hidden_state
             assert torch.allclose(common.head_logits(model, hidden), model(ids).logits, atol=1e-6)
+
+
+def test_a_judge_reads_the_whole_chat(core, tmp_path):
+    """Its score is that of the library's ids, closing EOS and all, without padding."""
+    import generate
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    common.setup(0)
+    tokenizer = make(core, ZEPHYR)
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = LlamaConfig(vocab_size=len(tokenizer), num_labels=1, pad_token_id=None, **small)
+    judge = LlamaForSequenceClassification(config).eval()
+    judge.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    rows, wanted = [], []
+    for answer in ("A short answer.", "No.", "I do not know it at all."):
+        prompt = [user("What is tea?")]
+        rows.append({"prompt": prompt, "responses": [answer]})
+        ids = library(tokenizer, [*prompt, assistant(answer)], cue=False)
+        with torch.no_grad():
+            wanted.append(judge(torch.tensor([ids])).logits.item())
+    args = generate.Args(judge=str(tmp_path), batch_size=3)
+    found = generate.classifier_scores(args, tmp_path, rows)
+    assert found == pytest.approx(wanted, abs=1e-5)
