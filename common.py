@@ -42,6 +42,7 @@ import re
 import resource
 import shutil
 import signal
+import sys
 import types
 import warnings
 import zlib
@@ -1257,6 +1258,7 @@ def _pack(rows, index):
 #
 # Every source becomes rows of prompt, chosen and rejected: text, or lists of chat messages.  The
 # layouts of the papers' data are known by their columns, so that local copies work as the hub's do.
+# Lists of scored answers and votes are pairs to train on, and whole items (Judged) to rank.
 # Unusable rows are dropped by reason, counted, and reported in one line.  The order of training
 # rows is a pure function of seed and step: resuming, the number of processes and the memory knob
 # change nothing.
@@ -1291,9 +1293,12 @@ def load_pairs(name, split, pairs=True):
     "responses" alone.  Unusable rows are dropped and counted.
     SystemExit: no such file, not JSON, missing column, hub not reachable, no row left.
     """
-    # The rows of the source, then the layout that their columns show.
     rows, note = _source_rows(name, split)
-    require(rows, f"{name}: no {split} rows; a folder needs {split}.jsonl, .json, .csv or .parquet")
+    return _pairs_of(rows, name, split, pairs, note)
+
+
+def _pairs_of(rows, name, split, pairs, note):
+    """load_pairs of a source's rows: the layout is the one that the first row's columns show."""
     layout = _layout(rows[0])
     kept, dropped = [], collections.defaultdict(list)
     for place, row in enumerate(rows, 1):
@@ -1321,8 +1326,62 @@ def load_pairs(name, split, pairs=True):
     return kept
 
 
+def load_judged(name, split, lists=False):
+    """Items of "train", "test" or "all" of any layout, with all answers to a prompt together.
+
+    -> for each item a Judged, or an Unusable: why it is dropped.  lists: where a row has a pair and
+    a list of responses, take the list.  SystemExit as in load_pairs; a row without a column of its
+    layout.
+    """
+    # Rows that are parts of an item: its votes, or two of its answers.
+    rows, note = _source_rows(name, split)
+    layout = _layout(rows[0])
+    if layout is vote_rows:
+        _require_columns(name, rows, ("instruction", "output_1", "output_2", "preference"))
+        return _votes_by_pair(rows)
+    if layout is shp_rows:
+        columns = ["post_id", "history"]
+        for side in "AB":
+            columns += [f"human_ref_{side}", f"score_{side}", f"created_at_utc_{side}"]
+        _require_columns(name, rows, columns)
+        return _answers_by_post(rows)
+
+    # A row is an item: a list of answers, or whatever load_pairs makes a pair of.
+    to_judged = _scored_list
+    if layout is not list_rows:
+        rows = _pairs_of(rows, name, split, False, note)
+        to_judged = functools.partial(_judged_pair, lists=lists)
+    found = []
+    for place, row in enumerate(rows, 1):
+        try:
+            found.append(to_judged(row))
+        except KeyError as key:
+            columns = ", ".join(map(str, row))
+            raise SystemExit(f"{name}: row {place} has no {key}, only {columns}") from None
+        except Unusable as reason:
+            found.append(reason)
+        except (TypeError, AttributeError, ValueError):
+            found.append(Unusable("a column of the wrong type"))
+    return found
+
+
+def _require_columns(name, rows, columns):
+    """SystemExit: a row that lacks one of the columns."""
+    for place, row in enumerate(rows, 1):
+        for column in columns:
+            only = ", ".join(map(str, row))
+            require(column in row, f"{name}: row {place} has no {column!r}, only {only}")
+
+
 def _source_rows(name, split):
     """The rows of one split as they stand in their source, and a note for the line."""
+    rows, note = _read_source(name, split)
+    require(rows, f"{name}: no {split} rows; a folder needs {split}.jsonl, .json, .csv or .parquet")
+    return rows, note
+
+
+def _read_source(name, split):
+    """_source_rows, of which there may be none."""
     if name == "tiny":
         path = tiny_folder() / "data"
     else:
@@ -1332,15 +1391,16 @@ def _source_rows(name, split):
             return hub_rows(name, split), ""
     if path.is_dir():
         rows = []
-        for file in sorted(path.glob(f"{split}[._-]*")):
-            if DATA_FILE.search(file.name):
-                rows += read_rows(file)
+        for part in ("train", "test") if split == "all" else (split,):
+            for file in sorted(path.glob(f"{part}[._-]*")):
+                if DATA_FILE.search(file.name):
+                    rows += read_rows(file)
         return rows, ""
 
     # A file alone holds both splits.
     rows = read_rows(path)
     held = len(rows) // 20
-    if held == 0 or path.name.startswith("test"):
+    if held == 0 or path.name.startswith("test") or split == "all":
         return rows, ""
     note = f"; the last {held} of the file's {len(rows)} rows are its test split"
     if split == "test":
@@ -1402,12 +1462,21 @@ def number(value):
     return found
 
 
+def is_number(value):
+    """Whether a value of JSON is a finite number; true and false are none."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max  # never of nan
+
+
 def hub_rows(name, split):
     """The rows of a hub data set.  Raises SystemExit if it cannot be downloaded."""
     import datasets
 
     hub_id, options, train_split, test_split = HUB.get(name, (name, {}, "train", "test"))
-    wanted = test_split if split == "test" else train_split
+    wanted = {"train": train_split, "test": test_split, "all": f"{train_split}+{test_split}"}[split]
+    if name == "se":  # it has one split
+        wanted = train_split
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # not a line for each retry
     try:
         data = datasets.load_dataset(hub_id, split=wanted, **options)
@@ -1417,7 +1486,7 @@ def hub_rows(name, split):
             f"data {hub_id} is not a local path and not to be had from the hub ({why}); "
             "give a file, or a folder of such files"
         ) from None
-    if name == "se":  # it has one split; 1 % of it is for testing, as in the released code
+    if name == "se" and split != "all":  # 1 % is for testing, as in the released code
         data = data.shuffle(seed=42)
         held = len(data) // 100
         if split == "test":
@@ -1522,10 +1591,12 @@ def _layout(row):
         return tldr_rows
     if {"subreddit", "title", "post", "summary"} <= columns:
         return tldr_rows
-    if {"history", "human_ref_A"} <= columns:
+    if "human_ref_A" in columns:
         return shp_rows
-    if {"question", "answers"} <= columns:
-        return stack_exchange_rows
+    if "answers" in columns or "completions" in columns:
+        return list_rows
+    if {"instruction", "preference"} <= columns:
+        return vote_rows
     return pair_rows
 
 
@@ -1631,12 +1702,17 @@ def shp_rows(row):
     return [_dialogue(row, row["history"], chosen, rejected)]
 
 
-def stack_exchange_rows(row):
-    """Stack Exchange: every pair of answers with different pm_score, without HTML tags."""
-    question = without_tags(row["question"])
-    answers = []
-    for one in row["answers"]:
-        answers.append((number(one["pm_score"]), without_tags(one["text"])))
+def list_rows(row):
+    """Stack Exchange, UltraFeedback: every pair of answers with different scores."""
+    # The texts as training has them.
+    one = _scored_list(row)
+    question, responses = one.prompt, one.responses
+    if one.is_html:
+        question = without_tags(question)
+        responses = [without_tags(response) for response in responses]
+
+    # Every two of them are a pair.
+    answers = [(number(score), text) for score, text in zip(one.scores, responses)]
     found = []
     for pair in itertools.combinations(answers, 2):
         (low, rejected), (top, chosen) = sorted(pair)
@@ -1644,6 +1720,108 @@ def stack_exchange_rows(row):
             found.append(_dialogue(row, question, chosen, rejected))
         else:
             found.append("equal scores")
+    return found
+
+
+def vote_rows(row):
+    """Alpaca Farm: one rater's vote on two answers is a pair."""
+    answers = [row["output_1"], row["output_2"]]
+    if _preferred(row) == 1:
+        answers.reverse()
+    return [_dialogue(row, row["instruction"], *answers)]
+
+
+def _preferred(row):
+    """Which of two answers, 0 or 1, a row of Alpaca Farm is for.  Raises Unusable."""
+    preference = str(row["preference"])
+    if preference not in ("1", "1.0", "2", "2.0"):
+        raise Unusable("a preference that is neither 1 nor 2")
+    return int(float(preference)) - 1
+
+
+@dataclasses.dataclass
+class Judged:
+    """A prompt, its responses and what was said of them, as they stand in the data."""
+
+    prompt: str | list
+    responses: list
+    scores: list  # n numbers, more is better
+    # What the scores are: "scores"; "votes", how many raters are for each of two; or "shares",
+    # which part of the raters is.
+    kind: str = "scores"
+    is_question: bool = False  # the prompt is a question alone, without the cue for an answer
+    is_html: bool = False  # with tags, which training takes off
+    tools: list | str | None = None  # that a chat may call
+
+
+def _scored_list(row):
+    """UltraFeedback, Stack Exchange -> Judged: a question and its scored answers."""
+    if "completions" in row:
+        responses = [one["response"] for one in row["completions"]]
+        scores = [one.get("overall_score") for one in row["completions"]]
+        return Judged(row["instruction"], responses, scores, is_question=True)
+    responses = [one["text"] for one in row["answers"]]
+    scores = [one.get("pm_score") for one in row["answers"]]
+    return Judged(row["question"], responses, scores, is_question=True, is_html=True)
+
+
+def _judged_pair(row, lists):
+    """A pair, with votes or p_chosen or without; or a list with scores or ranks -> Judged"""
+    tools = row.get("tools")
+    if "rejected" not in row or (lists and "responses" in row):
+        scores = row.get("scores") or row.get("rewards")
+        if not scores:
+            scores = [-number(rank) for rank in row.get("ranks") or ()]
+        return Judged(row["prompt"], row["responses"], scores, tools=tools)
+
+    # A pair: what is known of alpha, the share of raters who are for the chosen one?
+    pair = [row["chosen"], row["rejected"]]
+    if row.get("p_chosen") is not None:
+        p = number(row["p_chosen"])
+        return Judged(row["prompt"], pair, [p, 1 - p], "shares", tools=tools)
+    if row.get("votes"):
+        return Judged(row["prompt"], pair, list(row["votes"]), "votes", tools=tools)
+    return Judged(row["prompt"], pair, [1, 0], tools=tools)
+
+
+def _votes_by_pair(rows):
+    """Alpaca Farm cross-annotations: a row is one rater's vote -> [Judged or Unusable]"""
+    # The votes for the first and for the second of two answers.
+    votes_of = {}
+    found = []
+    for row in rows:
+        pair = (row["instruction"], row["output_1"], row["output_2"])
+        votes = votes_of.setdefault(pair, [0, 0])
+        try:
+            votes[_preferred(row)] += 1
+        except Unusable as reason:
+            found.append(reason)
+    for (prompt, first, second), votes in votes_of.items():
+        found.append(Judged(prompt, [first, second], votes, "votes", is_question=True))
+    return found
+
+
+def _answers_by_post(rows):
+    """SHP: a row is two answers to a post; of equal scores the later answer is better."""
+    # All answers to a post, with what orders them.
+    posts = {}
+    found = []
+    for row in rows:
+        try:
+            answers = {}
+            for side in "AB":
+                score = (number(row["score_" + side]), number(row["created_at_utc_" + side]))
+                answers[row["human_ref_" + side]] = score
+        except Unusable as reason:
+            found.append(reason)
+            continue
+        posts.setdefault((row["post_id"], row["history"]), {}).update(answers)
+
+    # The place in the order of (score, time) serves as the score; equals have the same.
+    for (_, prompt), answers in posts.items():
+        order = sorted(answers.values())
+        scores = [order.index(score) for score in answers.values()]
+        found.append(Judged(prompt, list(answers), scores, is_question=True))
     return found
 
 
@@ -2259,10 +2437,32 @@ def stop_requested():
     return flag.item() > 0
 
 
+def leave_if_stopped():
+    """Leave after SIGTERM or Ctrl-C, where rank 0 works and the others wait in on_rank0."""
+    if signals:
+        raise SystemExit(143)
+
+
 def require(condition, message):
     """Exit with this line and code 1 unless the condition holds."""
     if not condition:
         raise SystemExit(message)
+
+
+def require_writable(folder, flag):
+    """Exit with one line unless the folder, or the nearest one above that exists, takes files."""
+    nearest = folder.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+    require(writable, f"{nearest}: not a folder that can be written to; choose another {flag}")
+
+
+def memory(device=None):
+    """Bytes of memory of a device; without one, what the machine has."""
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def say(line):
@@ -2419,20 +2619,17 @@ def start_run(args, method):
     out = Path(flags.get("out") or f"results/{method}")
 
     def prepare():
-        config = out / "config.json"
-        none = f"{out}: no config.json, so there is no run to resume; start it without --resume"
-        require(config.is_file() or not flags.get("resume"), none)
-
         # From here on the folder is this process's; a fresh run needs an empty one.
+        if out.is_dir():
+            _lock(out)
+        require_free(args, out)
         out.mkdir(parents=True, exist_ok=True)
         _lock(out)
-        old = json.loads(config.read_bytes()) if config.is_file() else None
+        old = _config_of(out)
         if flags.get("resume"):
             _check_resumable(out, old, {**flags, "method": method})
-        elif not _is_empty_folder(out, old):
-            holds = f"{out}: holds a run: --resume goes on, --overwrite deletes it"
-            require(flags.get("overwrite"), holds)
-            _delete_run(out, old)
+        elif not _is_empty_folder(out):
+            _delete_run(out)
         versions = {
             "method": method,
             "python": platform.python_version(),
@@ -2440,10 +2637,24 @@ def start_run(args, method):
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
-        write(config, {**flags, **versions})
+        write(out / "config.json", {**flags, **versions})
 
     on_rank0(prepare, f"{out}: cannot hold a run; choose another --out")
     return out
+
+
+def require_free(args, out):
+    """SystemExit unless a run of these flags may begin in the folder `out`, or go on there."""
+    is_run = (out / "config.json").is_file()
+    if getattr(args, "resume", False):
+        none = f"{out}: no config.json, so there is no run to resume; start it without --resume"
+        require(is_run, none)
+    elif out.is_dir() and not _is_empty_folder(out):
+        overwrite = getattr(args, "overwrite", False)
+        require(overwrite, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
+        foreign = f"{out}: no config.json, so --overwrite deletes nothing here"
+        require(is_run, f"{foreign}; choose another --out")
+    require_writable(out, "--out")
 
 
 _locks = {}  # run folder: its open file descriptor, which holds the lock
@@ -2463,11 +2674,18 @@ def _lock(out):
     _locks[out] = descriptor
 
 
-def _is_empty_folder(out, old):
+def _config_of(out):
+    """The config.json of a run folder; None if there is none."""
+    config = out / "config.json"
+    return json.loads(config.read_bytes()) if config.is_file() else None
+
+
+def _is_empty_folder(out):
     """Nothing in it, or the config.json alone of a run that was refused before it began."""
     names = [path.name for path in out.iterdir()]
-    refused = names == ["config.json"] and old and "world_size" in old
-    return not names or refused
+    if names == ["config.json"]:
+        return "world_size" in (_config_of(out) or {})
+    return not names
 
 
 def _check_resumable(out, old, flags):
@@ -2488,11 +2706,8 @@ def _check_resumable(out, old, flags):
         raise SystemExit(0)
 
 
-def _delete_run(out, old):
-    """Delete what a run writes and nothing else, where a config.json shows that it was one."""
-    require(
-        old, f"{out}: no config.json, so --overwrite deletes nothing here; choose another --out"
-    )
+def _delete_run(out):
+    """Delete what a run writes and nothing else."""
     (out / "metrics.jsonl").unlink(missing_ok=True)
     for folder in [*out.glob("step-*"), out / "model", out / "figures"]:
         shutil.rmtree(folder, ignore_errors=True)

@@ -114,6 +114,7 @@ from common import words  # the plain text of a string or of chat messages
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
 from common import DEVICE, check_ranges, progress, require, say, setting, setup  # processes
+from common import memory, require_free  # processes
 from common import save_figure, signals, start_run, stop_requested, write  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 # isort: on
@@ -346,13 +347,6 @@ def load_items(args, rows, tokenizer):
     return items
 
 
-def memory(device):
-    """Bytes of memory of a device; of the processor's, what the machine has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 ROW_BYTES = 1000  # in memory, of a response with its prompt and the chosen one: no less
 
 
@@ -364,7 +358,7 @@ def check_sizes(args, prompts, vocabulary):
     # The file is put together in the memory of the machine.
     responses = prompts * args.samples
     size = ROW_BYTES * responses
-    room = memory(torch.device("cpu"))
+    room = memory()
     problem = f"--samples {args.samples} for {prompts} prompts take {size} bytes of {room}"
     require(size <= room, f"{problem}; lower --samples or --prompts")
 
@@ -900,23 +894,6 @@ def check(args):
 
     # The library has its own rules; the result is not needed yet.
     sampler(args.temperature, args.top_k, args.top_p, args.min_p)
-
-
-def require_free(args, out):
-    """Exit with one line if start_run would refuse the folder, so that no work is done in vain."""
-    is_run = (out / "config.json").is_file()
-    if args.resume:
-        require(is_run, f"{out}: no config.json, so no run to resume; start it without --resume")
-    elif out.is_dir() and any(out.iterdir()):
-        require(args.overwrite, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
-        require(is_run, f"{out}: no config.json, so --overwrite deletes nothing; another --out")
-
-    # The folder, or the nearest one that there is.
-    nearest = out.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    writable = nearest.is_dir() and os.access(nearest, os.W_OK)
-    require(writable, f"{nearest}: not a folder that can be written to; choose another --out")
 
 
 def is_judged(args):

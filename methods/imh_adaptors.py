@@ -34,7 +34,6 @@ every adaptor without a top-k of its own gets top-k 50 (here: top_p090,top_k=50)
 
 import json
 import math
-import os
 import re
 import shutil
 import sys
@@ -144,11 +143,12 @@ from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  
 from common import pack_pairs  # tokenization
 from common import encode_prompt, encode_rows, end_tokens  # tokenization
 from common import row_texts, show_example  # tokenization
-from common import load_pairs, read_rows, report, words  # data
+from common import is_number, load_pairs, read_rows, report, words  # data
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
-from common import check_ranges, on_rank0, progress, require, say, setting  # processes
-from common import save_figure, setup, signals, start_run, stop_requested, write  # processes
+from common import check_ranges, leave_if_stopped, memory, on_rank0, progress  # processes
+from common import require, say, setting  # processes
+from common import save_figure, setup, start_run, stop_requested, write  # processes
 # isort: on
 
 
@@ -562,21 +562,15 @@ def typical_corpora(means, log_p_plus, n, eps):
 # Signals and sizes.
 
 
-def leave_if_stopped():
-    """Leave after SIGTERM or Ctrl-C, where rank 0 works and the others wait in on_rank0."""
-    if signals:
-        raise SystemExit(143)
-
-
 CHAIN_BYTES = 64  # of a step at the peak: uniforms, proposal, weight, state, its four values
 CORPUS_BYTES = 40  # of a string in a corpus: its number and its four values
 
 
 def require_memory(flag, what, size):
     """SystemExit: `what`, of so many bytes, does not fit into this machine; flag: with its value"""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    problem = f"{flag}: {what} would take {size:,} bytes, of {memory:,} here; choose less"
-    require(size <= memory, problem)
+    room = memory()
+    problem = f"{flag}: {what} would take {size:,} bytes, of {room:,} here; choose less"
+    require(size <= room, problem)
 
 
 def check_chains(args, chains):
@@ -925,11 +919,6 @@ def are_tokens(ids, vocabulary):
     if not isinstance(ids, list):
         return False
     return all(type(one) is int and 0 <= one < vocabulary for one in ids)
-
-
-def is_number(value):
-    """Whether a value of JSON is a finite number; true and false are none."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def are_numbers(values, n):

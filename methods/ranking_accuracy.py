@@ -44,7 +44,8 @@ class Args:
     model: tuple[str, ...] = ()  # run or model folders, hub ids; empty: tiny, its runs in results/
     ref_model: str = ""  # the reference of all of them; empty: the first
     data: tuple[str, ...] = ("tiny",)  # tiny, hh, tldr, se, ..., files, folders or hub ids
-    split: Literal["train", "test"] = "test"  # of pairs in a file: all if test*, else the last 5 %
+    # Of the data; of a file alone "test" is all of it if it is named test*, else its last 5 %.
+    split: Literal["train", "test", "all"] = "test"
     sample: int = 0  # items, drawn as in the released code; 0: all
     lists: bool = False  # where a row has a pair and a list of responses, take the list
     max_length: int = 0  # tokens of prompt and response, cut at the end; 0: the model's context
@@ -67,7 +68,9 @@ PRESETS = {
         data=("hh", "stanfordnlp/SHP", "se"), **PAPER
     ),  # all of HH, as in the released code
     "fig1-train": Args(data=TRAIN_ONLY, split="train", **PAPER),
-    "table1": Args(data=("alpaca_farm_human_crossannotations.json",), **PAPER),  # of alpaca_eval
+    "table1": Args(
+        data=("alpaca_farm_human_crossannotations.json",), split="all", **PAPER
+    ),  # of alpaca_eval
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -95,11 +98,11 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here 
 # isort: off
 from common import token_logps  # log-probabilities
 from common import encode_rows, pack_pairs, show_example  # tokenization
-from common import as_dialogue, hub_rows, load_pairs, number, read_rows, report  # data
-from common import Unusable, is_empty, require_text, without_tags  # data
+from common import Unusable, as_dialogue, load_judged, report, without_tags  # data
+from common import is_empty, is_number, number, require_text  # data
 from common import load_model, load_tokenizer, model_folder  # models
-from common import check_ranges, on_rank0, progress, require, setup  # processes
-from common import save_figure, signals, start_run, stop_requested, write  # processes
+from common import check_ranges, leave_if_stopped, on_rank0, progress, require, setup  # processes
+from common import save_figure, start_run, stop_requested, write  # processes
 # isort: on
 
 # ---- the paper: accuracies, ideals, thresholds
@@ -218,39 +221,15 @@ class Item:
     tools: list | str | None = None  # that a chat may call
 
 
-@dataclass
-class Judged:
-    """An item as it stands in the data, before it is checked."""
-
-    prompt: str | list
-    responses: list
-    scores: list  # n numbers, more is better
-    # What the scores are: "scores"; "votes", how many raters are for each of two; or "shares",
-    # which part of the raters is.
-    kind: str = "scores"
-    is_question: bool = False  # the prompt is a question alone, without the cue for an answer
-    is_html: bool = False  # with tags, which training takes off
-    tools: list | str | None = None  # that a chat may call
-
-
 def load_items(name, args):
     """Data -> list of Item, --sample of them.
 
     Of plain pairs these are the ones that the released code draws.  Of votes and of SHP it draws
     rows before they are grouped, here whole items are drawn.
     """
-    # Lists and votes are read here, pairs of any layout by load_pairs.
-    rows = []
-    if name == "se" or ("/" in name and not Path(name).exists()):
-        rows = hub_rows(name, args.split)
-    elif Path(name).is_file():
-        rows = read_rows(Path(name))
-    if not rows or not is_list_layout(rows[0]):
-        rows = load_pairs(name, args.split, pairs=False)
-
     # What is usable becomes an Item; what is not is counted.
     kept, dropped = [], defaultdict(list)
-    for place, one in enumerate(judged(rows, args.lists, name), 1):
+    for place, one in enumerate(load_judged(name, args.split, args.lists), 1):
         try:
             kept.append(usable_item(one, args.text))
         except Unusable as reason:
@@ -265,12 +244,6 @@ def load_items(name, args):
     ranked = any(len(set(item.ranks)) > 1 for item in items)
     require(ranked, f"{name}: every pair is a tie: there is nothing to rank; give other --data")
     return items
-
-
-def is_list_layout(row):
-    """Rows that hold more than a pair, or a vote on one: read here, all others by load_pairs."""
-    columns = ("completions", "answers", "preference", "human_ref_A")
-    return any(column in row for column in columns)
 
 
 def usable_item(one, text):
@@ -302,114 +275,6 @@ def usable_item(one, text):
     if one.kind != "scores":
         share = float(scores[0] / scores.sum())
     return Item(prompt, responses, competition_ranks(scores.tolist()), share, one.tools)
-
-
-def judged(rows, lists, name):
-    """Rows of any layout -> for each item a Judged, or an Unusable with the reason to drop it.
-
-    name: of the data, for the message.  SystemExit: a row without a column of its layout.
-    """
-    if rows and "preference" in rows[0]:
-        require_columns(name, rows, ("instruction", "output_1", "output_2", "preference"))
-        return alpaca_farm_items(rows)
-    if rows and "human_ref_A" in rows[0]:
-        columns = ["post_id", "history"]
-        for side in "AB":
-            columns += [f"human_ref_{side}", f"score_{side}", f"created_at_utc_{side}"]
-        require_columns(name, rows, columns)
-        return shp_items(rows)
-    found = []
-    for place, row in enumerate(rows, 1):
-        try:
-            one = judged_row(row, lists)
-            one.tools = row.get("tools")
-            found.append(one)
-        except KeyError as key:
-            columns = ", ".join(map(str, row))
-            raise SystemExit(f"{name}: row {place} has no {key}, only {columns}") from None
-        except Unusable as reason:
-            found.append(reason)
-        except (TypeError, AttributeError, ValueError):
-            found.append(Unusable("a column of the wrong type"))
-    return found
-
-
-def require_columns(name, rows, columns):
-    """SystemExit: a row that lacks one of the columns."""
-    for place, row in enumerate(rows, 1):
-        for column in columns:
-            only = ", ".join(map(str, row))
-            require(column in row, f"{name}: row {place} has no {column!r}, only {only}")
-
-
-def judged_row(row, lists):
-    """UltraFeedback, StackExchange, lists with scores or ranks, pairs with votes or p_chosen."""
-    if "completions" in row:
-        responses = [one["response"] for one in row["completions"]]
-        scores = [one.get("overall_score") for one in row["completions"]]
-        return Judged(row["instruction"], responses, scores, is_question=True)
-    if "answers" in row:
-        responses = [one["text"] for one in row["answers"]]
-        scores = [one.get("pm_score") for one in row["answers"]]
-        return Judged(row["question"], responses, scores, is_question=True, is_html=True)
-    if "rejected" not in row or (lists and "responses" in row):
-        scores = row.get("scores") or row.get("rewards")
-        if not scores:
-            scores = [-number(rank) for rank in row.get("ranks") or ()]
-        return Judged(row["prompt"], row["responses"], scores)
-
-    # A pair: what is known of alpha?
-    pair = [row["chosen"], row["rejected"]]
-    if row.get("p_chosen") is not None:
-        p = number(row["p_chosen"])
-        return Judged(row["prompt"], pair, [p, 1 - p], "shares")
-    if row.get("votes"):
-        return Judged(row["prompt"], pair, list(row["votes"]), "votes")
-    return Judged(row["prompt"], pair, [1, 0])
-
-
-def alpaca_farm_items(rows):
-    """Alpaca Farm cross-annotations: a row is one rater's vote, 1 or 2, on a pair."""
-    # Count the votes of each pair.
-    votes_of = {}
-    wrong = []
-    for row in rows:
-        pair = (row["instruction"], row["output_1"], row["output_2"])
-        votes = votes_of.setdefault(pair, [0, 0])
-        if str(row["preference"]) in ("1", "1.0"):
-            votes[0] += 1
-        elif str(row["preference"]) in ("2", "2.0"):
-            votes[1] += 1
-        else:
-            wrong.append(Unusable("a preference that is neither 1 nor 2"))
-    found = []
-    for (prompt, first, second), votes in votes_of.items():
-        found.append(Judged(prompt, [first, second], votes, "votes", is_question=True))
-    return found + wrong
-
-
-def shp_items(rows):
-    """SHP: a row is two answers to a post; of equal scores the later answer is better."""
-    # All answers to each post with what orders them.
-    posts = {}
-    wrong = []
-    for row in rows:
-        try:
-            answers = {}
-            for side in "AB":
-                score = (number(row["score_" + side]), number(row["created_at_utc_" + side]))
-                answers[row["human_ref_" + side]] = score
-        except Unusable as reason:
-            wrong.append(reason)
-            continue
-        posts.setdefault((row["post_id"], row["history"]), {}).update(answers)
-    found = []
-    for (_, prompt), answers in posts.items():
-        # Ranks of (score, time); a rank's negative serves as the score.
-        ranks = competition_ranks(list(answers.values()))
-        scores = [-rank for rank in ranks]
-        found.append(Judged(prompt, list(answers), scores, is_question=True))
-    return found + wrong
 
 
 # ---- scoring
@@ -582,13 +447,6 @@ def why_no_record(values, items):
     return ""
 
 
-def is_number(value):
-    """Whether a value of JSON is a finite number; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return abs(value) <= sys.float_info.max  # never of nan
-
-
 def is_count(value):
     """Whether a value of JSON is a whole number, 0 or more."""
     return isinstance(value, int) and is_number(value) and value >= 0
@@ -600,12 +458,6 @@ def append_records(path, records):
         for record in records:
             if math.isfinite(record.logp):
                 file.write(json.dumps(dataclasses.asdict(record)) + "\n")
-
-
-def leave_if_stopped():
-    """Leave after SIGTERM or Ctrl-C, where rank 0 works and the others wait in on_rank0."""
-    if signals:
-        raise SystemExit(143)
 
 
 def score(name, items, out, args):

@@ -222,7 +222,6 @@ import copy
 import importlib.util
 import json
 import math
-import os
 import shutil
 import signal
 import traceback
@@ -243,6 +242,7 @@ from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_attributes, tiny_reward  # the tiny world
 from common import Unusable, number  # what others wrote
 from common import check_ranges, load_checkpoint, log, require, say, save_checkpoint  # processes
+from common import memory, require_free, require_writable  # processes
 from common import save_figure, setup, signals, start_run, stop_requested, write  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 
@@ -2242,33 +2242,6 @@ def leaving_at_once():
     finally:
         for signal_number, handler in before.items():
             signal.signal(signal_number, handler)
-
-
-def require_writable(folder, flag):
-    """Exit with one line unless the folder, or the nearest one above that exists, takes files."""
-    nearest = folder.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    writable = nearest.is_dir() and os.access(nearest, os.W_OK)
-    require(writable, f"{nearest}: not a folder that can be written to; choose another {flag}")
-
-
-def require_free(args, out):
-    """Exit with one line if start_run would refuse the folder, so that no work is done in vain."""
-    is_run = (out / "config.json").is_file()
-    if args.resume:
-        require(is_run, f"{out}: no config.json, so no run to resume; start it without --resume")
-    elif out.is_dir() and any(out.iterdir()):
-        require(args.overwrite, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
-        require(is_run, f"{out}: no config.json, so --overwrite deletes nothing; another --out")
-    require_writable(out, "--out")
-
-
-def memory(device):
-    """Bytes of memory of a device; of the processor's, what the machine has."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def check_sizes(args, world, learners, device):

@@ -14,11 +14,13 @@ from transformers import PreTrainedTokenizerFast
 
 import common
 from common import (
+    Judged,
     every_turn,
+    list_rows,
+    load_judged,
     load_pairs,
     pair_rows,
     shp_rows,
-    stack_exchange_rows,
     tldr_rows,
     tokenize_pair,
     tokenize_pairs,
@@ -171,7 +173,7 @@ def test_shp():
 def test_stack_exchange():
     scored = (("one", 1), ("two &lt; 3", 5), ("three", 1))
     question = '<p>Is <a href="x">it</a> <code>a&lt;b</code>?</p>\n'
-    found = stack_exchange_rows(
+    found = list_rows(
         {
             "question": question,
             "answers": [{"text": f"<p>{text}</p>", "pm_score": score} for text, score in scored],
@@ -183,6 +185,46 @@ def test_stack_exchange():
     ]
     assert found.count("equal scores") == 1
     assert found[0]["prompt"] == "\n\nHuman: Is it <code>a<b</code>?\n\nAssistant:"
+
+
+def test_scored_lists_and_votes_are_pairs_to_train_on(tmp_path):
+    scored = [
+        {"response": text, "overall_score": score} for text, score in zip("pqr", ("9", 10, 9))
+    ]
+    path = tmp_path / "test.jsonl"
+    write(path, lines([{"instruction": "x", "completions": scored}]))
+    pairs = [(row["chosen"], row["rejected"]) for row in load_pairs(str(path), "train")]
+    assert pairs == [(" q", " p"), (" q", " r")]  # as numbers, 9 < 10; p and r are equal
+
+    answers = {"instruction": "x", "output_1": "p", "output_2": "q"}
+    write(path, lines([{**answers, "preference": vote} for vote in (1, "2", 2.0, 0)]))
+    found = load_pairs(str(path), "train")
+    assert [row["chosen"] for row in found] == [" p", " q", " q"]
+    assert found[0]["prompt"] == "\n\nHuman: x\n\nAssistant:"
+
+
+def test_a_pair_is_a_pair_whatever_else_it_has(tmp_path):
+    scored = [{"response": text, "overall_score": 1} for text in "st"]
+    others = {"instruction": "y", "completions": scored, "answers": [], "preference": 1}
+    row = {"prompt": "x", "chosen": "p", "rejected": "q", **others, "human_ref_A": "u"}
+    path = tmp_path / "test.jsonl"
+    write(path, lines([row]))
+    assert load_pairs(str(path), "train") == [row]
+    assert load_judged(str(path), "test") == [Judged("x", ["p", "q"], [1, 0])]
+
+
+def test_split_all_is_both(tmp_path):
+    numbers = lambda found: [int(one.prompt) for one in found]  # noqa: E731
+    rows = [{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(60)]
+    write(tmp_path / "rows.jsonl", lines(rows))
+    for split, expected in (("train", range(57)), ("test", range(57, 60)), ("all", range(60))):
+        found = load_judged(str(tmp_path / "rows.jsonl"), split)
+        assert numbers(found) == list(expected)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write(folder / "test.jsonl", lines(rows[:3]))
+    write(folder / "train.jsonl", lines(rows[3:]))
+    assert sorted(numbers(load_judged(str(folder), "all"))) == list(range(60))
 
 
 def test_every_assistant_turn_once():

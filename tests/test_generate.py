@@ -418,14 +418,14 @@ def test_a_temperature_that_overflows_is_refused_and_presets_are_not():
 def test_sizes_beyond_the_memory_are_refused_with_their_bytes(options, tmp_path, monkeypatch):
     out = tmp_path / "big"
     big = options | {"data": str(shutil.copy(options["data"], tmp_path / "test.jsonl"))}
-    monkeypatch.setattr(method, "memory", lambda device: 10**9)
+    monkeypatch.setattr(method, "memory", lambda device=None: 10**9)
     refused(Args(**big, samples=10**6, out=str(out)), "48 prompts", str(48 * 10**9), "--samples")
     uniforms = torch.empty(7, 8, dtype=torch.float64, device="meta")
     logits = torch.empty(7, 400, device="meta")  # a tokenizer of 400 tokens
     size = uniforms.nbytes + logits.nbytes
     room = {"bytes": size - 1}
     monkeypatch.setattr(method, "ROW_BYTES", 1)
-    monkeypatch.setattr(method, "memory", lambda device: room["bytes"])
+    monkeypatch.setattr(method, "memory", lambda device=None: room["bytes"])
     refused(Args(**big, out=str(out)), "--batch-size 7", f"{size} bytes")
     assert not out.exists()
     room["bytes"] = size

@@ -1263,7 +1263,7 @@ def test_the_numbers_of_the_presets_are_in_range():
 def small_machine(monkeypatch):
     """8 GiB of memory."""
     sizes = {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2**21}
-    monkeypatch.setattr(imh.os, "sysconf", sizes.get)
+    monkeypatch.setattr(common.os, "sysconf", sizes.get)
 
 
 @pytest.mark.parametrize(
@@ -1351,7 +1351,7 @@ def no_signals():
     """Signals that a test sends to itself are forgotten after it."""
     imh.setup(0)
     yield
-    imh.signals.clear()
+    common.signals.clear()
 
 
 def stopped_at(monkeypatch, where, name, number, function):
@@ -1370,7 +1370,7 @@ def stopped_at(monkeypatch, where, name, number, function):
         with pytest.raises(SystemExit) as stop:
             function()
     assert stop.value.code == 143
-    imh.signals.clear()
+    common.signals.clear()
     return len(calls)
 
 

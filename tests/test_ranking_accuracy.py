@@ -22,6 +22,7 @@ from ranking_accuracy import Args
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import common
 from common import response_logps
 
 BETAS = (0.01, 0.1, 1.0, 5.0, 10.0)
@@ -795,7 +796,7 @@ def test_damaged_records_end_a_run(world, tmp_path):
 def no_signals():
     """Signals that a test sends to itself are forgotten after it."""
     yield
-    ra.signals.clear()
+    common.signals.clear()
 
 
 def test_a_signal_ends_scoring_within_a_step(world, tmp_path, monkeypatch, no_signals):
@@ -820,7 +821,7 @@ def test_a_signal_ends_scoring_within_a_step(world, tmp_path, monkeypatch, no_si
     assert len(before) == sum(batches) and not (tmp_path / "run/metrics.jsonl").exists()
 
     # The rest, and nothing of what was there.
-    ra.signals.clear()
+    common.signals.clear()
     batches += [0, 0]
     again = run(world, tmp_path / "run", resume=True, **options)
     lines = path.read_text().splitlines()
@@ -846,7 +847,7 @@ def test_a_signal_ends_the_arithmetic_within_a_step(world, tmp_path, monkeypatch
         run(world, tmp_path / "run")
     assert stop.value.code == 143 and len(calls) == 2
     assert not (tmp_path / "run/metrics.jsonl").exists()
-    ra.signals.clear()
+    common.signals.clear()
     monkeypatch.undo()
     monkeypatch.setattr(ra, "load_model", None)  # all is scored
     assert len(run(world, tmp_path / "run", resume=True)) == 2
@@ -857,7 +858,7 @@ def test_a_signal_ends_loops_over_items(function, no_signals):
     items = [ra.Item("", [], [1, 2, 3], None)]
     records = {0: [record(-1, 1), record(-2, 1), record(-3, 1)]}
     measured = ra.measure(items, records, Args())
-    ra.signals.append(signal.SIGTERM)
+    common.signals.append(signal.SIGTERM)
     with pytest.raises(SystemExit) as stop:
         if function == "all_pairs":
             ra.all_pairs(items, records, 0.75)
