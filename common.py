@@ -12,7 +12,8 @@ Contents, in the order in which a reader of a paper needs them; search for `# --
     data               load_pairs: rows of prompt, chosen, rejected; batch_order, subset
     models             load_model, load_tokenizer, save_model, clip_gradients
     the tiny world     its grammar, its readers and their rewards, its language model
-    processes          setup, start_run, log, save_checkpoint, load_checkpoint, plot_curves
+    processes          setup, start_run, log, save_checkpoint, load_checkpoint, plot_curves,
+                       say_claim: how a run ends
 
 Names ending in logps are log-probabilities in nats, summed over a response's tokens.  Shapes: (R,)
 is one value per response of a packed batch in the order chosen, rejected, chosen, ...; (M,) one per
@@ -449,9 +450,9 @@ def _reference_key(name, rows, dtype):
 def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps, beta):
     """What every preference method logs of each pair.  Four (B,) log-probs -> dict of (B,)
 
-    The names are those of TRL.  Implicit rewards are beta log pi/pi_ref in nats; a tie
-    is wrong: equal models have reward accuracy 0.  Pairs that the reference ranks right are kept or
-    lost, those that it ranks wrong are fixed or missed.
+    The names are those of TRL.  Implicit rewards are beta log pi/pi_ref in nats.  In accuracies a
+    tie counts half: equal models have reward accuracy 1/2.  Pairs that the reference ranks right
+    are kept or lost, those that it ranks wrong are fixed or missed.
     """
     chosen = chosen_logps.detach()
     rejected = rejected_logps.detach()
@@ -463,8 +464,8 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": chosen_reward - rejected_reward,
-        "rewards/accuracies": (chosen_reward > rejected_reward).float(),
-        "ranking_accuracy": after.float(),
+        "rewards/accuracies": wins(chosen_reward, rejected_reward),
+        "ranking_accuracy": wins(chosen, rejected),
         "logps/chosen": chosen,
         "logps/rejected": rejected,
     }
@@ -473,6 +474,11 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
     metrics["fixed"] = ~before & after
     metrics["missed"] = ~before & ~after
     return metrics
+
+
+def wins(a, b):
+    """1 where a > b, 1/2 where they are equal, 0 elsewhere; tensors of one shape."""
+    return (1 + torch.sign(a - b)) / 2
 
 
 # ---- sampling
@@ -1297,6 +1303,19 @@ def load_pairs(name, split, pairs=True):
     return _pairs_of(rows, name, split, pairs, note)
 
 
+def load_split(args, split, pairs=True):
+    """load_pairs of args.data, or for "test" of args.test_data if it is given.
+
+    With it, a file of either is all training rows or all held-out rows.
+    """
+    name = args.data
+    if args.test_data and split == "test":
+        name = args.test_data
+    if args.test_data and Path(name).expanduser().is_file():
+        split = "all"
+    return load_pairs(name, split, pairs)
+
+
 def _pairs_of(rows, name, split, pairs, note):
     """load_pairs of a source's rows: the layout is the one that the first row's columns show."""
     layout = _layout(rows[0])
@@ -1908,6 +1927,40 @@ def optimiser_steps(n, batch_size, epochs, max_steps=0):
     fits = n >= batch_size > 0
     require(fits, f"{n} rows are fewer than one batch of {batch_size}: --batch-size: 1 to {n}")
     return max_steps or epochs * n // batch_size
+
+
+def plan_steps(args, n, held_out):
+    """What will be trained on n rows -> args with batch size and warm-up, and the number of steps.
+
+    Where they are None, a step has 32 rows, but at most a tenth of all, and few enough for 20
+    steps; warm-up takes 10 steps, but at most a tenth of all.  held_out: how many rows are.
+    One line says all this.  SystemExit: fewer rows than a batch.
+    """
+    batch_size = args.batch_size
+    if batch_size is None:
+        batch_size = min(32, n // 10)
+        if not args.max_steps:
+            batch_size = min(batch_size, args.epochs * n // 20)
+        _, world = rank_and_world()
+        batch_size = max(batch_size, world)  # each process needs a row
+    steps = optimiser_steps(n, batch_size, args.epochs, args.max_steps)
+    args = dataclasses.replace(args, batch_size=batch_size)
+    warm_up = ""
+    if hasattr(args, "warmup_steps"):
+        if args.warmup_steps is None:
+            args.warmup_steps = min(10, steps // 10)
+        warm_up = f", {args.warmup_steps} of them warm-up"
+
+    # What a small data set, or flags for a large one, come to.
+    unused = max(0, n - steps * batch_size)
+    line = f"to train: {n} rows in {steps} steps of {batch_size}{warm_up}; {unused} rows unused"
+    line += f"; held out: {held_out}"
+    if steps < 20:
+        line += "; fewer than 20 steps teach little: more --epochs, or a smaller --batch-size"
+    elif warm_up and args.warmup_steps > steps // 10:
+        line += f"; a long warm-up: --warmup-steps {steps // 10} would be a tenth"
+    say(line)
+    return args, steps
 
 
 def batch_order(n, batch_size, step, seed):
@@ -2708,7 +2761,8 @@ def _check_resumable(out, old, flags):
 
 def _delete_run(out):
     """Delete what a run writes and nothing else."""
-    (out / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "claim.txt"):
+        (out / name).unlink(missing_ok=True)
     for folder in [*out.glob("step-*"), out / "model", out / "figures"]:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -2970,3 +3024,43 @@ def print_evaluations(records):
     for name in held_out[0]:
         before, after = held_out[0][name], held_out[-1][name]
         print(f"{name.replace('eval_', 'held out '):32} {before:12.4g} {after:12.4g}")
+
+
+def wilson(hits, n, z=1.959964):
+    """The 95 % interval of a share that was seen `hits` times in n -> (low, high)
+
+    It holds the shares p with |hits / n - p| <= z sqrt(p (1 - p) / n), Wilson 1927.  Ties count
+    half, which makes hits a fraction.
+    """
+    centre = hits + z * z / 2
+    half = z * math.sqrt(hits * (n - hits) / n + z * z / 4)
+    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
+
+
+def verdict(low, high, border=0.0):
+    """What an interval says of "the number is above the border" -> the first words of a claim."""
+    if low > border:
+        return "holds"
+    if high < border:
+        return "does not hold"
+    return "too few to tell"
+
+
+def say_claim(paper, shown, out):
+    """Print how a run ends, and write it to out/claim.txt: three lines, on rank 0.
+
+    paper: what the paper says.  shown: what this run shows: a verdict, a colon, a sentence that
+    names the data, and the number with its 95 % interval in brackets.  The last line is made here:
+    where the files are.  SystemExit as in `write`.
+    """
+    rank, _ = rank_and_world()
+    if rank > 0:
+        return
+    places = [str(out / "figures")]
+    for name in ("metrics.jsonl", "model"):
+        if (out / name).exists():
+            places.append(str(out / name))
+    lines = [f"paper: {paper}", f"here:  {shown}", f"files: {', '.join(places)}"]
+    text = "\n".join(lines)
+    print(text, flush=True)
+    write(out / "claim.txt", text.encode() + b"\n")

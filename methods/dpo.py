@@ -42,14 +42,17 @@ class Args:
     model: str = "tiny"  # initial policy: tiny, a local or run folder, or a hub id
     ref_model: str = ""  # frozen reference; empty: the initial policy
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
+    # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which of a file
+    # alone is its last 5 %.
+    test_data: str = ""
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length
 
     lr: float = 5e-5  # of RMSprop, after warm-up
-    batch_size: int = 32  # pairs per optimiser step, over all processes
+    batch_size: int | None = None  # pairs per optimiser step of all processes; None: 32, or fewer
     epochs: int = 1  # passes over the training pairs
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
-    warmup_steps: int = 10  # of linear warm-up, then lr is constant
+    warmup_steps: int | None = None  # linear, then lr is constant; None: 10, or a tenth of few steps
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
@@ -101,7 +104,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 # isort: off
 from common import pair_metrics, reference_logps, response_logps  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
-from common import batch_order, load_pairs, optimiser_steps, subset  # data
+from common import batch_order, load_split, plan_steps, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, save_model  # models
 from common import check_ranges, log, merge, progress, setup  # processes
 from common import speed, start_run  # processes
@@ -126,7 +129,7 @@ def dpo_loss(
 
 def load_rows(args, split, tokenizer):
     """The pairs of the split "train" or "test" as token ids."""
-    pairs = load_pairs(args.data, split)
+    pairs = load_split(args, split)
     return tokenize_pairs(pairs, tokenizer, args.max_length, args.max_prompt_length)
 
 
@@ -189,7 +192,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     train = load_rows(args, "train", tokenizer)
     test = load_rows(args, "test", tokenizer)
-    steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
+    args, steps = plan_steps(args, len(train), len(test))
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
 

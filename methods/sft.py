@@ -39,14 +39,17 @@ class Args:
 
     model: str = "tiny"  # initial policy: tiny, a local or run folder, or a hub id
     data: str = "tiny"  # tiny, hh, tldr-sft, shp, se, ultrafeedback, a file, a folder or a hub id
+    # Held-out examples: a file, a folder or a hub id; empty: the test split of --data, which of a file
+    # alone is its last 5 %.
+    test_data: str = ""
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length
 
     lr: float = 1e-4  # of RMSprop, after warm-up
-    batch_size: int = 32  # examples per optimiser step, over all processes
+    batch_size: int | None = None  # examples per optimiser step of all processes; None: 32, or fewer
     epochs: int = 1  # passes over the training examples
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
-    warmup_steps: int = 10  # of linear warm-up, then lr is constant
+    warmup_steps: int | None = None  # linear, then lr is constant; None: 10, or a tenth of few steps
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
@@ -97,7 +100,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 # isort: off
 from common import response_logps  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
-from common import batch_order, every_turn, load_pairs, optimiser_steps, subset  # data
+from common import batch_order, every_turn, load_split, plan_steps, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, save_model  # models
 from common import check_ranges, log, merge, progress, require, setup  # processes
 from common import speed, start_run  # processes
@@ -113,7 +116,7 @@ def sft_loss(chosen_logps):
 
 def load_rows(args, split, tokenizer):
     """Prompts and chosen responses of the split "train" or "test" as token ids."""
-    rows = load_pairs(args.data, split, pairs=False)
+    rows = load_split(args, split, pairs=False)
     for row in rows:
         require("chosen" in row, f"{args.data}: {split} rows need chosen, the response to learn")
         row.pop("rejected", None)  # else it would be tokenised as a second response
@@ -185,7 +188,7 @@ def main(args):
     tokenizer = load_tokenizer(args.model)
     train = load_rows(args, "train", tokenizer)
     test = load_rows(args, "test", tokenizer)
-    steps = optimiser_steps(len(train), args.batch_size, args.epochs, args.max_steps)
+    args, steps = plan_steps(args, len(train), len(test))
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_examples, seed=0)
 
