@@ -1303,15 +1303,15 @@ def load_pairs(name, split, pairs=True):
     return _pairs_of(rows, name, split, pairs, note)
 
 
-def load_split(args, split, pairs=True):
-    """load_pairs of args.data, or for "test" of args.test_data if it is given.
+def load_split(data, test_data, split, pairs=True):
+    """load_pairs of data; of test_data, unless it is "", for split "test".
 
-    With it, a file of either is all training rows or all held-out rows.
+    With test_data, a file of either is all training rows or all held-out rows.
     """
-    name = args.data
-    if args.test_data and split == "test":
-        name = args.test_data
-    if args.test_data and Path(name).expanduser().is_file():
+    name = data
+    if test_data and split == "test":
+        name = test_data
+    if test_data and Path(name).expanduser().is_file():
         split = "all"
     return load_pairs(name, split, pairs)
 
@@ -1988,12 +1988,15 @@ def _shuffle(n, seed, epoch):
 def model_folder(name):
     """Folder of "tiny", of a local model or run (its model/), or of a hub id that rank 0 downloads.
 
+    "tiny-untrained" is the tiny model before it has read a story.
     SystemExit: neither a folder nor to be had from the hub.
     """
 
     def find():
         if name == "tiny":
             return tiny_folder() / "model"
+        if name == "tiny-untrained":
+            return untrained_folder()
         if Path(name, "model").is_dir():
             return Path(name, "model")
         if Path(name).exists():
@@ -2425,6 +2428,23 @@ def tiny_folder():
             build_tiny(partial)
         torch.set_num_threads(threads)
         os.replace(partial, folder)
+    return folder
+
+
+def untrained_folder():
+    """The folder of a model like the tiny world's, with its first, random weights."""
+    whole = tiny_folder() / "model"
+    folder = whole.parent / "untrained"
+    partial = whole.parent / f"untrained.{os.getpid()}"
+    if (folder / "tokenizer.json").is_file():
+        return folder
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"), removed_on_failure(partial):
+        torch.default_generator.manual_seed(0)
+        model = GPTNeoXForCausalLM(GPTNeoXConfig.from_pretrained(whole))
+        model.save_pretrained(partial)
+        PreTrainedTokenizerFast.from_pretrained(whole).save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)  # damaged
+    os.replace(partial, folder)
     return folder
 
 
@@ -2975,11 +2995,11 @@ def setting(args):
     return f"model {args.model}, data {args.data}{where}, seed {args.seed}"
 
 
-def plot_curves(out, panels, caption):
+def plot_curves(out, panels, caption, references=()):
     """Draw metrics of out/metrics.jsonl against the step into figures/curves.png -> the records.
 
     panels: (title, unit of the y axis, names of metrics).  Thin lines: training; markers: held-out
-    values.
+    values.  references: (number of the panel, value, what it is), drawn as dashed lines.
     """
     with open(out / "metrics.jsonl") as file:
         records = [json.loads(line) for line in file]
@@ -2990,14 +3010,20 @@ def plot_curves(out, panels, caption):
     # One axis a panel, a colour a metric.
     figure = Figure((5 * len(panels), 3.8), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for axis, (title, unit, names) in zip(axes, panels):
+    for number, (axis, (title, unit, names)) in enumerate(zip(axes, panels)):
         for i, name in enumerate(names):
             label = name.split("/")[-1]
             _draw(axis, records, name, f"{label}, training", color=f"C{i}", alpha=0.4, lw=1)
             _draw(
                 axis, records, f"eval_{name}", f"{label}, held out", color=f"C{i}", marker="o", ms=4
             )
-        axis.set(title=title, xlabel="optimiser step", ylabel=unit)
+        for at, value, label in references:
+            if at == number:
+                axis.axhline(value, color="0.4", ls="--", lw=1, label=label)
+        if unit.startswith("share"):
+            axis.set_ylim(0, 1)
+        axis.set_title(title, fontsize=10)
+        axis.set(xlabel="optimiser step", ylabel=unit)
         axis.legend(fontsize=8)
     figure.suptitle(caption, fontsize=9)
     save_figure(figure, out / "figures" / "curves.png")
@@ -3044,6 +3070,17 @@ def verdict(low, high, border=0.0):
     if high < border:
         return "does not hold"
     return "too few to tell"
+
+
+def share_shown(sentence, data, hits, n, border=0.5):
+    """The line of a claim "this share is above the border": its verdict, the data, the interval.
+
+    hits of n, a tie as half of one; sentence: what the share is of.
+    """
+    low, high = wilson(hits, n)
+    where = "in the tiny world" if data == "tiny" else f"on {data}"
+    found = f"{hits / n:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{verdict(low, high, border)}: {where} {sentence} ({found} of {n})"
 
 
 def say_claim(paper, shown, out):

@@ -46,8 +46,8 @@ class Args:
     model: str = "tiny"  # initial policy: tiny, a local or run folder, or a hub id
     ref_model: str = ""  # frozen reference; empty: the initial policy
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
-    # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which of a file
-    # alone is its last 5 %.
+    # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which is the
+    # last 5 % of a file alone.
     test_data: str = ""
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length
@@ -56,7 +56,7 @@ class Args:
     batch_size: int | None = None  # pairs per optimiser step of all processes; None: 32, or fewer
     epochs: int = 1  # passes over the training pairs
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
-    warmup_steps: int | None = None  # linear, then lr is constant; None: 10, or a tenth of few steps
+    warmup_steps: int | None = None  # of linear warm-up, then lr is constant; None: 10 at most
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
@@ -115,14 +115,14 @@ import torch.nn.functional as F
 # common.py is beside this file, or one folder up.
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 # isort: off
-from common import pair_metrics, reference_logps, response_logps  # log-probabilities
+from common import pair_metrics, reference_logps, response_logps, wins  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, load_split, plan_steps, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, save_model  # models
 from common import check_ranges, log, merge, progress, require, setup  # processes
 from common import speed, start_run  # processes
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
-from common import plot_curves, print_evaluations, setting  # processes
+from common import plot_curves, print_evaluations, say_claim, setting, share_shown  # processes
 # isort: on
 
 
@@ -168,7 +168,7 @@ def calibration_loss(r_w, r_l, target):
 
 def load_rows(args, split, tokenizer):
     """The pairs of the split "train" or "test" as token ids."""
-    pairs = load_split(args, split)
+    pairs = load_split(args.data, args.test_data, split)
     return tokenize_pairs(pairs, tokenizer, args.max_length, args.max_prompt_length)
 
 
@@ -207,6 +207,7 @@ def pair_losses(model, batch, reference, args):
     metrics["calibration_part"] = calibration.detach() - at_start
     metrics["log_ratios/chosen"] = r_w.detach()
     metrics["log_ratios/rejected"] = r_l.detach()
+    metrics["chosen_up"] = wins(chosen_logps.detach(), ref_chosen_logps)  # is r_w above 0?
     metrics["unreachable"] = (target > headroom).float()
     logps = (chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_logps)
     metrics.update(pair_metrics(*logps, args.beta))
@@ -224,11 +225,44 @@ def evaluate(model, rows, reference, args):
 
 
 PANELS = [  # of the figure: title, unit, metrics
-    ("implicit rewards", "beta log pi/pi_ref, nats", ["rewards/chosen", "rewards/rejected"]),
-    ("accuracy", "share of pairs", ["rewards/accuracies", "ranking_accuracy"]),
+    (
+        "implicit rewards: does chosen end above rejected?",
+        "beta log pi/pi_ref, nats",
+        ["rewards/chosen", "rewards/rejected"],
+    ),
+    (
+        "how often is chosen ahead of rejected?",
+        "share of pairs",
+        ["rewards/accuracies", "ranking_accuracy"],
+    ),
     ("preference part of the loss", "nats per pair", ["preference_part"]),
     ("calibration part, less its constant", "squared nats per pair", ["calibration_part"]),
 ]
+REFERENCES = [  # lines across the figure: number of the panel, value, what it is
+    (0, 0.5, "target of chosen: beta times 1/(2 beta)"),
+    (0, -0.5, "target of rejected"),
+    (1, 0.5, "chance"),
+]
+
+
+def claim(record, n, data):
+    """What the paper says, and what the last record of n held-out pairs shows -> two lines"""
+    paper = "the reward of chosen responses stays above 0, where DPO's falls (Fig. 2)"
+    sentence = "chosen responses of held-out pairs are likelier than under the reference, r_w > 0"
+    return paper, share_shown(sentence, data, record["eval_chosen_up"] * n, n)
+
+
+def show(record, n, args, out):
+    """The figure, the table and the claim of a run whose last record is of n held-out pairs.
+
+    Returns the records of its metrics.jsonl.
+    """
+    paper, shown = claim(record, n, args.data)
+    caption = f"{shown}\nCal-DPO (Xiao et al. 2024), beta {args.beta}: {setting(args)}"
+    history = plot_curves(out, PANELS, caption, REFERENCES)
+    print_evaluations(history)
+    say_claim(paper, shown, out)
+    return history
 
 
 RANGES = {"lam": (0, 1e9)}  # of this method's own options: least and largest value
@@ -309,14 +343,10 @@ def main(args):
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
-    # After the last step: the model, the figure, and a table of the held-out metrics.
-    log(out, steps, **evaluate(model, test, ref_test, args))
+    # After the last step: the model, the figure, a table of the held-out metrics, and the claim.
+    last = log(out, steps, **evaluate(model, test, ref_test, args))
     save_model(model, tokenizer, out / "model")
-    history = plot_curves(
-        out, PANELS, f"Cal-DPO (Xiao et al. 2024), beta {args.beta}: {setting(args)}"
-    )
-    print_evaluations(history)
-    return history
+    return show(last, len(test), args, out)
 
 
 if __name__ == "__main__":

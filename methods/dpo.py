@@ -25,6 +25,7 @@ Three things differ from the released code (eric-mitchell/direct-preference-opti
 - A rejected transcript has the same prompt as the chosen one; other rows are dropped and counted.
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -42,8 +43,8 @@ class Args:
     model: str = "tiny"  # initial policy: tiny, a local or run folder, or a hub id
     ref_model: str = ""  # frozen reference; empty: the initial policy
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
-    # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which of a file
-    # alone is its last 5 %.
+    # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which is the
+    # last 5 % of a file alone.
     test_data: str = ""
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length
@@ -52,7 +53,7 @@ class Args:
     batch_size: int | None = None  # pairs per optimiser step of all processes; None: 32, or fewer
     epochs: int = 1  # passes over the training pairs
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
-    warmup_steps: int | None = None  # linear, then lr is constant; None: 10, or a tenth of few steps
+    warmup_steps: int | None = None  # of linear warm-up, then lr is constant; None: 10 at most
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
@@ -109,7 +110,7 @@ from common import clip_gradients, load_model, load_tokenizer, save_model  # mod
 from common import check_ranges, log, merge, progress, setup  # processes
 from common import speed, start_run  # processes
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
-from common import plot_curves, print_evaluations, setting  # processes
+from common import plot_curves, print_evaluations, say_claim, setting, share_shown  # processes
 # isort: on
 
 
@@ -129,7 +130,7 @@ def dpo_loss(
 
 def load_rows(args, split, tokenizer):
     """The pairs of the split "train" or "test" as token ids."""
-    pairs = load_split(args, split)
+    pairs = load_split(args.data, args.test_data, split)
     return tokenize_pairs(pairs, tokenizer, args.max_length, args.max_prompt_length)
 
 
@@ -170,10 +171,42 @@ def evaluate(model, rows, reference, args):
 
 
 PANELS = [  # of the figure: title, unit, metrics
-    ("implicit rewards", "beta log pi/pi_ref, nats", ["rewards/chosen", "rewards/rejected"]),
-    ("accuracy", "share of pairs", ["rewards/accuracies", "ranking_accuracy"]),
-    ("loss", "nats per pair", ["loss"]),
+    (
+        "implicit rewards: does chosen end above rejected?",
+        "beta log pi/pi_ref, nats",
+        ["rewards/chosen", "rewards/rejected"],
+    ),
+    (
+        "how often is chosen ahead of rejected?",
+        "share of pairs",
+        ["rewards/accuracies", "ranking_accuracy"],
+    ),
+    ("loss: does the held-out loss fall too?", "nats per pair", ["loss"]),
 ]
+REFERENCES = [  # lines across the figure: number of the panel, value, what it is
+    (1, 0.5, "chance"),
+    (2, math.log(2), "log 2: no preference learned"),
+]
+
+
+def claim(record, n, data):
+    """What the paper says, and what the last record of n held-out pairs shows -> two lines"""
+    paper = "the policy's implicit reward, Eq. 5, learns what people prefer, without a reward model"
+    sentence = "the implicit reward of held-out pairs is higher for the chosen response"
+    return paper, share_shown(sentence, data, record["eval_rewards/accuracies"] * n, n)
+
+
+def show(record, n, args, out):
+    """The figure, the table and the claim of a run whose last record is of n held-out pairs.
+
+    Returns the records of its metrics.jsonl.
+    """
+    paper, shown = claim(record, n, args.data)
+    caption = f"{shown}\nDPO (Rafailov et al. 2023), beta {args.beta}: {setting(args)}"
+    history = plot_curves(out, PANELS, caption, REFERENCES)
+    print_evaluations(history)
+    say_claim(paper, shown, out)
+    return history
 
 
 RANGES = {"label_smoothing": (0, 0.499)}  # of this method's own options: least and largest value
@@ -253,14 +286,10 @@ def main(args):
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
-    # After the last step: the model, the figure, and a table of the held-out metrics.
-    log(out, steps, **evaluate(model, test, ref_test, args))
+    # After the last step: the model, the figure, a table of the held-out metrics, and the claim.
+    last = log(out, steps, **evaluate(model, test, ref_test, args))
     save_model(model, tokenizer, out / "model")
-    history = plot_curves(
-        out, PANELS, f"DPO (Rafailov et al. 2023), beta {args.beta}: {setting(args)}"
-    )
-    print_evaluations(history)
-    return history
+    return show(last, len(test), args, out)
 
 
 if __name__ == "__main__":

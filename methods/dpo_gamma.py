@@ -23,11 +23,12 @@ reference ranks wrong and the policy right (fixed) or wrong (missed). It also lo
 distance of the weights from their start, for Fig. 4. --resume goes on with a whole sweep, and
 studies/dpo_gamma_figures.py draws Fig. 3 and Fig. 4 of it.
 
-Differs from the paper: a tie counts as wrong here; its ranking accuracy has >=.
+Differs from the paper: a tie counts half here; its ranking accuracy has >=.
 Differs from the released code: there this gamma is called --alpha, --gamma is unused, the default
 loss is DPO, the learning rate decays, and the norm of the weights is logged, not of their change.
 """
 
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -45,8 +46,8 @@ class Args:
     model: str = "tiny"  # initial policy: tiny, a local or run folder, or a hub id
     ref_model: str = ""  # frozen reference; empty: the initial policy
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
-    # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which of a file
-    # alone is its last 5 %.
+    # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which is the
+    # last 5 % of a file alone.
     test_data: str = ""
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length
@@ -55,7 +56,7 @@ class Args:
     batch_size: int | None = None  # pairs per optimiser step of all processes; None: 32, or fewer
     epochs: int = 1  # passes over the training pairs
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
-    warmup_steps: int | None = None  # linear, then lr is constant; None: 10, or a tenth of few steps
+    warmup_steps: int | None = None  # of linear warm-up, then lr is constant; None: 10 at most
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
@@ -114,7 +115,7 @@ from common import clip_gradients, load_model, load_tokenizer, save_model  # mod
 from common import check_ranges, log, merge, progress, require, setup  # processes
 from common import speed, start_run  # processes
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
-from common import plot_curves, print_evaluations, setting  # processes
+from common import plot_curves, print_evaluations, say_claim, setting, share_shown  # processes
 # isort: on
 
 
@@ -137,7 +138,7 @@ def largest_right_loss(c, beta, gamma):
 
 def load_rows(args, split, tokenizer):
     """The pairs of the split "train" or "test" as token ids."""
-    pairs = load_split(args, split)
+    pairs = load_split(args.data, args.test_data, split)
     return tokenize_pairs(pairs, tokenizer, args.max_length, args.max_prompt_length)
 
 
@@ -191,11 +192,46 @@ def squared_distance(model, weights):
 
 
 PANELS = [  # of the figure: title, unit, metrics
-    ("implicit rewards", "beta log pi/pi_ref, nats", ["rewards/chosen", "rewards/rejected"]),
-    ("accuracy", "share of pairs", ["rewards/accuracies", "ranking_accuracy"]),
-    ("loss", "nats per pair", ["loss"]),
+    (
+        "implicit rewards: does chosen end above rejected?",
+        "beta log pi/pi_ref, nats",
+        ["rewards/chosen", "rewards/rejected"],
+    ),
+    (
+        "how often is chosen ahead of rejected?",
+        "share of pairs",
+        ["rewards/accuracies", "ranking_accuracy"],
+    ),
+    ("loss: does the held-out loss fall too?", "nats per pair", ["loss"]),
     ("ranking of the reference, and now", "share of pairs", ["kept", "lost", "fixed", "missed"]),
 ]
+REFERENCES = [  # lines across the figure: number of the panel, value, what it is
+    (1, 0.5, "chance"),
+    (2, math.log(2), "log 2: no preference learned"),
+]
+
+
+def claim(record, n, data):
+    """What the paper says, and what the last record of n held-out pairs shows -> two lines"""
+    paper = "of the pairs that the reference ranks wrong, training turns few around (Fig. 2)"
+    missed, fixed = record["eval_missed"] * n, record["eval_fixed"] * n
+    sentence = "most of the held-out pairs that the reference ranks wrong stay wrong"
+    return paper, share_shown(sentence, data, missed, round(missed + fixed))
+
+
+def show(record, n, args, out):
+    """The figure, the table and the claim of a run whose last record is of n held-out pairs.
+
+    Returns the records of its metrics.jsonl.
+    """
+    paper, shown = claim(record, n, args.data)
+    caption = (
+        f"{shown}\nDPO^{args.gamma[0]:g} (Chen et al. 2024), beta {args.beta}: {setting(args)}"
+    )
+    history = plot_curves(out, PANELS, caption, REFERENCES)
+    print_evaluations(history)
+    say_claim(paper, shown, out)
+    return history
 
 
 RANGES = {"gamma": (-1e9, 1e9)}  # of this method's own options: least and largest value
@@ -283,19 +319,15 @@ def train_one(args):
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
-    # After the last step: the model, the figure, and a table of the held-out metrics.
-    log(
+    # After the last step: the model, the figure, a table of the held-out metrics, and the claim.
+    last = log(
         out,
         steps,
         **evaluate(model, test, ref_test, args),
         eval_distance=squared_distance(model, first_weights),
     )
     save_model(model, tokenizer, out / "model")
-    history = plot_curves(
-        out, PANELS, f"DPO^{args.gamma[0]} (Chen et al.), beta {args.beta}: {setting(args)}"
-    )
-    print_evaluations(history)
-    return history
+    return show(last, len(test), args, out)
 
 
 def runs_of_sweep(args):

@@ -37,19 +37,19 @@ class Args:
     all_turns: bool = False  # score every assistant turn of a dialogue, not only the last
     one_per_prompt: bool = False  # keep only the last row of each prompt; as released, for HH
 
-    model: str = "tiny"  # initial policy: tiny, a local or run folder, or a hub id
+    model: str = "tiny-untrained"  # initial policy: this, tiny, a local or run folder, or a hub id
     data: str = "tiny"  # tiny, hh, tldr-sft, shp, se, ultrafeedback, a file, a folder or a hub id
-    # Held-out examples: a file, a folder or a hub id; empty: the test split of --data, which of a file
-    # alone is its last 5 %.
+    # Held-out examples: a file, a folder or a hub id; empty: the test split of --data, which is the
+    # last 5 % of a file alone.
     test_data: str = ""
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length
 
-    lr: float = 1e-4  # of RMSprop, after warm-up
-    batch_size: int | None = None  # examples per optimiser step of all processes; None: 32, or fewer
+    lr: float = 3e-4  # of RMSprop, after warm-up
+    batch_size: int | None = None  # examples per optimiser step, of all processes; None: 32 at most
     epochs: int = 1  # passes over the training examples
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
-    warmup_steps: int | None = None  # linear, then lr is constant; None: 10, or a tenth of few steps
+    warmup_steps: int | None = None  # of linear warm-up, then lr is constant; None: 10 at most
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
@@ -98,14 +98,14 @@ import torch.distributed as dist
 # common.py is beside this file, or one folder up.
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 # isort: off
-from common import response_logps  # log-probabilities
+from common import reference_logps, response_logps, wins  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, every_turn, load_split, plan_steps, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, save_model  # models
 from common import check_ranges, log, merge, progress, require, setup  # processes
 from common import speed, start_run  # processes
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
-from common import plot_curves, print_evaluations, setting  # processes
+from common import plot_curves, print_evaluations, say_claim, setting, share_shown  # processes
 # isort: on
 
 
@@ -116,7 +116,7 @@ def sft_loss(chosen_logps):
 
 def load_rows(args, split, tokenizer):
     """Prompts and chosen responses of the split "train" or "test" as token ids."""
-    rows = load_split(args, split, pairs=False)
+    rows = load_split(args.data, args.test_data, split, pairs=False)
     for row in rows:
         require("chosen" in row, f"{args.data}: {split} rows need chosen, the response to learn")
         row.pop("rejected", None)  # else it would be tokenised as a second response
@@ -156,19 +156,43 @@ def example_losses(model, batch):
 
 
 @torch.no_grad()
-def evaluate(model, rows, args):
-    """What is logged of this process's share of the held-out examples: a dictionary of tensors."""
+def evaluate(model, rows, start_logps, args):
+    """What is logged of this process's share of the held-out examples: a dictionary of tensors.
+
+    start_logps: (N, 1) log-probs of the N rows under the initial policy.
+    """
     metrics = []
     for batch in pack_pairs(rows, args.tokens_per_microbatch):
-        _, examples = example_losses(model, batch)
+        losses, examples = example_losses(model, batch)
+        before = start_logps[batch["index"], 0].to(losses.device)
+        examples["likelier"] = wins(-losses, before)
         metrics.append(examples)
     return merge(metrics, prefix="eval_")
 
 
 PANELS = [  # of the figure: title, unit, metrics
-    ("loss per response", "nats", ["loss"]),
+    ("loss per response: does the held-out loss fall too?", "nats", ["loss"]),
     ("loss per token", "nats per token, mean over responses", ["loss_per_token"]),
 ]
+
+
+def claim(record, n, data):
+    """What SFT is for, and what the last record of n held-out examples shows -> two lines"""
+    paper = "maximum likelihood makes responses like those of the data likelier (the SFT stage)"
+    sentence = "held-out responses are likelier than under the initial policy"
+    return paper, share_shown(sentence, data, record["eval_likelier"] * n, n)
+
+
+def show(record, n, args, out):
+    """The figure, the table and the claim of a run whose last record is of n held-out examples.
+
+    Returns the records of its metrics.jsonl.
+    """
+    paper, shown = claim(record, n, args.data)
+    history = plot_curves(out, PANELS, f"{shown}\nSFT: {setting(args)}")
+    print_evaluations(history)
+    say_claim(paper, shown, out)
+    return history
 
 
 RANGES = {}  # of this method's own options: least and largest value
@@ -195,6 +219,10 @@ def main(args):
     # The run folder: one that holds a run, or a flag out of range, ends the program here.
     out = start_run(args, "sft")
 
+    # What held-out responses are worth before the first step; computed once, cached on disk.
+    budget = args.tokens_per_microbatch
+    start_logps = reference_logps(args.model, tokenizer, test, args.dtype, budget)
+
     # Model: the policy, its optimiser, and where a resumed run goes on.
     model = load_model(args.model, args.dtype, train=True)
     if args.gradient_checkpointing:
@@ -211,7 +239,7 @@ def main(args):
     for step in progress(range(start, steps)):
         # Evaluate: before the first step, and whenever it is due.
         if step % eval_steps == 0:
-            log(out, step, **evaluate(model, test, args))
+            log(out, step, **evaluate(model, test, start_logps, args))
 
         # Step: the gradients of the micro-batches add up to that of the whole step's loss.
         started = time.time()
@@ -248,12 +276,10 @@ def main(args):
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
-    # After the last step: the model, the figure, and a table of the held-out metrics.
-    log(out, steps, **evaluate(model, test, args))
+    # After the last step: the model, the figure, a table of the held-out metrics, and the claim.
+    last = log(out, steps, **evaluate(model, test, start_logps, args))
     save_model(model, tokenizer, out / "model")
-    history = plot_curves(out, PANELS, f"SFT: {setting(args)}")
-    print_evaluations(history)
-    return history
+    return show(last, len(test), args, out)
 
 
 if __name__ == "__main__":
