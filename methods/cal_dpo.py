@@ -247,7 +247,7 @@ REFERENCES = [  # lines across the figure: number of the panel, value, what it i
 
 def claim(record, n, data):
     """What the paper says, and what the last record of n held-out pairs shows -> two lines"""
-    paper = "the reward of chosen responses stays above 0, where DPO's falls (Fig. 2)"
+    paper = "the reward of chosen responses stays above 0, where DPO's falls (Fig. 1)"
     sentence = "chosen responses of held-out pairs are likelier than under the reference, r_w > 0"
     return paper, share_shown(sentence, data, record["eval_chosen_up"] * n, n)
 

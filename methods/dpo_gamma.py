@@ -112,8 +112,9 @@ from common import pair_metrics, reference_logps, response_logps  # log-probabil
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, load_split, plan_steps, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, save_model  # models
-from common import check_ranges, log, merge, progress, require, setup  # processes
+from common import check_ranges, log, merge, progress, setup  # processes
 from common import speed, start_run  # processes
+from common import require  # a condition, else a line and exit code 1
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
 from common import plot_curves, print_evaluations, say_claim, setting, share_shown  # processes
 # isort: on
@@ -125,15 +126,6 @@ def dpo_gamma_loss(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_
     rejected_reward = beta * (rejected_logps - gamma * ref_rejected_logps)
     margin = chosen_reward - rejected_reward  # beta log Z(x) cancels
     return -F.logsigmoid(margin)  # Eq. 4
-
-
-def largest_right_loss(c, beta, gamma):
-    """The loss below which a pair is ranked right, Theorem 4.1.  (B,) -> (B,)
-
-    c = log pi_ref(y_l|x)/pi_ref(y_w|x). It is the loss at pi(y_w|x) = pi(y_l|x). The study
-    dpo_gamma_figures.py draws it.
-    """
-    return -F.logsigmoid(beta * gamma * c)
 
 
 def load_rows(args, split, tokenizer):
@@ -215,8 +207,12 @@ def claim(record, n, data):
     """What the paper says, and what the last record of n held-out pairs shows -> two lines"""
     paper = "of the pairs that the reference ranks wrong, training turns few around (Fig. 2)"
     missed, fixed = record["eval_missed"] * n, record["eval_fixed"] * n
-    sentence = "most of the held-out pairs that the reference ranks wrong stay wrong"
-    return paper, share_shown(sentence, data, missed, round(missed + fixed))
+    return paper, share_shown(
+        "most of the held-out pairs that the reference ranks wrong stay wrong",
+        data,
+        missed,
+        round(missed + fixed),
+    )
 
 
 def show(record, n, args, out):

@@ -31,6 +31,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import dpo_gamma
 
 # isort: off
+from ranking_accuracy import loss_threshold  # Theorem 4.1
 from common import subset, read_rows  # data
 from common import load_model, load_tokenizer  # models
 from common import require, save_figure, say, setting, setup  # processes
@@ -84,7 +85,7 @@ def plot_threshold(axis, pairs, options):
 
     # The line of Theorem 4.1: the loss at which a pair's two responses are equally likely.
     c = c.sort().values
-    threshold = dpo_gamma.largest_right_loss(c, options.beta, options.gamma[0])
+    threshold = loss_threshold(c, options.beta, options.gamma[0])
     axis.plot(c, threshold, "k--")
     axis.set_title(f"gamma {options.gamma[0]:g}")
     axis.set_xlabel("c = log pi_ref(y_l)/pi_ref(y_w), nats")

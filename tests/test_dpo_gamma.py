@@ -11,7 +11,8 @@ import released
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, records, run
-from dpo_gamma import PRESETS, Args, dpo_gamma_loss, largest_right_loss
+from dpo_gamma import PRESETS, Args, dpo_gamma_loss
+from ranking_accuracy import loss_threshold
 
 import common
 
@@ -130,7 +131,7 @@ def test_theorem_4_1():
     zero = torch.zeros_like(c)
     found = dpo_gamma_loss(zero, zero, -c, zero, 0.1, 1.0)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
-    torch.testing.assert_close(largest_right_loss(c, 0.1, 1.0), expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(loss_threshold(c, 0.1, 1.0), expected, rtol=1e-9, atol=0)
     for loss, hardest in (
         (0.6, 1.958704),
         (0.3, 10.502256),
@@ -148,7 +149,7 @@ def test_theorem_4_1():
     for gamma in (0.0, 0.5, 1.0, 2.0):
         losses = dpo_gamma_loss(delta, 0, -c, 0, 0.1, gamma)
         assert torch.equal(losses <= F.softplus(-0.1 * gamma * c), delta >= 0)
-        assert torch.equal(losses <= largest_right_loss(c, 0.1, gamma), delta >= 0)
+        assert torch.equal(losses <= loss_threshold(c, 0.1, gamma), delta >= 0)
 
 
 @pytest.mark.parametrize(
