@@ -3,6 +3,7 @@ row.
 """
 
 import csv
+import dataclasses
 import gzip
 import json
 
@@ -633,3 +634,57 @@ def test_blocks_keep_the_order():
         source = rows[row["row"]]
         assert row["prompt_ids"] == [int(source["prompt"])]
         assert row["responses"] == [[int(text), 0] for text in source["responses"]]
+
+
+# what will be trained
+
+
+@dataclasses.dataclass
+class Few:
+    """The options that plan_steps reads."""
+
+    batch_size: int | None = None
+    epochs: int = 1
+    max_steps: int = 0
+    warmup_steps: int | None = None
+
+
+@pytest.mark.parametrize(
+    "n, options, batch_size, steps, warm_up",
+    [
+        (10_000, {}, 32, 312, 10),  # as always
+        (640, {}, 32, 20, 2),  # 20 steps of 32, a tenth of them warm-up
+        (50, {}, 2, 25, 2),  # 50 / 20
+        (50, {"epochs": 4}, 5, 40, 4),  # a tenth of the rows
+        (50, {"max_steps": 7}, 5, 7, 0),
+        (3, {}, 1, 3, 0),
+        (50, {"batch_size": 32}, 32, 1, 0),  # what is given stays, with a remark
+        (50, {"warmup_steps": 10}, 2, 25, 10),
+    ],
+)
+def test_batch_size_and_warm_up_fit_the_data(n, options, batch_size, steps, warm_up, capsys):
+    args, found = common.plan_steps(Few(**options), n, held_out=2)
+    assert (args.batch_size, found, args.warmup_steps) == (batch_size, steps, warm_up)
+    (line,) = capsys.readouterr().out.splitlines()
+    unused = max(0, n - steps * batch_size)
+    start = f"to train: {n} rows in {steps} steps of {batch_size}, {warm_up} of them warm-up"
+    assert line.startswith(f"{start}; {unused} rows unused; held out: 2")
+    assert ("fewer than 20 steps teach little" in line) == (steps < 20)
+    assert ("--warmup-steps 2 would be a tenth" in line) == ("warmup_steps" in options)
+
+
+def test_a_batch_that_was_asked_for_must_fit():
+    with pytest.raises(SystemExit, match="50 rows are fewer than one batch of 64: --batch-size"):
+        common.plan_steps(Few(batch_size=64), 50, held_out=2)
+
+
+def test_a_test_file_of_its_own(tmp_path):
+    rows = [{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(60)]
+    mine, held = tmp_path / "mine.jsonl", tmp_path / "held.jsonl"
+    write(mine, lines(rows))
+    write(held, lines(rows[:40]))
+    sizes = lambda test: [  # noqa: E731
+        len(common.load_split(str(mine), test, split)) for split in ("train", "test")
+    ]
+    assert sizes("") == [57, 3]
+    assert sizes(str(held)) == [60, 40]

@@ -8,6 +8,7 @@ import sys
 import dpo
 import pytest
 import released
+import scipy.stats
 import torch
 from conftest import ROOT, records, run
 from dpo import Args, dpo_loss
@@ -401,3 +402,23 @@ def test_released_summaries(tmp_path):
     assert theirs[0] == ("SUBREDDIT: r/x\nTITLE: T\nPOST: P\nTL;DR:", "short")
     assert theirs[1][0] == "SUBREDDIT: r/x\nTITLE: T\nPOST: None\nTL;DR:"
     assert (ours["prompt"], ours["chosen"]) == (theirs[0][0], " short")
+
+
+@pytest.mark.parametrize(
+    "accuracy, n, words",
+    [
+        (0.7, 200, "holds: on mine.jsonl"),
+        (0.3, 200, "does not hold: on mine.jsonl"),
+        (0.7, 10, "too few to tell: on mine.jsonl"),
+    ],
+)
+def test_the_claim_follows_the_held_out_pairs(accuracy, n, words):
+    _, shown = dpo.claim({"eval_rewards/accuracies": accuracy}, n, "mine.jsonl")
+    low, high = scipy.stats.binomtest(round(accuracy * n), n).proportion_ci(method="wilson")
+    assert shown.startswith(words)
+    assert shown.endswith(f"({accuracy:.3f} [{low:.3f}, {high:.3f}] of {n})")
+
+
+def test_the_tiny_world_is_not_presented_as_the_paper():
+    _, shown = dpo.claim({"eval_rewards/accuracies": 0.7}, 200, "tiny")
+    assert shown.startswith("holds: in the tiny world")

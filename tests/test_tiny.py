@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import time
 from pathlib import Path
 
@@ -326,3 +327,15 @@ def test_another_world_needs_another_version():
     text = "".join(json.dumps(common.tiny_row(rng)) + "\n" for _ in range(256))
     assert common.TINY_VERSION == 1
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "632611b2d849b688"
+
+
+def test_the_untrained_model_is_the_same_in_every_process(tmp_path, monkeypatch):
+    """Made once beside the trained one; its loss is that of chance, log of the vocabulary."""
+    first = (common.model_folder("tiny-untrained") / "model.safetensors").read_bytes()
+    shutil.copytree(common.tiny_folder() / "model", tmp_path / "model")
+    monkeypatch.setattr(common, "tiny_folder", lambda: tmp_path)
+    assert (common.model_folder("tiny-untrained") / "model.safetensors").read_bytes() == first
+    model, tokenizer = common.load_model("tiny-untrained"), common.load_tokenizer("tiny-untrained")
+    ids = tokenizer("Once a fox lived in a cave.", return_tensors="pt").input_ids
+    loss = model(ids, labels=ids).loss.item()
+    assert abs(loss - math.log(len(tokenizer))) < 0.2  # logits of sd .02 sqrt(128) = .23
