@@ -32,7 +32,7 @@ COLOURS = {  # the class of a type of tokens
 }
 HEAD_OF_MAP = """Made by build.py from equations/*.toml. A row for every numbered equation,
 statement, algorithm, figure and table of the five papers: its place in the code, or why it is not
-here. Numbers are the papers'; where they are not known to us a row has none, or ours, and says so."""
+here. Numbers are the papers'; where they are not known to us, a row has none, or says ours."""
 
 
 # ---- The left column
