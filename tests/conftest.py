@@ -94,3 +94,16 @@ def run(*command, processes=0, timeout=300, check=True, **environment):
 def records(out):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_all(jobs, folder, timeout=600):
+    """Run [(folder, [file, argument, ...]), ...] in one process -> what tests/drive.py says of each.
+
+    That is {"code", "message", "stdout", "stderr", "traceback"}; it costs one start of torch.
+    """
+    listed = []
+    for where, argv in jobs:
+        listed.append({"folder": str(where), "argv": list(map(str, argv))})
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    run(ROOT / "tests/drive.py", folder / "jobs.json", folder / "done.json", timeout=timeout)
+    return json.loads((folder / "done.json").read_text())
