@@ -97,7 +97,7 @@ def records(out):
 
 
 def run_all(jobs, folder, timeout=600):
-    """Run [(folder, [file, argument, ...]), ...] in one process -> what tests/drive.py says of each.
+    """Run [(folder, [file, argument, ...]), ...] in one process -> for each what drive.py says.
 
     That is {"code", "message", "stdout", "stderr", "traceback"}; it costs one start of torch.
     """

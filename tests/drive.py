@@ -3,8 +3,9 @@
     python tests/drive.py JOBS.json DONE.json
 
 JOBS.json: a list of {"folder": where it is typed, "argv": [the file, its arguments, ...]}.
-DONE.json: for each {"code": exit code, "message": the line it ends with, "stdout": what it printed,
-"traceback": "" or the traceback}.  torch and transformers are imported once for all of them.
+DONE.json: for each {"code": exit code, "message": the line it ends with, "traceback": "" or the
+traceback, "stdout", "stderr": what it printed, "seconds": of the processor}.  torch and
+transformers are imported once for all of them.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import json
 import os
 import runpy
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -25,6 +27,7 @@ def run_one(folder, argv):
     paths = list(sys.path)
     sys.path[:] = [str(Path(path).parent), *(p for p in paths if p != TEST_FOLDER)]
     sys.modules.pop("common", None)  # each file has the one beside it, or one folder up
+    started = time.process_time()
     sys.argv = [path, *argv[1:]]
     os.chdir(folder)
     done = {"code": 0, "message": "", "traceback": ""}
@@ -39,7 +42,12 @@ def run_one(folder, argv):
                 done.update(code=1, message=end.code)
         except BaseException:
             done.update(code=1, traceback=traceback.format_exc())
+
+    # A process that ends lets go of its run folders.
+    for descriptor in getattr(sys.modules.get("common"), "_locks", {}).values():
+        os.close(descriptor)
     sys.path[:] = paths
+    done["seconds"] = time.process_time() - started
     done["stdout"] = printed.getvalue()
     done["stderr"] = complaints.getvalue()
     return done

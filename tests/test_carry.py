@@ -33,6 +33,15 @@ def changes(text):
 CHANGES = changes((ROOT / "README.md").read_text())
 
 
+def changed(name):
+    """The text of methods/<name> with README's changes, if it has any for it."""
+    text = (ROOT / "methods" / name).read_text()
+    for old, new in CHANGES.get(name, []):
+        assert text.count(old) == 1, f"README's change of {name} has no one place for:\n{old}"
+        text = text.replace(old, new)
+    return text
+
+
 def flags(**options):
     """Options as they are typed."""
     typed = []
@@ -75,11 +84,7 @@ def carried(blank, tmp_path_factory):
     jobs = []
     for name, command in commands(blank, own).items():
         folder = tmp_path_factory.mktemp(name.removesuffix(".py"))
-        text = (ROOT / "methods" / name).read_text()
-        for old, new in CHANGES[name]:
-            assert text.count(old) == 1, f"README's change of {name} has no one place for:\n{old}"
-            text = text.replace(old, new)
-        (folder / name).write_text(text)
+        (folder / name).write_text(changed(name))
         shutil.copy(ROOT / "common.py", folder)
         folders[name] = folder
         jobs.append((folder, [name, *command, "--out", "out"]))
