@@ -2,11 +2,13 @@
 run a method.
 """
 
+import inspect
 import json
 import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,41 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser):
     parser.addoption("--deep", action="store_true", help="25 times as many random examples")
+
+
+# What a quick test does not use, itself or through functions and fixtures of tests/.
+NOT_QUICK = {"main", "subprocess", "run", "run_all", "Popen", "tiny_folder", "build_tiny", "fork"}
+
+
+def names_used(function, seen):
+    """The names in a function's code, and in that of functions of tests/ that it calls."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None or code in seen:
+        return set()
+    seen.add(code)
+    codes = [code]
+    names = set()
+    while codes:  # functions within functions, too
+        inner = codes.pop()
+        names.update(inner.co_names)
+        codes += [x for x in inner.co_consts if isinstance(x, types.CodeType)]
+    for name in list(names):
+        called = inspect.unwrap(function).__globals__.get(name)
+        if inspect.isfunction(called) and str(ROOT / "tests") in called.__code__.co_filename:
+            names |= names_used(called, seen)
+    return names
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what `pytest -m quick` runs while one writes: two minutes of two cores at most."""
+    for item in items:
+        seen = set()
+        names = names_used(item.function, seen)
+        for definitions in item._fixtureinfo.name2fixturedefs.values():
+            for definition in definitions:
+                names |= names_used(definition.func, seen)
+        if not names & NOT_QUICK and not item.path.name.startswith("test_real"):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(scope="session")
