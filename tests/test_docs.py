@@ -267,12 +267,19 @@ def test_every_difference_to_released_code_is_in_the_table():
         assert f"`{name}`" in table, f"docs/released.md does not name {name} of tests/released.py"
 
 
-def test_the_tests_that_the_table_names_exist():
-    table = (DOCS / "released.md").read_text()
-    named = re.findall(r"\[(test_\w+)\]\(\.\./(tests/\w+\.py)\)", table)
-    assert named
-    for name, path in named:
-        assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+@pytest.mark.parametrize("name", ["docs/released.md", "README.md"])
+def test_each_difference_has_a_test_that_exists(name):
+    """Every row of a table of differences ends with a link to its test."""
+    text = (ROOT / name).read_text()
+    rows = []
+    for table in re.findall(r"^\|[^\n]*in the released code.*?(?=^$|\Z)", text, re.M | re.S):
+        rows += table.strip().splitlines()[2:]
+    assert len(rows) > 5
+    for row in rows:
+        found = re.search(r"\[(test_\w+)\]\((?:\.\./)?(tests/\w+\.py)\) \|$", row)
+        assert found, f"{name}: no test in the row {row}"
+        test, path = found.groups()
+        assert f"def {test}(" in (ROOT / path).read_text(), f"{path} has no {test}"
 
 
 # ---- Faults
