@@ -31,6 +31,7 @@ def pytest_addoption(parser):
 
 # What a quick test does not use, itself or through functions and fixtures of tests/.
 NOT_QUICK = {"main", "subprocess", "run", "run_all", "Popen", "tiny_folder", "build_tiny", "fork"}
+NOT_QUICK |= {"optim"}  # it trains
 
 
 def names_used(function, seen):
@@ -60,7 +61,9 @@ def pytest_collection_modifyitems(items):
         for definitions in item._fixtureinfo.name2fixturedefs.values():
             for definition in definitions:
                 names |= names_used(definition.func, seen)
-        if not names & NOT_QUICK and not item.path.name.startswith("test_real"):
+        random = hasattr(item.function, "hypothesis")  # many examples
+        real = item.path.name.startswith("test_real")  # large files
+        if not (names & NOT_QUICK or random or real):
             item.add_marker(pytest.mark.quick)
 
 

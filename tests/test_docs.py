@@ -272,7 +272,8 @@ def test_each_difference_has_a_test_that_exists(name):
     """Every row of a table of differences ends with a link to its test."""
     text = (ROOT / name).read_text()
     rows = []
-    for table in re.findall(r"^\|(?: here \|)? in the released code \|.*?(?=^$|\Z)", text, re.M | re.S):
+    table_of = r"^\|(?: here \|)? in the released code \|.*?(?=^$|\Z)"
+    for table in re.findall(table_of, text, re.M | re.S):
         rows += table.strip().splitlines()[2:]
     assert len(rows) > 5
     for row in rows:
