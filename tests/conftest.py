@@ -32,6 +32,7 @@ def pytest_addoption(parser):
 # What a quick test does not use, itself or through functions and fixtures of tests/.
 NOT_QUICK = {"main", "subprocess", "run", "run_all", "Popen", "tiny_folder", "build_tiny", "fork"}
 NOT_QUICK |= {"optim"}  # it trains
+NOT_QUICK |= {"exact", "toy", "figures", "train", "fit", "synthetic"}  # commands of a method
 
 
 def names_used(function, seen):
