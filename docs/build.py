@@ -30,6 +30,9 @@ COLOURS = {  # the class of a type of tokens
     "s": Token.Literal.String,
     "k": Token.Keyword,
 }
+HEAD_OF_MAP = """Made by build.py from equations/*.toml. A row for every numbered equation,
+statement, algorithm, figure and table of the five papers: its place in the code, or why it is not
+here. Numbers are the papers'; where they are not known to us, a row has none, or says ours."""
 
 
 # ---- The left column
@@ -192,7 +195,12 @@ def equation_map(papers, for_page):
                 where.append(f"[{source.path}:{line}]({target})")
             place = ", ".join(where) or f"Not here. {entry['reason']}"
             number = entry["number"] or entry.get("section", "")
-            parts.append(f"| {number} | {entry['name']} | {place} |")
+            if entry["number"] and "ours" in paper:
+                number = f"{number} (ours)"
+            what = entry["name"]
+            if "note" in entry:
+                what = f"{what}. {entry['note']}"
+            parts.append(f"| {number} | {what} | {place} |")
     return "\n".join(parts).replace("^", "\\^") + "\n"
 
 
@@ -228,7 +236,7 @@ def build():
         bodies[Path(source.path).stem] = (source.path, body)
     template = Template((DOCS / "template.html").read_text())
     style = (DOCS / "style.css").read_text()
-    made = {"equations.md": f"# Equations\n\nMade by build.py.\n{equation_map(papers, False)}"}
+    made = {"equations.md": f"# Equations\n\n{HEAD_OF_MAP}\n{equation_map(papers, False)}"}
     for name, (title, body) in bodies.items():
         made[f"{name}.html"] = template.substitute(title=title, style=style, body=body)
     return made

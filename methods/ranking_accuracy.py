@@ -928,7 +928,9 @@ def show_theorem(line, args):
     gamma_enough = reach / max(c.max(), 1e-9)
     print(f"\n{line.data}: {measured.items} items, {measured.pairs} pairs and {measured.ties} ties")
     right = f"{np.mean(c <= 0):.1%}"
-    print(f"reference right (c <= 0): {right}, surely at a loss below log 2 (Prop. 2.6)")
+    # Prop. 2.6 says 0.6; where c <= 0 the bound of Theorem 4.1 is at least log 2 = 0.693, so that
+    # log 2 is the largest constant for which the proposition holds.
+    print(f"reference right (c <= 0): {right}, surely at a loss below log 2 (Prop. 2.6: 0.6)")
     print(
         f"beta = {args.beta}, gamma = {args.gamma}: {np.mean(c > limit):.1%} need a loss below "
         f"0.01 to flip (c > {limit:.1f}), none with gamma <= {gamma_enough:.3g}"

@@ -21,6 +21,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
 class Args:
     seeds: tuple[int, ...] = (0, 1, 2)  # of training and sampling; a run of each method for each
     samples: int = 4  # responses per test prompt, at temperature 1
+    prompts: int = 0  # only this many test prompts, the first ones; 0: all
+    max_steps: int = 0  # optimiser steps of each run; 0: one pass over the training pairs
     out: str = "results/compare"  # folder of the runs, the table and the figure
 
 
@@ -167,9 +169,9 @@ def run_seed(args, seed):
     """Train and judge everything with one seed: {name: Outcome}, SFT first."""
     # The start of all methods, and the true reward of its responses to the test prompts.
     start = Path(args.out, f"sft-{seed}")
-    train_once(start, "SFT", seed=seed)
+    train_once(start, "SFT", seed=seed, max_steps=args.max_steps)
     test = load_pairs("tiny", "test")
-    rows = tokenize_pairs(test, load_tokenizer(str(start)))
+    rows = tokenize_pairs(test, load_tokenizer(str(start)))[: args.prompts or None]
     for row in rows:
         row["prompt"] = test[row["row"]]["prompt"]
     base_rewards = rewards_of(sample(start, rows, args.samples, seed))
@@ -178,7 +180,7 @@ def run_seed(args, seed):
     outcomes = {"SFT (the start)": None}  # so that its row of the table is the first
     for name in METHODS:
         folder = Path(args.out, f"{name.replace(', beta ', '-')}-{seed}")
-        train_once(folder, name, model=str(start), seed=seed)
+        train_once(folder, name, model=str(start), seed=seed, max_steps=args.max_steps)
         outcomes[name] = judge(folder, start, rows, base_rewards, args.samples, seed)
 
     # All methods start from the same policy, whose ranking accuracy is that of their step 0.

@@ -2,11 +2,13 @@
 run a method.
 """
 
+import inspect
 import json
 import os
 import random
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,45 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def pytest_addoption(parser):
     parser.addoption("--deep", action="store_true", help="25 times as many random examples")
+
+
+# What a quick test does not use, itself or through functions and fixtures of tests/.
+NOT_QUICK = {"main", "subprocess", "run", "run_all", "Popen", "tiny_folder", "build_tiny", "fork"}
+NOT_QUICK |= {"optim"}  # it trains
+NOT_QUICK |= {"exact", "toy", "figures", "train", "fit", "synthetic"}  # commands of a method
+
+
+def names_used(function, seen):
+    """The names in a function's code, and in that of functions of tests/ that it calls."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if code is None or code in seen:
+        return set()
+    seen.add(code)
+    codes = [code]
+    names = set()
+    while codes:  # functions within functions, too
+        inner = codes.pop()
+        names.update(inner.co_names)
+        codes += [x for x in inner.co_consts if isinstance(x, types.CodeType)]
+    for name in list(names):
+        called = inspect.unwrap(function).__globals__.get(name)
+        if inspect.isfunction(called) and str(ROOT / "tests") in called.__code__.co_filename:
+            names |= names_used(called, seen)
+    return names
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what `pytest -m quick` runs while one writes: two minutes of two cores at most."""
+    for item in items:
+        seen = set()
+        names = names_used(item.function, seen)
+        for definitions in item._fixtureinfo.name2fixturedefs.values():
+            for definition in definitions:
+                names |= names_used(definition.func, seen)
+        random = hasattr(item.function, "hypothesis")  # many examples
+        real = item.path.name.startswith("test_real")  # large files
+        if not (names & NOT_QUICK or random or real):
+            item.add_marker(pytest.mark.quick)
 
 
 @pytest.fixture(scope="session")
@@ -94,3 +135,16 @@ def run(*command, processes=0, timeout=300, check=True, **environment):
 def records(out):
     """The lines of a run's metrics.jsonl."""
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+def run_all(jobs, folder, timeout=600):
+    """Run [(folder, [file, argument, ...]), ...] in one process -> for each what drive.py says.
+
+    That is {"code", "message", "stdout", "stderr", "traceback"}; it costs one start of torch.
+    """
+    listed = []
+    for where, argv in jobs:
+        listed.append({"folder": str(where), "argv": list(map(str, argv))})
+    (folder / "jobs.json").write_text(json.dumps(listed))
+    run(ROOT / "tests/drive.py", folder / "jobs.json", folder / "done.json", timeout=timeout)
+    return json.loads((folder / "done.json").read_text())

@@ -153,6 +153,102 @@ def test_the_map_has_a_row_for_every_entry():
     assert len(re.findall(r"^\| (?!number|---)", text, re.M)) == rows
 
 
+def listed_numbers(name):
+    """The numbers that a paper's rows have, those of a range one by one: {"Eq. 2", "Eq. 3", ...}"""
+    numbers = set()
+    for entry in sources.read_paper(DOCS / "equations" / f"{name}.toml")["entry"]:
+        numbers.add(entry["number"])
+        numbers.update(number for _, number in sources.cited(entry["number"]))
+    return numbers
+
+
+PAPERS = {  # the name of a specification: the files with its rows
+    "cal_dpo": ("cal_dpo", "dpo"),
+    "dpl": ("dpl",),
+    "imh_adaptors": ("imh_adaptors",),
+    "ranking_accuracy": ("ranking",),
+    "twisted_smc": ("twisted_smc",),
+}
+
+
+@pytest.mark.parametrize("name", [name for names in PAPERS.values() for name in names])
+def test_the_map_leaves_no_number_out(name):
+    """From 1 to the last one that has a row, each equation, figure, table and algorithm has one."""
+    numbers = listed_numbers(name)
+    for kind in ("Eq.", "Fig.", "Table", "Alg."):
+        own = [int(n.split()[1]) for n in numbers if re.fullmatch(rf"{re.escape(kind)} \d+", n)]
+        if name == "cal_dpo" and kind == "Eq.":
+            own.remove(17)  # of Azar et al.
+        missing = set(range(1, max(own, default=0))) - set(own)
+        assert not missing, f"{name}: no row for {kind} {sorted(missing)}"
+
+
+SPECIFICATIONS = ROOT.parent / "shared" / "specs"
+WORDS = {  # how specifications write a kind, beside what files may cite
+    "Eqs": "Eq.",
+    "Figs.": "Fig.",
+    "Thm": "Theorem",
+    "Corollary": "Cor.",
+    "Cor.": "Cor.",
+    "Remark": "Remark",
+    "Example": "Example",
+    **sources.SHORT,
+}
+
+
+def named_numbers(text):
+    """What a specification says of a paper's numbered parts: {"Eq. 4", "Remark 2.5", ...}"""
+    kinds = r"Eqs?\.?|Theorem|Thms?\.?|Prop\.|Lemma|Cor\.|Corollary|Def\.|Alg\.|Algorithm|Figs?\."
+    kinds += r"|Figures?|Tables?|Remark|Example"
+    found = set()
+    for kind, numbers in re.findall(
+        rf"\b({kinds}) ([A-Z]?\.?\d[\d.]*(?:(?:, |–|-|/)(?:[A-Z]\.)?\d+)*)", text
+    ):
+        single = re.findall(r"[A-Z]?\.?\d+(?:\.\d+)?", numbers)
+        for low, high in re.findall(r"(\d+)[–-](\d+)", numbers):
+            single += map(str, range(int(low), int(high)))
+        found.update(f"{WORDS.get(kind, kind)} {number}" for number in single)
+    return found
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_the_map_has_what_a_specification_names(name):
+    """Each equation, statement, figure and table of the paper has a place or a reason."""
+    path = SPECIFICATIONS / f"{name}.md"
+    if not path.is_file():
+        pytest.skip(f"{path} is not here")
+    named = named_numbers(path.read_text())
+    assert len(named) > 10 or name == "imh_adaptors"  # of that paper no number is known
+    known = set()
+    for rows in PAPERS[name]:
+        known |= listed_numbers(rows)
+    assert named - known == set()
+
+
+def test_a_missing_number_is_seen():
+    named = named_numbers("Tables 2–4, Fig. 2/5, Eqs 11–12, Prop. A.7/A.8, Remark 2.5, Thm 4.1.")
+    assert named == {
+        *("Table 2", "Table 3", "Table 4", "Fig. 2", "Fig. 5", "Eq. 11", "Eq. 12"),
+        *("Prop. A.7", "Prop. A.8", "Remark 2.5", "Theorem 4.1"),
+    }
+
+
+def test_the_map_says_which_numbers_are_ours():
+    text = (DOCS / "equations.md").read_text()
+    ours = text[text.index("arxiv.org/abs/2406.10203") :]
+    ours = ours[: ours.index("\n### ")]
+    assert re.findall(r"^\| Eq\. (\d) \(ours\)", ours, re.M) == list("12345")
+    assert text.count("(ours)") == 5
+
+
+def test_the_constant_of_a_proposition_is_the_papers_beside_ours():
+    row = re.search(r"^\| Prop\. 2\.6 .*$", (DOCS / "equations.md").read_text(), re.M)[0]
+    code = (ROOT / "methods" / "ranking_accuracy.py").read_text()
+    comment = re.search(r"# Prop\. 2\.6 .*\n.*", code)[0]
+    for text in (row, comment):
+        assert "0.6" in text and "log 2" in text
+
+
 def test_lists_and_ranges_of_numbers_are_citations():
     found = sources.cited("By Eq. 2 and 3, Tables 2,\n# 3 and Eq. 21-23.")
     numbers = [number for _, number in found]
@@ -171,12 +267,20 @@ def test_every_difference_to_released_code_is_in_the_table():
         assert f"`{name}`" in table, f"docs/released.md does not name {name} of tests/released.py"
 
 
-def test_the_tests_that_the_table_names_exist():
-    table = (DOCS / "released.md").read_text()
-    named = re.findall(r"\[(test_\w+)\]\(\.\./(tests/\w+\.py)\)", table)
-    assert named
-    for name, path in named:
-        assert f"def {name}(" in (ROOT / path).read_text(), f"{path} has no {name}"
+@pytest.mark.parametrize("name", ["docs/released.md", "README.md"])
+def test_each_difference_has_a_test_that_exists(name):
+    """Every row of a table of differences ends with a link to its test."""
+    text = (ROOT / name).read_text()
+    rows = []
+    table_of = r"^\|(?: here \|)? in the released code \|.*?(?=^$|\Z)"
+    for table in re.findall(table_of, text, re.M | re.S):
+        rows += table.strip().splitlines()[2:]
+    assert len(rows) > 5
+    for row in rows:
+        found = re.search(r"\[(test_\w+)\]\((?:\.\./)?(tests/\w+\.py)\) \|$", row)
+        assert found, f"{name}: no test in the row {row}"
+        test, path = found.groups()
+        assert f"def {test}(" in (ROOT / path).read_text(), f"{path} has no {test}"
 
 
 # ---- Faults
