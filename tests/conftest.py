@@ -34,6 +34,12 @@ NOT_QUICK = {"main", "subprocess", "run", "run_all", "Popen", "tiny_folder", "bu
 NOT_QUICK |= {"optim"}  # it trains
 NOT_QUICK |= {"exact", "toy", "figures", "train", "fit", "synthetic"}  # commands of a method
 
+SLOW = (  # and by the clock: more than two seconds each, several times
+    "test_unbiased_and_upper_bound_identity",
+    "test_true_log_Z_of_the_default_run",
+    "test_a_response_depends_on_its_own_prompt_and_uniforms",
+)
+
 
 def names_used(function, seen):
     """The names in a function's code, and in that of functions of tests/ that it calls."""
@@ -64,7 +70,8 @@ def pytest_collection_modifyitems(items):
                 names |= names_used(definition.func, seen)
         random = hasattr(item.function, "hypothesis")  # many examples
         real = item.path.name.startswith("test_real")  # large files
-        if not (names & NOT_QUICK or random or real):
+        slow = item.originalname in SLOW
+        if not (names & NOT_QUICK or random or real or slow):
             item.add_marker(pytest.mark.quick)
 
 
