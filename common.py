@@ -3008,14 +3008,13 @@ def plot_curves(out, panels, caption, references=()):
     from matplotlib.figure import Figure
 
     # One axis a panel, a colour a metric.
-    figure = Figure((5 * len(panels), 3.8), layout="constrained")
+    figure = Figure((5 * len(panels), 5), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for number, (axis, (title, unit, names)) in enumerate(zip(axes, panels)):
         for i, name in enumerate(names):
-            label = name.split("/")[-1]
-            _draw(axis, records, name, f"{label}, training", color=f"C{i}", alpha=0.4, lw=1)
+            _draw(axis, records, name, f"{name}, training", color=f"C{i}", alpha=0.4, lw=1)
             _draw(
-                axis, records, f"eval_{name}", f"{label}, held out", color=f"C{i}", marker="o", ms=4
+                axis, records, f"eval_{name}", f"{name}, held out", color=f"C{i}", marker="o", ms=4
             )
         for at, value, label in references:
             if at == number:
@@ -3024,7 +3023,7 @@ def plot_curves(out, panels, caption, references=()):
             axis.set_ylim(0, 1)
         axis.set_title(title, fontsize=10)
         axis.set(xlabel="optimiser step", ylabel=unit)
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.15))  # below, not over
     figure.suptitle(caption, fontsize=9)
     save_figure(figure, out / "figures" / "curves.png")
     return records

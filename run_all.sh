@@ -1,29 +1,54 @@
 #!/usr/bin/env bash
-# Every method once, at its default setting: the tiny world, on this machine.  Two at a time, one thread each; a line for
-# each that has ended, and all that it printed in results/log/.  PYTHON=... chooses the interpreter.
+# Every method at its default setting: the tiny world, on this machine, about ten minutes on two cores.
+#
+#   bash run_all.sh               all that has not finished before, two at a time, one thread each
+#   bash run_all.sh dpo cal_dpo   these, again
+#
+# A line for each as it begins and ends.  What it printed is in results/<name>/log.txt, all figures
+# with their sentences in results/index.html.  PYTHON=... chooses the interpreter.
 set -uo pipefail
 cd "$(dirname "$0")"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-mkdir -p results/log
+python="${PYTHON:-python}"
+asked="$*"
+mkdir -p results
 
 run() {  # name, then what python is to run
-  local name=$1 start=$SECONDS
+  local name=$1 start=$SECONDS log="results/$1.log"
   shift
-  if "${PYTHON:-python}" "$@" >"results/log/$name.txt" 2>&1; then
-    echo "$name: $((SECONDS - start)) s, results/log/$name.txt"
-  else
-    echo "$name: FAILED, results/log/$name.txt: $(tail -n 1 "results/log/$name.txt")"
+  if [ -n "$asked" ]; then
+    [[ " $asked " == *" $name "* ]] || return 0
+  elif [ -f "results/$name/log.txt" ]; then
+    echo "$name: done before; bash run_all.sh $name runs it again"
+    return 0
+  fi
+  echo "$name: begins"
+  if ! "$python" "$@" >"$log" 2>&1; then
+    echo "$name: FAILED, $log: $(tail -n 1 "$log")"
     return 1
   fi
+  echo "$((SECONDS - start)) s" >>"$log"
+  mkdir -p "results/$name"
+  mv "$log" "results/$name/log.txt"
+  echo "$name: $((SECONDS - start)) s; $(sed -n 's/^here:  //p' "results/$name/log.txt" | tail -n 1)"
 }
+
+names="dpl dpo_gamma dpo_gamma_figures compare dpo generate cal_dpo sft twisted_smc imh_adaptors ranking_accuracy"
+for name in $asked; do
+  if [[ " $names " != *" $name "* ]]; then
+    echo "no $name: choose from $names"
+    exit 1
+  fi
+done
 
 one() {
   run dpl methods/dpl.py --overwrite &&
     run dpo_gamma methods/dpo_gamma.py --overwrite &&
-    run dpo_gamma_figures studies/dpo_gamma_figures.py
+    run dpo_gamma_figures studies/dpo_gamma_figures.py &&
+    run compare studies/compare_preferences.py --quick
 }
 
-other() {  # generate answers with the DPO model
+other() {  # generate answers with the DPO model, imh draws beside it
   run dpo methods/dpo.py --overwrite &&
     run generate methods/generate.py --model results/dpo --overwrite &&
     run cal_dpo methods/cal_dpo.py --overwrite &&
@@ -32,7 +57,7 @@ other() {  # generate answers with the DPO model
     run imh_adaptors methods/imh_adaptors.py --overwrite
 }
 
-run tiny_world -c "import common; common.tiny_folder()" || exit 1
+"$python" -c "import common; common.tiny_folder()" || exit 1
 one &
 first=$!
 other &
@@ -41,4 +66,5 @@ failed=0
 wait $first || failed=1
 wait $second || failed=1
 run ranking_accuracy methods/ranking_accuracy.py --overwrite || failed=1  # of the models that were trained
+"$python" studies/summary.py || failed=1
 exit $failed
