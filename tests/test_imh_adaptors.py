@@ -1231,7 +1231,7 @@ BAD_NUMBERS += [("chain_length", 1), ("burn_in", 1000), ("max_length", 1)]
 def refused(args, command="all"):
     """The line that ends main before anything is loaded."""
     with pytest.MonkeyPatch.context() as patch:
-        for function in ("setup", "load_tokenizer", "load_pairs", "toy", "generate", "imh"):
+        for function in ("setup", "load_tokenizer", "load_prompts", "toy", "generate", "imh"):
             patch.setattr(imh, function, None)
         with pytest.raises(SystemExit) as stop:
             imh.main(args, command)
@@ -1728,16 +1728,19 @@ def test_help_is_instant():
 
 @pytest.mark.parametrize("command", [*imh.COMMANDS, "all rlhf", "all dpo"])
 def test_help_explains_every_flag(command):
-    """The comment behind each option is printed by --help of every command."""
+    """The comment behind or above each option is printed by --help of every command."""
     printed = run(
         ROOT / "methods/imh_adaptors.py", *command.split(), "--help", COLUMNS="200"
     ).stdout
     words = " ".join(re.sub("[│╭╮╰╯─]", " ", printed).split())
     source = (ROOT / "methods/imh_adaptors.py").read_text()
     options = source[source.index("class Args") : source.index("PRESETS")]
-    explained = re.findall(r"^    (\w+): .*?  # (.+)$", options, flags=re.M)
+    option = r"^((?:    # .+\n)*)    (\w+): .*?(?:  # (.+))?$"
+    explained = re.findall(option, options, flags=re.M)
     assert len(explained) == len(imh.Args.__dataclass_fields__)
-    for name, help_text in explained:
+    for above, name, behind in explained:
+        help_text = behind or " ".join(above.replace("#", " ").split())
+        assert help_text, name
         assert f"--{name.replace('_', '-')}" in words and help_text in words, name
 
 
