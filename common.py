@@ -3001,19 +3001,21 @@ def save_checkpoint(out, step, model, optimizer, keep=2, **extra):
     on_rank0(finish, f"{tmp}: checkpoint not saved; make room, then --resume from the one before")
 
 
-def load_checkpoint(out, model, optimizer):
+def load_checkpoint(out, model, optimizer, only_read=False):
     """Restore the newest undamaged checkpoint, of any number of processes -> (step, extra).
 
     (0, {}) if there is none.  Random states return if the number of processes is the same;
-    metrics.jsonl loses its lines from `step` on.  SystemExit: all checkpoints are damaged.
+    metrics.jsonl loses its lines from `step` on.  only_read: no file and no random state changes.
+    SystemExit: all checkpoints are damaged.
     """
 
     def choose():
-        for unfinished in out.glob("step-*.tmp"):
-            shutil.rmtree(unfinished)
         folder = _newest_undamaged(out)
         step = _step_of(folder) if folder else 0
-        _forget_lines_from(step, out / "metrics.jsonl")
+        if not only_read:
+            for unfinished in out.glob("step-*.tmp"):
+                shutil.rmtree(unfinished)
+            _forget_lines_from(step, out / "metrics.jsonl")
         return step, folder
 
     step, folder = on_rank0(choose, f"{out}: cannot resume")
@@ -3025,6 +3027,8 @@ def load_checkpoint(out, model, optimizer):
     dcp.load(state, checkpoint_id=folder)
     dsd.set_state_dict(model, optimizer, **state)
     saved = torch.load(folder / "extra.pt")
+    if only_read:
+        return step, saved["extra"]
     if len(saved["rng"]) == dist.get_world_size():
         for module, rng in zip(RANDOM, saved["rng"][dist.get_rank()]):
             module.set_rng_state(rng)
