@@ -15,15 +15,6 @@ chosen responses of the data, or with the responses of another model:
 FILE is the responses.jsonl of another run: the samples, which every run writes.
 Presets: tiny (default) | hh: as released with Cal-DPO | tldr: as in EXO (arxiv.org/abs/2402.00856).
 
-Your own judge is a function in a file.  Without chosen responses its mean score is printed.
-
-    # own.py: the shorter a response, the better
-    def short(prompts, responses):
-        scores = []
-        for prompt, response in zip(prompts, responses):
-            scores.append(-len(response))
-        return scores
-
 A judge command reads questions, one line of JSON {"prompt", "a", "b"} for each, and prints A, B or
 tie for each.  Every question is asked in both orders (the papers ask in one order, chosen at
 random).  A response wins if the two answers together favour it.  A judge that always prefers the
@@ -106,13 +97,25 @@ PRESETS = {
     ),
 }
 
+# --help ends its text with this.
+EXAMPLE = """
+Your own judge is a function in a file.  Without chosen responses its mean score is printed.
+
+    # own.py: the shorter a response, the better
+    def short(prompts, responses):
+        scores = []
+        for prompt, response in zip(prompts, responses):
+            scores.append(-len(response))
+        return scores
+"""
+
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
     preset = "tiny"
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         preset = sys.argv.pop(1)
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
+    args = tyro.cli(Args, default=PRESETS[preset], description=__doc__ + EXAMPLE)
 
 import numpy as np
 import torch

@@ -23,15 +23,6 @@ numbers of the equations are ours)
                                                    the authors' files; then figures likewise
     python methods/imh_adaptors.py --model A --ref-model P --data prompts.txt --reward own.py:short
 
-Your own reward is a function in a file:
-
-    # own.py: the shorter a response, the better
-    def short(prompts, responses):
-        scores = []
-        for prompt, response in zip(prompts, responses):
-            scores.append(-len(response))
-        return scores
-
 The trade-off: a corpus is typical if its mean log p_+ is close to what is expected.  By Eq. 1,
 typical corpora share the sum of mean log p and mean r / beta.  The default run shows it on a p_+
 whose probabilities are known exactly, and on draws of the prior that IMH turns into draws of Eq. 1.
@@ -133,6 +124,17 @@ PRESETS = {
         dtype="bfloat16",
     ),
 }
+# --help ends its text with this.
+EXAMPLE = """
+Your own reward is a function in a file:
+
+    # own.py: the shorter a response, the better
+    def short(prompts, responses):
+        scores = []
+        for prompt, response in zip(prompts, responses):
+            scores.append(-len(response))
+        return scores
+"""
 COMMANDS = ("all", "toy", "exact", "generate", "score", "imh", "figures")
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -145,7 +147,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
     if preset not in PRESETS:
         known = f"a command ({', '.join(COMMANDS)}), then a preset ({', '.join(PRESETS)})"
         raise SystemExit(f"neither command nor preset: {preset!r}; choose {known}")
-    args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
+    args = tyro.cli(Args, default=PRESETS[preset], description=__doc__ + EXAMPLE)
 
 import numpy as np
 import torch

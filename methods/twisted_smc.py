@@ -21,16 +21,6 @@ Presets are tiny, which is the default; toxicity, sentiment, infilling and infil
 2, 3, 4 and 8; toxicity-exact and sentiment-exact for Tables 9 and 10; toxicity-threshold for
 Fig. 3; toxicity-story and sentiment-review for the texts of App. H.1.
 
-Your own potential is a function in a file, log phi; short.log_bound = 0, where it has a bound,
-allows for exact samples:
-
-    # own.py: the shorter a response, the better
-    def short(prompts, responses):
-        values = []
-        for prompt, response in zip(prompts, responses):
-            values.append(-len(response))
-        return values
-
 Three things differ from the paper. There is no resampling after t = 1 under the twist proposal,
 where all weights are equal. Losses are means over t where Table 1 has sums, as in the released
 code, whose learning rates need it. FUDGE, which needs phi <= 1, learns phi / bound where a bound is
@@ -222,6 +212,19 @@ PRESETS = {
     "infilling-2-1": INFILLING_2_1,
 }
 
+# --help ends its text with this.
+EXAMPLE = """
+Your own potential is a function in a file, log phi; short.log_bound = 0, where it has a bound,
+allows for exact samples:
+
+    # own.py: the shorter a response, the better
+    def short(prompts, responses):
+        values = []
+        for prompt, response in zip(prompts, responses):
+            values.append(-len(response))
+        return values
+"""
+
 
 def args_of_run(folder):
     """The options of an earlier run of this file, by its config.json.  SystemExit: no such run."""
@@ -259,7 +262,7 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
     else:
         known = f"sample FOLDER, or a preset: {', '.join(PRESETS)}"
         raise SystemExit(f"no preset {preset!r}: choose {known}")
-    args = tyro.cli(Args, default=default, description=__doc__)
+    args = tyro.cli(Args, default=default, description=__doc__ + EXAMPLE)
 
 import copy
 import math
