@@ -1556,7 +1556,7 @@ def test_groups_of_any_name_in_a_csv(blank, tmp_path, capsys, column):
     for row in found:
         outputs = double(row["reward_outputs_m"])
         assert row["mean_m"] == outputs[:, 0].tolist()
-        close(double(row["sd_m"]), F.softplus(outputs[:, 1]), atol=1e-6)
+        close(double(row["sd_m"]), F.softplus(outputs[:, 1]).tolist(), atol=1e-6)
     assert "left wing                     48" in printed
     assert "right, of it                  48" in printed
     assert "r^2" in printed and "96 rows: " in printed
