@@ -9,8 +9,10 @@ Contents, in the order in which a reader of a paper needs them; search for `# --
                        reference_logps: once, cached on disk; pair_metrics: what is logged of a pair
     sampling           prefill, decode_step, reorder: a cache of keys and values; sample_tokens
     tokenization       tokenize_pairs: rows of text -> rows of ids; pack_pairs: -> micro-batches
-    data               load_pairs: rows of prompt, chosen, rejected; batch_order, subset
-    models             load_model, load_tokenizer, save_model, clip_gradients
+    data               load_pairs: rows of prompt, chosen, rejected; batch_order, subset;
+                       load_prompts: rows of prompt alone
+    models             load_model, load_tokenizer, save_model, clip_gradients; load_score: what
+                       rates responses, a reward model or your own function
     the tiny world     its grammar, its readers and their rewards, its language model
     processes          setup, start_run, log, save_checkpoint, load_checkpoint, plot_curves,
                        say_claim: how a run ends
@@ -31,6 +33,7 @@ import gzip
 import hashlib
 import heapq
 import html
+import importlib.util
 import io
 import itertools
 import json
@@ -44,6 +47,7 @@ import resource
 import shutil
 import signal
 import sys
+import traceback
 import types
 import warnings
 import zlib
@@ -71,6 +75,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     GPTNeoXConfig,
     GPTNeoXForCausalLM,
@@ -1056,11 +1061,7 @@ def encode_prompt(prompt, tokenizer):
 
     prompt: text, or chat messages, which may be given as JSON.  SystemExit if it cannot be used.
     """
-    if isinstance(prompt, str) and prompt.startswith('[{"'):
-        try:
-            prompt = json.loads(prompt)
-        except ValueError:
-            pass  # then it is text
+    prompt = as_messages(prompt)
     (found,) = encode_rows([{"prompt": prompt, "responses": []}], tokenizer)
     require(not isinstance(found, str), f"the prompt {str(prompt)[:40]!r} cannot be used: {found}")
     return found.prompt_ids
@@ -1287,6 +1288,7 @@ ASSISTANT = "\n\nAssistant:"
 CUE = "\nTL;DR:"
 TEXT_COLUMNS = ("prompt", "chosen", "rejected", "completion", "response", "text")
 DATA_FILE = re.compile(r"\.(jsonl?|csv|parquet)(\.gz)?$")
+PROMPT_FILE = re.compile(r"\S.*\.(txt|jsonl?|csv|parquet)(\.gz)?")  # a whole name
 
 
 def load_pairs(name, split, pairs=True):
@@ -1390,6 +1392,102 @@ def _require_columns(name, rows, columns):
         for column in columns:
             only = ", ".join(map(str, row))
             require(column in row, f"{name}: row {place} has no {column!r}, only {only}")
+
+
+ANSWERS = {"chosen", "completion", "messages", "responses"}  # columns that hold a response
+
+
+def load_prompts(name, prompt=""):
+    """Rows to answer, {"prompt", the source's other columns}: of --data, or the one of --prompt.
+
+    name: as in load_pairs, of which it is the test split; or a file of prompts alone, which is
+    whole: rows without a response, or .txt with one prompt a line.
+    prompt: instead of name: text as it stands, a JSON list of chat messages, or a file of prompts.
+    A column of text may hold such a list, too.  Unusable rows are dropped and counted.
+    SystemExit: as in load_pairs.
+    """
+    if prompt:
+        named = re.fullmatch(PROMPT_FILE, prompt)
+        if not named or not Path(prompt).is_file():
+            problem = f"--prompt {prompt[:80]}: there is no such file; give a file or a text"
+            require(not named or " " in prompt, problem)
+            return [{"prompt": _prompt_of_flag(prompt)}]
+        name = prompt
+
+    # Prompts alone, or data with responses?
+    path = Path(name).expanduser()
+    if re.fullmatch(PROMPT_FILE, name) and path.is_file():
+        rows = _prompt_file_rows(path)
+    else:
+        rows, _ = _source_rows(name, "test")
+    if not rows or "prompt" not in rows[0] or not ANSWERS.isdisjoint(rows[0]):
+        return load_pairs(name, "test", pairs=False)
+
+    # Those that can be used.
+    kept = []
+    dropped = collections.defaultdict(list)
+    for place, row in enumerate(rows, 1):
+        row["prompt"] = as_messages(row.get("prompt"))
+        try:
+            require_text(row["prompt"])
+            if not words(row["prompt"]).strip():
+                raise Unusable("empty prompt")
+            kept.append(row)
+        except Unusable as reason:
+            dropped[str(reason)].append(place)
+    report(f"{name} prompts", len(kept), dropped)
+    return kept
+
+
+def _prompt_of_flag(text):
+    """The prompt that --prompt gives: text, or chat messages.  SystemExit: nearly such messages."""
+    prompt = as_messages(text)
+    problem = "--prompt: begins like chat messages but is no JSON of them; write "
+    problem += """'[{"role": "user", "content": "Hi"}]'"""
+    broken = isinstance(prompt, str) and re.match(r"""\s*\[\s*\{\s*\\?['"]?role""", prompt)
+    require(not broken, problem)
+    return prompt
+
+
+def _prompt_file_rows(path):
+    """The rows of a file of prompts; of a .txt, one for each line that is not blank."""
+    if not re.search(r"\.txt(\.gz)?$", path.name):
+        return read_rows(path)
+    try:
+        opened = gzip.open(path, "rb") if path.suffix == ".gz" else open(path, "rb")
+        with opened as file:
+            text = file.read().decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise SystemExit(f"{path}: cannot be read: {why}") from None
+    lines = text.replace("\r\n", "\n").split("\n")
+    rows = [{"prompt": line} for line in lines if line.strip()]
+    require(rows, f"{path}: no prompt in it; write one a line")
+    return rows
+
+
+def as_messages(text):
+    """The chat messages that a text of JSON holds, a list of objects with a role; else the text."""
+    if not isinstance(text, str) or not text.lstrip().startswith("["):
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    if not isinstance(found, list) or not found:
+        return text
+    for message in found:
+        if not isinstance(message, dict) or "role" not in message:
+            return text
+    return found
+
+
+def show_samples(path, rows):
+    """On rank 0: three of the rows {"prompt", "response"} that a file holds, and its path."""
+    for row in rows[:3]:
+        prompt = words(row["prompt"])
+        say(f"sample: {prompt[-60:]!r} ||| {row['response'][:120]!r}")
+    say(f"{len(rows)} samples: {path}")
 
 
 def _source_rows(name, split):
@@ -2207,6 +2305,275 @@ def clip_gradients(model, max_norm):
     return norm.item()
 
 
+# What rates responses: your own function, or a reward model.  All have one form: called with a
+# list of prompts (texts, or lists of chat messages) and a list of responses (texts), they give a
+# list of numbers.  None of them waits for other processes.
+
+
+def load_score(name, flag, dtype="float32", zero=False):
+    """What rates responses: score(prompts, responses) -> a list of numbers, one for each response.
+
+    name: FILE.py:FUNCTION, a function of that form; or a reward model, a folder or hub id: one of
+    dpl.py, which gives the mean utility, or a sequence classifier with one output.
+    flag: the option that names it, for messages.  zero: -inf is a number, too (a log phi).
+    SystemExit: it is neither, or damaged; when called: it does not give finite numbers.
+    """
+    if re.search(r"\.py(:|$)", name):
+        return OwnScore(name, flag, zero)
+    if not Path(name).exists():
+        problem = "give FILE.py:FUNCTION, or the folder or hub id of a reward model"
+        require(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name), f"{flag} {name[:80]}: {problem}")
+    folder = model_folder(name)
+    config = read_config(folder, flag)
+    if "dpl" in config:
+        return UtilityScore(name, folder, dtype)
+    return ClassifierScore(folder, config, dtype)
+
+
+def finite_numbers(answer, responses, place, remedy, zero=False):
+    """An answer as a list of numbers, one for each response.  SystemExit: it is no such thing."""
+    try:
+        numbers = torch.as_tensor(answer, dtype=torch.float64, device="cpu")
+    except Exception:  # of any type, so anything may happen
+        problem = f"{place}: gives {str(answer)[:30]!r}, which are no numbers; {remedy}"
+        raise SystemExit(problem) from None
+    shape = tuple(numbers.shape)
+    problem = f"{place}: gives an array of shape {shape} for {len(responses)} responses; {remedy}"
+    require(shape == (len(responses),), problem)
+
+    # -inf is the log of a potential of 0.
+    wrong = ~numbers.isfinite()
+    if zero:
+        wrong = numbers.isnan() | numbers.isposinf()
+    if wrong.any():
+        i = wrong.nonzero()[0].item()
+        problem = f"{place}: gives {numbers[i]:g} for {responses[i][-30:]!r}; {remedy}"
+        raise SystemExit(problem)
+    return numbers.tolist()
+
+
+class OwnScore:
+    """A user's function(prompts, responses) of a file.
+
+    Whatever the file or the function does wrong ends the program with one line that names both.
+    """
+
+    def __init__(self, name, flag, zero):
+        path, _, function = name.rpartition(".py")
+        path = f"{path}.py"
+        function = function.removeprefix(":")
+        self.place = f"{flag} {name}"
+        self.zero = zero
+        require(Path(path).is_file(), f"{self.place}: there is no file {path}")
+        require(function, f"{self.place}: name its function, too: {path}:FUNCTION")
+
+        # The file is run as a module that may import its neighbours; the function is taken from it.
+        spec = importlib.util.spec_from_file_location("own_score", path)
+        self.path = spec.origin  # absolute, as tracebacks have it
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["own_score"] = module
+        sys.path.append(str(Path(self.path).parent))
+        try:
+            spec.loader.exec_module(module)
+        except (Exception, SystemExit) as error:
+            what = what_happened(error, self.path)
+            raise SystemExit(f"{self.place}: the file cannot be run: {what}") from None
+        self.function = getattr(module, function, None)
+        problem = f"{self.place}: the file has no function {function}; write {function}"
+        require(callable(self.function), f"{problem}(prompts, responses)")
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses):
+        remedy = "it must be function(prompts, responses) -> a number for each"
+        try:
+            answer = self.function(list(prompts), list(responses))
+        except (Exception, SystemExit) as error:
+            if signals and isinstance(error, SystemExit):
+                raise  # a signal, not the function
+            what = what_happened(error, self.path)
+            raise SystemExit(f"{self.place}: {what}; {remedy}") from None
+        return finite_numbers(answer, responses, self.place, remedy, self.zero)
+
+
+def what_happened(error, path):
+    """What an error in a user's file was, in a few words, with the line of that file.
+
+    path: absolute, as tracebacks have it.
+    """
+    # The last place in the file through which the error came; a file that does not parse has none.
+    line = None
+    if isinstance(error, SyntaxError) and error.filename == path:
+        line = error.lineno
+    for frame, at in traceback.walk_tb(error.__traceback__):
+        if frame.f_code.co_filename == path:
+            line = at
+
+    if isinstance(error, SystemExit):
+        what = f"calls sys.exit({str(error.code)[:20]})"
+    else:
+        what = f"raises {first_line(error)}"
+    if line is None:
+        return what
+    return f"line {line} {what}"
+
+
+def first_line(error):
+    """The type of an error and the start of what it says, for a message of one line."""
+    said = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {said[:60]}"
+
+
+def read_config(folder, flag):
+    """The config.json of a reward model, a dictionary.  SystemExit: there is none, or no JSON."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        problem = f"{path}: cannot be read ({type(error).__name__})"
+        raise SystemExit(f"{problem}; give {flag} the folder of a reward model") from None
+    require(isinstance(config, dict), f"{path}: is no object of JSON; restore it")
+    return config
+
+
+RETRAIN = "a reward must be a finite number: train the model again, or take another --dtype"
+
+
+class UtilityScore:
+    """The mean utility under a distributional reward model of dpl.py."""
+
+    def __init__(self, name, folder, dtype):
+        self.folder = folder
+        try:
+            import dpl
+        except ImportError:
+            problem = f"{folder}: a reward model of dpl.py, which must lie beside this method"
+            raise SystemExit(f"{problem}; copy it there") from None
+        self.dpl = dpl
+        try:
+            self.model, self.tokenizer, self.meta = dpl.load_reward_model(name, dtype)
+        except Exception as error:  # damaged files: many types
+            problem = f"{folder}: no reward model of dpl.py ({first_line(error)})"
+            raise SystemExit(f"{problem}; restore it") from None
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses):
+        # As in dpl.py: the reward is read at the last token, which of text is not the end of text.
+        require_template(self.tokenizer, prompts, self.folder)
+        rows = []
+        for found in encode_rows(rows_to_rate(prompts, responses), self.tokenizer):
+            require(isinstance(found, Encoded), f"{self.folder}: cannot read a text: {found}")
+            ids = found.responses[0]
+            if not found.is_chat:
+                ids = ids[:-1]
+            rows.append({"prompt_ids": found.prompt_ids, "responses": [ids]})
+        require_context(self.tokenizer, rows)
+
+        # The raw outputs of each text, and their mean.
+        values = [0.0] * len(rows)
+        if not rows:
+            return values
+        for batch in pack_pairs(rows, rank=0, world=1):
+            outputs = self.dpl.head_outputs(self.model, batch).cpu()
+            means = self.dpl.utility(outputs, self.meta["type"], measure="mean").tolist()
+            for i, mean in zip(batch["index"], means):
+                values[i] = mean
+        return finite_numbers(values, responses, self.folder, RETRAIN)
+
+
+class ClassifierScore:
+    """The one output, without a sigmoid or softmax, of a sequence classification model."""
+
+    def __init__(self, folder, config, dtype):
+        # The library leaves id2label out of the file where it has the default, two outputs.
+        self.folder = folder
+        labels = config.get("id2label")
+        one_output = isinstance(labels, dict) and len(labels) == 1
+        classifier = "SequenceClassification" in str(config.get("architectures"))
+        problem = "not a reward model: it needs a sequence classification head with one output"
+        require(classifier and one_output, f"{folder}: {problem}")
+
+        # Weights that are not in its files would be random.
+        load = AutoModelForSequenceClassification.from_pretrained
+        try:
+            self.tokenizer = load_tokenizer(folder)
+            model, info = load(folder, dtype=getattr(torch, dtype), output_loading_info=True)
+        except Exception as error:  # damaged files: many types
+            problem = f"{folder}: not a reward model that loads ({first_line(error)})"
+            raise SystemExit(f"{problem}; restore it") from None
+        missing = sorted(info["missing_keys"])
+        problem = f"{folder}: not a reward model: its files lack {', '.join(missing)[:60]}"
+        require(not missing, f"{problem}; train it, or restore them")
+        self.model = model.eval().requires_grad_(False).to(DEVICE)
+        self.cut = False  # has a text been longer than its context?
+
+    @torch.no_grad()
+    def __call__(self, prompts, responses):
+        require_template(self.tokenizer, prompts, self.folder)
+        texts = []
+        for row in rows_to_rate(prompts, responses):
+            texts.append(self.ids(row))
+        scores = []
+        pad = padding_for(self.tokenizer, texts)
+        self.model.config.pad_token_id = pad
+        for start in range(0, len(texts), 64):
+            # Padding at the end, which the mask hides.
+            batch = [torch.tensor(ids) for ids in texts[start : start + 64]]
+            padded = pad_sequence(batch, batch_first=True, padding_value=pad)
+            lengths = torch.tensor([[len(ids)] for ids in batch])
+            mask = torch.arange(padded.shape[1]) < lengths
+            output = self.model(padded.to(DEVICE), attention_mask=mask.long().to(DEVICE))
+            scores += output.logits[:, 0].float().tolist()
+        return finite_numbers(scores, responses, self.folder, RETRAIN)
+
+    def ids(self, row):
+        """What it reads of one row; what is too long for it loses its end."""
+        # Of a chat all that the template writes, as its training did; before and after text it has
+        # its own special tokens.
+        try:
+            found = row_texts(self.tokenizer, row)
+        except Unusable as reason:
+            raise SystemExit(f"{self.folder}: cannot read a text: {reason}") from None
+        if found.is_chat:
+            ids = self.tokenizer(found.responses[0], add_special_tokens=False).input_ids
+        else:
+            ids = self.tokenizer(found.prompt + found.responses[0], verbose=False).input_ids
+        context = self.tokenizer.model_max_length
+        if len(ids) > context and not self.cut:
+            self.cut = True
+            say(f"{self.folder}: longer texts are cut to its context of {context} tokens")
+        return ids[:context]
+
+
+def rows_to_rate(prompts, responses):
+    """Rows of a prompt and one response, of a space at least: a reward is read at a token."""
+    rows = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        rows.append({"prompt": prompt, "responses": [response or " "]})
+    return rows
+
+
+def require_template(tokenizer, prompts, folder):
+    """SystemExit: there are chats among the prompts, and the tokenizer has no chat template."""
+    chats = any(isinstance(prompt, list) for prompt in prompts)
+    problem = f"{folder}: its tokenizer has no chat template, but the prompts are chat messages"
+    require(tokenizer.chat_template or not chats, f"{problem}; take another reward model")
+
+
+def padding_for(tokenizer, texts):
+    """An id to pad with.
+
+    A decoder's classifier reads the last token that is not padding, which must not be the end of a
+    chat: where EOS is the padding, another id takes its place, one that no text ends with.
+    """
+    if tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer.pad_token_id
+    last = {ids[-1] for ids in texts}
+    free = 0
+    while free in last:
+        free += 1
+    return free
+
+
 # ---- the tiny world
 #
 # Data and a model that need no network and no GPU: stories from a grammar, two groups of readers
@@ -2243,6 +2610,14 @@ TINY_GRAMMAR = {
 # Hidden context: the share of readers in each group, and what the monster is worth to them.
 TINY_GROUPS = ((0.75, 1.5), (0.25, -5.5))
 TINY_VERSION = 1  # raise it with every change of what the functions below make
+
+
+TINY_PROMPT = re.compile(r"\n\nHuman: Tell me a story about a \w+ in a \w+\.\n\nAssistant:")
+
+
+def are_tiny_prompts(prompts):
+    """Are all prompts of the tiny world, the only one whose reward and readers are known?"""
+    return all(TINY_PROMPT.match(words(prompt)) for prompt in prompts)
 
 
 def tiny_text(symbol, rng):
@@ -2914,19 +3289,21 @@ def save_checkpoint(out, step, model, optimizer, keep=2, **extra):
     on_rank0(finish, f"{tmp}: checkpoint not saved; make room, then --resume from the one before")
 
 
-def load_checkpoint(out, model, optimizer):
+def load_checkpoint(out, model, optimizer, only_read=False):
     """Restore the newest undamaged checkpoint, of any number of processes -> (step, extra).
 
     (0, {}) if there is none.  Random states return if the number of processes is the same;
-    metrics.jsonl loses its lines from `step` on.  SystemExit: all checkpoints are damaged.
+    metrics.jsonl loses its lines from `step` on.  only_read: no file and no random state changes.
+    SystemExit: all checkpoints are damaged.
     """
 
     def choose():
-        for unfinished in out.glob("step-*.tmp"):
-            shutil.rmtree(unfinished)
         folder = _newest_undamaged(out)
         step = _step_of(folder) if folder else 0
-        _forget_lines_from(step, out / "metrics.jsonl")
+        if not only_read:
+            for unfinished in out.glob("step-*.tmp"):
+                shutil.rmtree(unfinished)
+            _forget_lines_from(step, out / "metrics.jsonl")
         return step, folder
 
     step, folder = on_rank0(choose, f"{out}: cannot resume")
@@ -2938,6 +3315,8 @@ def load_checkpoint(out, model, optimizer):
     dcp.load(state, checkpoint_id=folder)
     dsd.set_state_dict(model, optimizer, **state)
     saved = torch.load(folder / "extra.pt")
+    if only_read:
+        return step, saved["extra"]
     if len(saved["rng"]) == dist.get_world_size():
         for module, rng in zip(RANDOM, saved["rng"][dist.get_rank()]):
             module.set_rng_state(rng)
@@ -2991,6 +3370,8 @@ def _forget_lines_from(step, metrics):
 
 def setting(args):
     """Model, data and seed of a run, for a caption; the tiny world says that it is no paper's."""
+    if getattr(args, "prompt", ""):
+        return f"model {args.model}, prompt {args.prompt[:40]!r}, seed {args.seed}"
     where = " (the built-in tiny world, not the paper's setting)" if args.data == "tiny" else ""
     return f"model {args.model}, data {args.data}{where}, seed {args.seed}"
 

@@ -16,7 +16,7 @@ P(a beats b) = P(u_a > u_b) + P(u_a = u_b) / 2, where u_a and u_b are independen
     python methods/dpl.py synthetic 1d   a small Figure 3, in seconds; 2d: the released second world
     python methods/dpl.py figure3        Figure 3 as released
     python methods/dpl.py train --type categorical --model gpt2 --data pairs.jsonl --lr 1e-5
-    python methods/dpl.py evaluate --data pairs.jsonl --out eval.jsonl     rows: chosen, rejected
+    python methods/dpl.py evaluate --data pairs.csv --out eval.jsonl   chosen, rejected; group
     python methods/dpl.py score --data prompts.jsonl --out outputs.jsonl   rows: prompt, responses
     python methods/dpl.py score --prompt "Human: Hi" --response " Hello"
     python methods/dpl.py summarize --files eval.jsonl outputs.jsonl
@@ -62,7 +62,9 @@ class Args:
     entropy_coeff: float = 0.1  # kappa, weight of the entropy bonus of categorical; App. C.2
     sigma_floor: float = 1e-4  # its square is added to var_a + var_b; none in the released code
     soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen in training, not 1
-    subset: Literal["both", "helpful", "harmless"] = "both"  # sub-folder, or column data_subset
+    # both: all pairs; else a group of any name: a sub-folder, or the value of a column data_subset,
+    # subset or group
+    subset: str = "both"
     lora: bool = False  # train rank 8, alpha 32 (App. C.2) and merge it at the end; needs peft
 
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
@@ -108,10 +110,11 @@ class ScoreArgs:
     """Options of evaluate and score."""
 
     checkpoints: tuple[str, ...] = ("results/dpl-train",)  # run or model folders
-    names: tuple[str, ...] = ("both",)  # one for each: columns reward_outputs_NAME and risk_NAME
+    # one for each, of its columns mean_NAME, sd_NAME, risk_NAME and reward_outputs_NAME
+    names: tuple[str, ...] = ("both",)
     data: str = ""  # JSON lines of prompt and responses; or pairs, as for train
     split: Literal["train", "test"] = "test"  # of pairs
-    subset: Literal["both", "helpful", "harmless"] = "both"  # of pairs
+    subset: str = "both"  # of pairs: both, which is all, or the name of a group
     max_length: int = 2**30  # tokens; pairs with a longer side are dropped, nothing is ever cut
     prompt: str = ""  # with --response, instead of --data: print the numbers of one text
     response: str = ""  # see --prompt
@@ -179,6 +182,7 @@ from common import response_hiddens  # log-probabilities
 from common import encode_rows, pack_pairs, require_context, show_example  # tokenization
 from common import Unusable, require_text  # tokenization
 from common import batch_order, load_pairs, optimiser_steps, read_rows, report, subset  # data
+from common import words  # the plain text of a string or of chat messages
 from common import clip_gradients, load_model, load_tokenizer, model_folder, save_model  # models
 from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
 from common import load_checkpoint, on_rank0, require, save_checkpoint, setup  # processes
@@ -477,7 +481,7 @@ def encode(texts, tokenizer, max_length, what="tokens"):
 def load_subset(args, split):
     """The pairs of --data that belong to --subset.
 
-    They are in the sub-folder of that name; without one, their column data_subset has that name.
+    They are in the sub-folder of that name; without one, a column of GROUP_COLUMNS has that name.
     """
     # The relabelled HH-RLHF has a folder for each subset; to read them all would take pairs twice.
     folder = Path(args.data, args.subset)
@@ -487,10 +491,22 @@ def load_subset(args, split):
     rows = load_pairs(args.data, split)
     if args.subset == "both":
         return rows
-    rows = [row for row in rows if row.get("data_subset") == args.subset]
-    problem = f"no row has data_subset {args.subset}, nor is there such a sub-folder"
-    require(rows, f"{args.data}: {problem}; use --subset both")
+    groups = sorted(set(map(group_of, rows)))
+    rows = [row for row in rows if group_of(row) == args.subset]
+    problem = f"no row of group {args.subset!r}, nor such a sub-folder; use --subset both"
+    require(rows, f"{args.data}: {problem}, or one of {', '.join(groups)[:60]}")
     return rows
+
+
+GROUP_COLUMNS = ("data_subset", "subset", "group")  # where a row names its group of readers
+
+
+def group_of(row):
+    """The group that a row belongs to, by any name; "other" if it names none."""
+    for column in GROUP_COLUMNS:
+        if row.get(column) is not None:
+            return str(row[column])
+    return "other"
 
 
 def number_of_outputs(reward_type, num_atoms):
@@ -916,7 +932,9 @@ COMMAND_LINE = "--prompt, --response"  # in place of a file's name
 
 
 def add_scores(rows, name, checkpoint, args):
-    """The rows with three more columns: reward_outputs_NAME, risk_NAME and reward_model_NAME."""
+    """The rows with more columns: mean_NAME and sd_NAME of each response's utility, risk_NAME; and
+    for summarize reward_outputs_NAME, the raw outputs, and reward_model_NAME.
+    """
     texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
     source = COMMAND_LINE
     if args.response == "":
@@ -934,6 +952,8 @@ def add_scores(rows, name, checkpoint, args):
     kept = [rows[code["row"]] for code in encoded]
     outputs = raw_outputs(model, encoded, args.tokens_per_microbatch)
     for row, row_outputs in zip(kept, outputs, strict=True):
+        row[f"mean_{name}"] = utility(row_outputs, meta["type"], "mean").tolist()
+        row[f"sd_{name}"] = utility(row_outputs, meta["type"], "sd").tolist()
         risk = utility(row_outputs, meta["type"], args.risk, args.alpha)
         row[f"reward_outputs_{name}"] = row_outputs.tolist()
         row[f"risk_{name}"] = risk.tolist()
@@ -942,7 +962,10 @@ def add_scores(rows, name, checkpoint, args):
 
 
 def score(args):
-    """Raw outputs of reward models for pairs or responses -> the rows, written to args.out."""
+    """Utilities of pairs or responses under reward models -> the rows, written to args.out.
+
+    Printed are mean and sd, what summarize prints and, of pairs, what the groups say.
+    """
     alone = args.response != ""  # one text on the command line
     if alone:
         rows = [{"prompt": args.prompt, "responses": [args.response]}]
@@ -961,7 +984,181 @@ def score(args):
         return rows
     text = "".join(json.dumps(row, default=str) + "\n" for row in rows).encode()
     on_rank0(lambda: write(args.out, text), f"{args.out}: cannot be written")
+    report_scores(args, rows)
+    say(f"{len(rows)} rows: {args.out}")
     return rows
+
+
+def report_scores(args, rows):
+    """Print means and sds, what summarize prints, and of pairs what the groups say."""
+    for name in args.names:
+        print_means(rows, name)
+    counts = {len(row["responses"]) for row in rows}
+    if len(counts) == 1 and counts != {1}:
+        for scored in scored_in(args.out, rows):
+            print_summary(args.out, scored, summary_of(scored, args.alpha), args.alpha)
+    if "chosen" not in rows[0]:
+        return
+    for name in args.names:
+        groups = group_table(rows, name)
+        if len(groups) < 3:  # all, and one more
+            say("\none group: a column data_subset, subset or group names the readers of each pair")
+            return
+        shared = shared_responses(rows, name)
+        print_groups(name, groups, shared)
+        path = figure_path(args, name)
+        caption = f"{args.data}, {args.split}: reward model {name}"
+        figure = draw_groups(groups, shared, caption)
+        on_rank0(lambda figure=figure, path=path: save_figure(figure, path), f"{path}: not written")
+        say(f"figure: {path}")
+
+
+def print_means(rows, name, most=6):
+    """Mean and sd of the first responses under the reward model NAME, a line for each."""
+    say(f"\n{name + ': row':20}{'mean':>10}{'sd':>10}  response")
+    for number, row in enumerate(rows[:most], 1):
+        for i, response in enumerate(row["responses"]):
+            mean = row[f"mean_{name}"][i]
+            sd = row[f"sd_{name}"][i]
+            text = " ".join(words(response).split())[:50]
+            say(f"{number:<20}{mean:10.4f}{sd:10.4f}  {text}")
+    if len(rows) > most:
+        say(f"... and {len(rows) - most} rows more")
+
+
+# ---- what groups of readers say of pairs
+
+
+@dataclass
+class Group:
+    """A group's pairs under one reward model."""
+
+    pairs: int
+    hits: float  # pairs whose chosen response has the larger mean; a tie is half
+    sd: float  # mean of the sds of all responses
+
+
+@dataclass
+class Shared:
+    """A response that two groups at least have judged."""
+
+    sd: float  # learned
+    difference: float  # between the groups' shares of pairs that it wins, the largest
+
+
+def group_table(rows, name):
+    """{group: Group}, all pairs first.  A group is any name in a column of GROUP_COLUMNS."""
+    members = {"all": rows}
+    for row in rows:
+        members.setdefault(group_of(row), []).append(row)
+    found = {}
+    for group, own in members.items():
+        hits = 0.0
+        sds = 0.0
+        for row in own:
+            rejected, chosen = row[f"mean_{name}"]
+            hits += (chosen > rejected) + (chosen == rejected) / 2
+            sds += sum(row[f"sd_{name}"]) / 2
+        found[group] = Group(len(own), hits, sds / len(own))
+    return found
+
+
+def shared_responses(rows, name):
+    """The responses that two groups or more have judged, in the same pair or in others -> [Shared]
+
+    This needs no knowledge of the groups but who preferred what.
+    """
+    # For each response, what each group has said: 1 where it was chosen, else 0.
+    verdicts = defaultdict(dict)
+    sds = {}
+    for row in rows:
+        for won, response in enumerate(row["responses"]):  # rejected, chosen
+            key = json.dumps([row["prompt"], response], default=str)
+            verdicts[key].setdefault(group_of(row), []).append(won)
+            sds[key] = row[f"sd_{name}"][won]
+
+    # By how much do the groups differ?
+    found = []
+    for key, of_groups in verdicts.items():
+        shares = [sum(won) / len(won) for won in of_groups.values()]
+        if len(shares) > 1:
+            found.append(Shared(sds[key], max(shares) - min(shares)))
+    return found
+
+
+DIVIDED = 0.5  # groups disagree on a response where their shares differ by this much
+
+
+def sds_by_kind(shared):
+    """The sds of responses on which groups agree, and of those on which they do not."""
+    agreed = [one.sd for one in shared if one.difference < DIVIDED]
+    divided = [one.sd for one in shared if one.difference >= DIVIDED]
+    return torch.tensor(agreed), torch.tensor(divided)
+
+
+def found_by_spread(shared):
+    """How often the sd is larger where groups disagree than where they agree, ties by half.
+
+    1/2 is chance.  nan without responses of both kinds.
+    """
+    agreed, divided = sds_by_kind(shared)
+    larger = (divided[:, None] - agreed).sign() / 2 + 0.5
+    return larger.mean().item()
+
+
+def print_groups(name, groups, shared):
+    """A table of the groups, and whether the spread finds where they disagree."""
+    title = f"{name}: group"
+    say(f"\n{title:24}{'pairs':>8}{'accuracy':>10}   95 % interval{'mean sd':>12}")
+    for group, seen in groups.items():
+        low, high = wilson(seen.hits, seen.pairs)
+        line = f"{shown(group):24}{seen.pairs:8}{seen.hits / seen.pairs:10.4f}"
+        say(f"{line}  [{low:.4f}, {high:.4f}]{seen.sd:10.4f}")
+    agreed, divided = sds_by_kind(shared)
+    if len(divided) == 0 or len(agreed) == 0:
+        kinds = f"{len(divided)} responses divide the groups, on {len(agreed)} they agree"
+        say(f"{kinds}: too few that two groups judged to tell whether the spread finds them")
+        return
+    line = f"sd where groups disagree ({len(divided)} responses) is larger than where they agree "
+    say(f"{line}({len(agreed)}) in {found_by_spread(shared):.1%} of comparisons; chance is 50 %")
+
+
+def draw_groups(groups, shared, caption):
+    """Two panels -> the figure.  Accuracy of each group; sd where groups agree and disagree."""
+    from matplotlib.figure import Figure
+
+    figure = Figure((9, 3.6), layout="constrained")
+    axes = figure.subplots(1, 2)
+    figure.suptitle(caption, fontsize=9)
+
+    # Whose preferences does the mean utility predict?
+    for place, seen in enumerate(groups.values()):
+        share = seen.hits / seen.pairs
+        low, high = wilson(seen.hits, seen.pairs)
+        axes[0].errorbar(place, share, [[share - low], [high - share]], fmt="o", capsize=4)
+    axes[0].axhline(0.5, color="k", ls=":")
+    axes[0].set_xticks(range(len(groups)), [shown(group)[:16] for group in groups])
+    axes[0].set(title="accuracy of the mean, 95 % interval", xlabel="group", ylabel="accuracy")
+
+    # Does the spread find where the groups disagree?
+    agreed, divided = sds_by_kind(shared)
+    axes[1].hist(agreed, 30, alpha=0.6, color="C0", label=f"groups agree ({len(agreed)})")
+    axes[1].hist(divided, 30, alpha=0.6, color="C3", label=f"they disagree ({len(divided)})")
+    share = found_by_spread(shared)
+    title = f"sd is larger where they disagree: {share:.1%}\nof comparisons, chance 50 %"
+    if math.isnan(share):
+        title = "too few responses that two groups judged"
+    axes[1].set(title=title, xlabel="learned sd of utility", ylabel="responses")
+    axes[1].legend(fontsize=8)
+    return figure
+
+
+def figure_path(args, name):
+    """The figure of a reward model's groups, beside the file of scores."""
+    path = Path(args.out)
+    if len(args.names) == 1:
+        return path.with_suffix(".png")
+    return path.with_name(f"{path.stem}_{name}.png")
 
 
 def print_utilities(row, name, alpha):
@@ -1075,16 +1272,15 @@ def named_type(path, rows, name, K):
     return first[0]
 
 
-def part_of(row):
-    """The subset of HH-RLHF that a row belongs to."""
-    return str(row.get("data_subset", "other"))
-
-
 def read_outputs(path):
     """Raw outputs in a file of score, evaluate or the released code -> list of Scored"""
     rows = read_rows(Path(path))
     require(rows, f"{path}: no rows; write the file with score or evaluate")
+    return scored_in(path, rows)
 
+
+def scored_in(path, rows):
+    """As read_outputs, of the rows of that file."""
     # The released code's eval_results have one reward model, and a column for each side of a pair.
     # That model has no name in the file; here it is called "pairs".
     for row in rows:
@@ -1098,7 +1294,7 @@ def read_outputs(path):
     require(names, f"{path}:1: no reward_outputs_NAME; write the file with score or evaluate")
 
     found = []
-    parts = sorted(set(map(part_of, rows)))
+    parts = sorted(set(map(group_of, rows)))
     for name in names:
         outputs = output_table(path, rows, prefix + name)
         reward_type = named_type(path, rows, name, outputs.shape[-1])
@@ -1107,7 +1303,7 @@ def read_outputs(path):
         # Helpfulness accuracy is that of the helpful rows (Table 1).
         if len(parts) > 1:
             for part in parts:
-                members = [part_of(row) == part for row in rows]
+                members = [group_of(row) == part for row in rows]
                 found.append(Scored(f"{name}, {part}", reward_type, outputs[members]))
     return found
 

@@ -10,8 +10,9 @@ chosen responses of the data, or with the responses of another model:
     python methods/generate.py hh --model results/dpo-hh --judge results/dpl-train
     python methods/generate.py --model results/dpo --against FILE --out results/2
     python methods/generate.py --responses FILE --judge-command "python ask.py"
+    python methods/generate.py --model M --data prompts.txt --judge own.py:short
 
-FILE is the responses.jsonl of another run.
+FILE is the responses.jsonl of another run: the samples, which every run writes.
 Presets: tiny (default) | hh: as released with Cal-DPO | tldr: as in EXO (arxiv.org/abs/2402.00856).
 
 A judge command reads questions, one line of JSON {"prompt", "a", "b"} for each, and prints A, B or
@@ -32,7 +33,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -49,13 +50,20 @@ class Args:
     max_new_tokens: int = 100  # responses end at the end-of-text token or here
     samples: int = 1  # responses per prompt
     prompts: int = 0  # only this many, the first of the test split; 0: all
-    judge: str = "tiny"  # tiny (the known reward), a reward model's folder or hub id, or none
+    # tiny (the reward of the tiny world, for its prompts alone), none, FILE.py:FUNCTION (yours:
+    # function(prompts, responses) -> a number for each), or a reward model's folder or hub id
+    judge: str = "tiny"
     judge_command: str = ""  # a shell command, instead of --judge
     against: str = "chosen"  # the data's chosen responses, or the responses.jsonl of another run
     responses: str = ""  # a responses.jsonl to judge, instead of generating one
 
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
-    data: str = "tiny"  # whose test prompts: tiny, hh, tldr, tldr-sft, a file, a folder or a hub id
+    # whose test prompts: tiny, hh, tldr, tldr-sft, a file, a folder or a hub id; a file of prompts
+    # alone (.txt: one a line; or rows with only prompt, text or chat messages) is taken whole
+    data: str = "tiny"
+    # one prompt instead of --data: text as it stands, without a chat template, unless it is a JSON
+    # list of messages, '[{"role": "user", "content": "Hi"}]'
+    prompt: str = ""
     max_prompt_length: int = 512  # tokens to which longer prompts are cut
     batch_size: int = 64  # responses sampled side by side, on each process
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the models
@@ -89,30 +97,41 @@ PRESETS = {
     ),
 }
 
+# --help ends its text with this.
+EXAMPLE = """
+Your own judge is a function in a file.  Without chosen responses its mean score is printed.
+
+    # own.py: the shorter a response, the better
+    def short(prompts, responses):
+        scores = []
+        for prompt, response in zip(prompts, responses):
+            scores.append(-len(response))
+        return scores
+"""
+
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
     preset = "tiny"
     if sys.argv[1:] and not sys.argv[1].startswith("-"):
         preset = sys.argv.pop(1)
     if preset not in PRESETS:
         raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
+    args = tyro.cli(Args, default=PRESETS[preset], description=__doc__ + EXAMPLE)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import transformers
 from matplotlib.figure import Figure
-from torch.nn.utils.rnn import pad_sequence
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
-from common import end_tokens, pack_pairs, row_texts, tokenize_pairs  # tokenization
+from common import end_tokens, tokenize_pairs  # tokenization
 from common import Unusable, require_context, show_example  # tokenization
-from common import load_pairs, read_rows, require_text  # data
+from common import load_prompts, read_rows, require_text, show_samples  # data
 from common import words  # the plain text of a string or of chat messages
-from common import load_model, load_tokenizer, model_folder  # models
-from common import tiny_reward  # the tiny world
+from common import load_model, load_tokenizer, load_score, OwnScore  # models, and what rates
+from common import are_tiny_prompts, tiny_reward  # the tiny world
 from common import DEVICE, check_ranges, progress, require, say, setting, setup  # processes
 from common import memory, require_free  # processes
 from common import save_figure, signals, start_run, stop_requested, write  # processes
@@ -412,12 +431,17 @@ def draw_batch(args, batch, rows, filters, model, tokenizer):
     return responses
 
 
-def prepare(args):
-    """Load all that it takes to draw the responses -> Work."""
-    tokenizer = load_tokenizer(args.model)
-    rows = load_pairs(args.data, "test", pairs=False)
+def read_prompts(args):
+    """The rows to answer: of --prompt, or of --data."""
+    rows = load_prompts(args.data, args.prompt)
     if args.prompts:
         rows = rows[: args.prompts]
+    return rows
+
+
+def prepare(args, rows):
+    """Load all that it takes to draw the responses to the rows' prompts -> Work."""
+    tokenizer = load_tokenizer(args.model)
     check_sizes(args, len(rows), len(tokenizer))
 
     # The responses, in batches.
@@ -564,24 +588,47 @@ def scores(args, questions):
             found.append(tiny_reward(words(prompt), words(response)))
         return found
 
-    # A reward model: of dpl.py, which says so in its config, or a classifier of the library.
-    rows = []
+    # Your own function is called by the first process alone; a reward model is loaded by all.
+    score = load_score(args.judge, "--judge", args.dtype)
+    if isinstance(score, OwnScore):
+        return on_rank0(partial(own_scores, args, score, questions), f"--judge {args.judge}")
+    return shared_scores(args, score, questions)
+
+
+def rate(score, questions):
+    """A judge's scores of (prompt, response, other) questions, which do not look at the other."""
+    prompts = []
+    responses = []
     for prompt, response, _ in questions:
-        if not response:
-            response = " "  # a reward is read at a token of the response, so it must have one
-        rows.append({"prompt": prompt, "responses": [response]})
-    folder = model_folder(args.judge)
-    if "dpl" in read_config(folder):
-        found = utility_scores(args, folder, rows)
-    else:
-        found = classifier_scores(args, folder, rows)
-    wrong = np.flatnonzero(~np.isfinite(found))
-    problem = f"{folder}: a reward is not a finite number"
-    require(len(wrong) == 0, f"{problem}; train it again, or take another --dtype")
+        prompts.append(prompt)
+        responses.append(response)
+    return score(prompts, responses)
+
+
+def own_scores(args, score, questions):
+    """What your own function gives; it is asked about --batch-size responses at a time."""
+    found = []
+    for start in range(0, len(questions), args.batch_size):
+        if signals:
+            raise SystemExit(143)
+        found += rate(score, questions[start : start + args.batch_size])
     return found
 
 
-def check_judge(args):
+def shared_scores(args, score, questions):
+    """What a reward model gives.  The processes take turns, --batch-size responses each."""
+    # Each process fills in its own scores and leaves the others at 0.
+    found = torch.zeros(len(questions), dtype=torch.float64)
+    n = args.batch_size
+    for first in until_stopped(range(0, len(questions), n * dist.get_world_size())):
+        start = first + n * dist.get_rank()
+        own = rate(score, questions[start : start + n])
+        found[start : start + len(own)] = torch.tensor(own, dtype=torch.float64)
+    dist.all_reduce(found)
+    return found.tolist()
+
+
+def check_judge(args, rows):
     """Load --judge once, so that what is wrong with it ends the program before sampling."""
     if args.judge_command:
         # Only whether a shell can read it: a judge may cost money.
@@ -591,29 +638,33 @@ def check_judge(args):
         return
     if args.judge == "tiny":
         return
-    folder = model_folder(args.judge)
-    if "dpl" in read_config(folder):
-        load_utility(args, folder)
-    else:
-        load_classifier(args, folder)
+    score = load_score(args.judge, "--judge", args.dtype)
+    if isinstance(score, OwnScore):  # tried on two responses
+        tried = [(rows[0]["prompt"], "Yes.", ""), (rows[-1]["prompt"], "", "")]
+        on_rank0(partial(rate, score, tried), f"--judge {args.judge}")
 
 
-def read_config(folder):
-    """The config.json of a reward model, a dictionary.  SystemExit: there is none, or no JSON."""
-    path = folder / "config.json"
-    try:
-        config = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        problem = f"{path}: cannot be read ({type(error).__name__})"
-        raise SystemExit(f"{problem}; give --judge the folder of a reward model") from None
-    require(isinstance(config, dict), f"{path}: is no object of JSON; restore it")
-    return config
+def fitting(args, rows):
+    """The options without a judge where it cannot judge these rows, with a line that says so."""
+    if not is_judged(args):
+        return args
+    compared = args.against != "chosen" or any(row.get("chosen") for row in rows)
+    problem = ""
+    if args.judge_command and not compared:
+        problem = "--judge-command compares, but there are no chosen responses; give --against"
+    elif not args.judge_command and args.judge == "tiny":
+        if not are_tiny_prompts([row["prompt"] for row in rows]):
+            problem = "--judge tiny knows the tiny world's prompts alone; give --judge FILE.py:"
+            problem += "FUNCTION, or a reward model's folder, or none"
+    if not problem:
+        return args
 
-
-def first_line(error):
-    """The type of an error and the start of what it says, for a message of one line."""
-    said = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {said[:60]}"
+    # Who has named what to judge or to compare with wants a judge.
+    if args.against != "chosen":
+        read_responses(args.against)  # what is wrong with it comes first
+    require(args.against == "chosen" and not args.responses, problem)
+    say(f"not judged: {problem}")
+    return replace(args, judge="none", judge_command="")
 
 
 POINTS = {"a": 1, "tie": 0, "b": -1}  # what an answer gives to response a
@@ -699,113 +750,15 @@ def ask(command, questions):
     return [POINTS[answer] for answer in answers]
 
 
-def load_utility(args, folder):
-    """A distributional reward model of dpl.py -> model, tokenizer, and what its config says."""
-    from dpl import load_reward_model  # dpl.py, beside this file
-
-    try:
-        return load_reward_model(args.judge, args.dtype)
-    except Exception as error:  # damaged files: many types
-        problem = f"{folder}: no reward model of dpl.py ({first_line(error)})"
-        raise SystemExit(f"{problem}; restore it") from None
-
-
-@torch.no_grad()
-def utility_scores(args, folder, rows):
-    """The mean utility of each row's response under a distributional reward model of dpl.py."""
-    from dpl import encode, head_outputs, utility  # dpl.py, beside this file
-
-    model, tokenizer, meta = load_utility(args, folder)
-    encoded = encode(rows, tokenizer, max_length=2**30)  # no text is too long
-    unread = len(rows) - len(encoded)
-    require(unread == 0, f"{folder}: cannot read {unread} of the texts")
-
-    # Raw outputs (N, K).  Each process fills in its own rows and leaves the others at 0.
-    outputs = torch.zeros(len(rows), model.config.num_labels)
-    for batch in until_stopped(pack_pairs(encoded, tokens_per_microbatch=8192)):
-        outputs[batch["index"]] = head_outputs(model, batch).cpu()
-    dist.all_reduce(outputs)
-    return [utility(output, meta["type"], measure="mean").item() for output in outputs]
-
-
-def load_classifier(args, folder):
-    """A sequence classification model with one output -> model, tokenizer."""
-    # The library leaves id2label out of the file where it has the default, two outputs.
-    config = read_config(folder)
-    labels = config.get("id2label")
-    one_output = isinstance(labels, dict) and len(labels) == 1
-    classifier = "SequenceClassification" in str(config.get("architectures"))
-    problem = "not a reward model: it needs a sequence classification head with one output"
-    require(classifier and one_output, f"{folder}: {problem}")
-
-    # Weights that are not in its files would be random.
-    load = transformers.AutoModelForSequenceClassification.from_pretrained
-    dtype = getattr(torch, args.dtype)
-    try:
-        tokenizer = load_tokenizer(folder)
-        judge, info = load(folder, dtype=dtype, output_loading_info=True)
-    except Exception as error:  # damaged files: many types
-        problem = f"{folder}: not a reward model that loads ({first_line(error)})"
-        raise SystemExit(f"{problem}; restore it") from None
-    missing = sorted(info["missing_keys"])
-    problem = f"{folder}: not a reward model: its files lack {', '.join(missing)[:60]}"
-    require(not missing, f"{problem}; train it, or restore them")
-    return judge.eval().to(DEVICE), tokenizer
-
-
-def classifier_scores(args, folder, rows):
-    """The one output of a sequence classification model for each row's prompt and response."""
-    # Of a chat the classifier reads all that the template writes, as its training did; before and
-    # after text it has its own special tokens.  What is too long for it loses its end.
-    judge, tokenizer = load_classifier(args, folder)
-    texts = []
-    cut = 0
-    for row in until_stopped(rows):
-        try:
-            found = row_texts(tokenizer, row)
-        except Unusable as reason:
-            raise SystemExit(f"{folder}: a text {reason}") from None
-        if found.is_chat:
-            ids = tokenizer(found.responses[0], add_special_tokens=False).input_ids
-        else:
-            ids = tokenizer(found.prompt + found.responses[0], verbose=False).input_ids
-        cut += len(ids) > tokenizer.model_max_length
-        texts.append(ids[: tokenizer.model_max_length])
-    if cut:
-        context = tokenizer.model_max_length
-        say(f"{folder}: {cut} of {len(rows)} texts cut to its context of {context} tokens")
-
-    # The raw output, without a sigmoid or softmax; padding at the end.
-    judge.config.pad_token_id = padding_for(tokenizer, texts)
-    scores = []
-    for start in until_stopped(range(0, len(texts), args.batch_size)):
-        batch = [torch.tensor(ids) for ids in texts[start : start + args.batch_size]]
-        padded = pad_sequence(batch, batch_first=True, padding_value=judge.config.pad_token_id)
-        lengths = torch.tensor([[len(ids)] for ids in batch])
-        mask = torch.arange(padded.shape[1]) < lengths
-        with torch.no_grad():
-            output = judge(padded.to(DEVICE), attention_mask=mask.long().to(DEVICE))
-        scores += output.logits[:, 0].float().tolist()
-    return scores
-
-
-def padding_for(tokenizer, texts):
-    """An id to pad with.
-
-    A decoder's classifier reads the last token that is not padding, which must not be the end of a
-    chat: where EOS is the padding, another id takes its place, one that no text ends with.
-    """
-    if tokenizer.pad_token_id != tokenizer.eos_token_id:
-        return tokenizer.pad_token_id
-    last = {ids[-1] for ids in texts}
-    free = 0
-    while free in last:
-        free += 1
-    return free
-
-
 def other_responses(args, rows):
-    """What the responses are compared with: the chosen ones, or those of the file --against."""
+    """What the responses are compared with: the chosen ones, or those of the file --against.
+
+    None: they are not judged, or there are prompts only, so that there is nothing to compare with.
+    """
+    if not is_judged(args):
+        return None
+    if args.against == "chosen" and not any(row.get("chosen") for row in rows):
+        return None
     if args.against == "chosen":
         others = []
         for number, row in enumerate(rows, 1):
@@ -819,6 +772,17 @@ def other_responses(args, rows):
     problem += "generate both files with the same --data, --prompts and --samples"
     require(same, problem)
     return [row["response"] for row in other_rows]
+
+
+def judge(args, rows, others):
+    """The rows with what the judge says of them: compared with others, or by their scores alone."""
+    if others is not None:
+        return compare(args, rows, others)
+    questions = [(row["prompt"], row["response"], "") for row in rows]
+    judged = []
+    for row, score in zip(rows, scores(args, questions)):
+        judged.append({**row, "score": score})
+    return judged
 
 
 def compare(args, rows, others):
@@ -907,26 +871,25 @@ def judge_file(args):
     They are judged before the run folder is made: a fault in them or in the judge leaves nothing.
     """
     rows = read_responses(args.responses)
+    args = fitting(args, rows)
     found = None
     if is_judged(args):
-        found = compare(args, rows, other_responses(args, rows))
+        found = judge(args, rows, other_responses(args, rows))
     start_run(args, "generate")
     return found
 
 
-def draw(args, out):
-    """Draw the responses -> the others that they are compared with, or None without a judge.
+def draw(args, prompts, out):
+    """Draw the responses -> the others that they are compared with, or None if there are none.
 
     Whatever can be refused is refused before the run folder is made.  The judge is tried before the
     model is loaded, so that only one of them is in memory.  The others are read before sampling,
     since --overwrite may delete the file that they are in.
     """
     if is_judged(args):
-        check_judge(args)
-    work = prepare(args)
-    others = None
-    if is_judged(args):
-        others = other_responses(args, expected_rows(work))
+        check_judge(args, prompts)
+    work = prepare(args, prompts)
+    others = other_responses(args, expected_rows(work))
 
     # The run folder; start_run deletes what all methods write, and clear the rest.
     start_run(args, "generate")
@@ -939,18 +902,29 @@ def draw(args, out):
 def draw_and_judge(args, out):
     """Draw the responses, unless an earlier run has -> judged rows, or None without a judge."""
     path = out / "responses.jsonl"
-    others = None
     if args.resume and not args.overwrite and path.exists():
         start_run(args, "generate")
         rows = read_responses(path)
-        if is_judged(args):
-            others = other_responses(args, rows)
+        args = fitting(args, rows)
+        others = other_responses(args, rows)
     else:
-        others = draw(args, out)
+        prompts = read_prompts(args)
+        args = fitting(args, prompts)
+        others = draw(args, prompts, out)
         rows = read_responses(path)
-    if others is None:
+    show_samples(path, rows)
+    if not is_judged(args):
         return None
-    return compare(args, rows, others)
+    return judge(args, rows, others)
+
+
+def write_scores(args, rows, out):
+    """judged.jsonl and the mean score, where there is nothing to compare with."""
+    write_rows(out / "judged.jsonl", rows)
+    values = [row["score"] for row in rows]
+    mean = sum(values) / len(values)
+    print(f"no chosen responses, so no win rate; {args.judge}: mean score {mean:.4g}")
+    print(f"lowest {min(values):.4g}, highest {max(values):.4g}, all in {out / 'judged.jsonl'}")
 
 
 def write_results(args, rows, summary, out):
@@ -978,6 +952,9 @@ def main(args):
     else:
         rows = draw_and_judge(args, out)
     if rows is None:
+        return None
+    if "outcome" not in rows[0]:
+        on_rank0(partial(write_scores, args, rows, out), f"{out}: cannot be written")
         return None
 
     # Counted.

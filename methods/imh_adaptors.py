@@ -21,6 +21,7 @@ numbers of the equations are ours)
     python methods/imh_adaptors.py all rlhf        presets: tiny (default), rlhf, dpo (7B models)
     python methods/imh_adaptors.py imh --csv data_dpo --pooled --target aligned
                                                    the authors' files; then figures likewise
+    python methods/imh_adaptors.py --model A --ref-model P --data prompts.txt --reward own.py:short
 
 The trade-off: a corpus is typical if its mean log p_+ is close to what is expected.  By Eq. 1,
 typical corpora share the sum of mean log p and mean r / beta.  The default run shows it on a p_+
@@ -64,7 +65,9 @@ class Args:
     prompts: int = 1000  # distinct prompts of the test split, drawn at random
     samples: int = 2  # responses per prompt and setting
     template: str = "{}"  # {}: prompts as they are; else {} in it becomes their first human turn
-    reward: str = "tiny"  # tiny (that of the tiny world), implicit, or a reward model: folder, id
+    # tiny (that of the tiny world, for its prompts alone), implicit, FILE.py:FUNCTION (yours:
+    # function(prompts, responses) -> a number for each), or a reward model's folder or hub id
+    reward: str = "tiny"
     beta: float = 0.5  # KL weight of Eq. 1: of the implicit reward and of --target posterior
 
     target: Target = "global"  # see Eq. 5; exact: global; all: posterior if --model is --ref-model
@@ -77,7 +80,12 @@ class Args:
 
     model: str = "tiny"  # aligned model p_+: a run folder, a local folder or a hub id
     ref_model: str = "tiny"  # prior p: the model p_+ was trained from
-    data: str = "tiny"  # prompts: tiny, hh, a file, a folder or a hub id
+    # prompts: tiny, hh, a file, a folder or a hub id; a file of prompts alone (.txt: one a line; or
+    # rows with only prompt, text or chat messages) is taken whole
+    data: str = "tiny"
+    # one prompt instead of --data: text as it stands, without a chat template, unless it is a JSON
+    # list of messages, '[{"role": "user", "content": "Hi"}]'
+    prompt: str = ""
     max_length: int = 256  # tokens of a response and of the longest prompt sampled beside it
     max_prompt_length: int = 255  # tokens of a prompt; longer ones are left out
     batch_size: int = 64  # responses sampled side by side
@@ -115,6 +123,17 @@ PRESETS = {
         dtype="bfloat16",
     ),
 }
+# --help ends its text with this.
+EXAMPLE = """
+Your own reward is a function in a file:
+
+    # own.py: the shorter a response, the better
+    def short(prompts, responses):
+        scores = []
+        for prompt, response in zip(prompts, responses):
+            scores.append(-len(response))
+        return scores
+"""
 COMMANDS = ("all", "toy", "exact", "generate", "score", "imh", "figures")
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -127,14 +146,13 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
     if preset not in PRESETS:
         known = f"a command ({', '.join(COMMANDS)}), then a preset ({', '.join(PRESETS)})"
         raise SystemExit(f"neither command nor preset: {preset!r}; choose {known}")
-    args = tyro.cli(Args, default=PRESETS[preset], description=__doc__)
+    args = tyro.cli(Args, default=PRESETS[preset], description=__doc__ + EXAMPLE)
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
@@ -142,10 +160,10 @@ from common import packs  # log-probabilities
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
 from common import pack_pairs  # tokenization
 from common import encode_prompt, encode_rows, end_tokens  # tokenization
-from common import row_texts, show_example  # tokenization
-from common import is_number, load_pairs, read_rows, report, words  # data
-from common import load_model, load_tokenizer, model_folder  # models
-from common import tiny_reward  # the tiny world
+from common import show_example  # tokenization
+from common import is_number, load_prompts, read_rows, report, show_samples, words  # data
+from common import load_model, load_tokenizer, load_score, OwnScore  # models, and what rates
+from common import are_tiny_prompts, tiny_reward  # the tiny world
 from common import check_ranges, leave_if_stopped, memory, on_rank0, progress  # processes
 from common import require, say, setting  # processes
 from common import save_figure, setup, start_run, stop_requested, write  # processes
@@ -601,7 +619,7 @@ def first_turn(text):
     return without_head.strip().split("\n\n")[0]
 
 
-def load_prompts(args, tokenizer):
+def draw_prompts(args, tokenizer):
     """The prompts to answer: [(ids, text), ...], drawn by the seed, the shortest first."""
     # The template goes around the first turn of a transcript; without one the prompt is as it is.
     # Chat messages have the tokenizer's own template.
@@ -613,7 +631,7 @@ def load_prompts(args, tokenizer):
     too_long = f"--max-length {args.max_length}: the model reads {context} tokens; lower it"
     require(args.max_length <= context, too_long)
     rows = []
-    for row in load_pairs(args.data, "test"):
+    for row in load_prompts(args.data, args.prompt):
         rows.append({"prompt": row["prompt"], "responses": [], "tools": row.get("tools")})
     for row in rows:
         if args.template != "{}" and isinstance(row["prompt"], str):
@@ -626,7 +644,8 @@ def load_prompts(args, tokenizer):
         elif tuple(found.prompt_ids) not in known:  # each once, in the order of the data
             known.add(tuple(found.prompt_ids))
             prompts.append((found.prompt_ids, row["prompt"]))
-    report(f"{args.data}: different prompts", len(prompts), dropped)
+    source = args.prompt[:40] or args.data
+    report(f"{source}: different prompts", len(prompts), dropped)
 
     # A random choice, sorted so that prompts of about equal length share a chunk.
     order = np.random.default_rng(args.seed).permutation(len(prompts))
@@ -639,45 +658,38 @@ def prompt_length(prompt):
     return len(prompt[0])
 
 
-@dataclass
-class Judge:
-    """What gives the reward."""
-
-    name: str  # tiny, implicit, or the folder or hub id of a reward model
-    model: object = None  # of the reward model
-    tokenizer: object = None  # likewise
-    cut: int = 0  # how many texts were longer than its context, and lost their end
-
-    def reward(self, row, implicit):
-        """The reward of one response: a row of a sample file, and its beta log p_+ / p."""
-        if self.name == "tiny":
-            return tiny_reward(words(row["prompt"]), row["text"])
-        if self.name == "implicit":
-            return implicit
-        # Of a chat the model reads all that its template writes; else it adds its special tokens.
-        texts = row_texts(self.tokenizer, {"prompt": row["prompt"], "responses": [row["text"]]})
-        if texts.is_chat:
-            ids = self.tokenizer(texts.responses[0], add_special_tokens=False).input_ids
-        else:
-            ids = self.tokenizer(texts.prompt + texts.responses[0]).input_ids
-        context = self.tokenizer.model_max_length
-        self.cut += len(ids) > context
-        return self.model(torch.tensor([ids[:context]], device=self.model.device)).logits.item()
+def load_reward(args):
+    """What rates responses, see load_score in common.py; None for the rewards tiny, implicit."""
+    if args.reward in ("tiny", "implicit"):
+        return None
+    return load_score(args.reward, "--reward")
 
 
-def load_judge(name, device):
-    """The Judge of --reward.  SystemExit: not a sequence classification model of one output."""
-    if name in ("tiny", "implicit"):
-        return Judge(name)
-    tokenizer = load_tokenizer(name)
-    model, info = AutoModelForSequenceClassification.from_pretrained(
-        model_folder(name), dtype=torch.float32, output_loading_info=True
-    )
-    # Of a model without such a head the library makes one up at random, and lists it as missing.
-    problem = f"{name}: not a reward model, with a sequence classification head of one output; "
-    problem += "give such a --reward, or implicit, or tiny"
-    require(not info["missing_keys"] and model.num_labels == 1, problem)
-    return Judge(name, model.to(device).eval().requires_grad_(False), tokenizer)
+def rewards_of(args, score, rows, implicit):
+    """The rewards of rows of a sample file; implicit: the beta log p_+ / p of each of them."""
+    if args.reward == "implicit":
+        return implicit
+    if args.reward == "tiny":
+        return [tiny_reward(words(row["prompt"]), row["text"]) for row in rows]
+    prompts = [row["prompt"] for row in rows]
+    return score(prompts, [row["text"] for row in rows])
+
+
+def require_known(args, prompts):
+    """SystemExit: the reward of the tiny world for other prompts."""
+    problem = "--reward tiny: known for the tiny world's prompts alone; give implicit, "
+    problem += "FILE.py:FUNCTION, or a reward model's folder"
+    require(args.reward != "tiny" or are_tiny_prompts(prompts), problem)
+
+
+def check_reward(args, prompts):
+    """Load --reward once, so that what is wrong with it ends the program before sampling."""
+    texts = [text for _, text in prompts]
+    require_known(args, texts)
+    score = load_reward(args)
+    if isinstance(score, OwnScore):  # tried on two responses
+        tried = partial(score, [texts[0], texts[-1]], ["Yes.", ""])
+        on_rank0(tried, f"--reward {args.reward}")
 
 
 # Sampling, in chunks that a killed run keeps.
@@ -777,18 +789,24 @@ def remove_chunks(out):
         shutil.rmtree(folder)
 
 
-def generate(args):
-    """Write out/samples/<setting>/<chunk>.json: prompts, responses, ids, each token's log q."""
+def generate(args, to_score=False):
+    """Write out/samples/<setting>/<chunk>.json: prompts, responses, ids, each token's log q.
+
+    Then out/samples.jsonl: prompt, response and setting of all of them.
+    to_score: the reward will be needed, so it is tried before anything is drawn.
+    """
     # Settings and prompts, which may be refused; then the run folder and the model.
     device = setup(args.seed)
     tokenizer = load_tokenizer(args.model)
     settings = all_settings(args.sampling_types, args.temperatures)
     adaptors = [parse_adaptor(spec, len(tokenizer)) for spec in settings]
-    prompts = load_prompts(args, tokenizer)
+    prompts = draw_prompts(args, tokenizer)
     context = tokenizer.model_max_length
     problem = f"--max-length {args.max_length}: {args.model:.80} reads {context} tokens; lower it"
     require(args.max_length <= context, problem)
     check_chains(args, 1 if args.pooled else len(prompts))
+    if to_score:
+        check_reward(args, prompts)
     out = start_run(args, "imh_adaptors") / "samples"
     model = load_model(args.model, args.dtype)
     if args.overwrite:
@@ -817,6 +835,22 @@ def generate(args):
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
     dist.barrier()  # now all chunks are there
     say(f"{len(jobs)} chunks in {out}")
+    on_rank0(partial(gather_samples, jobs, args.out), f"{args.out}/samples.jsonl: not written")
+
+
+def gather_samples(jobs, out):
+    """Write out/samples.jsonl, for people, of all chunks; show three of them."""
+    rows = []
+    for path in jobs:
+        leave_if_stopped()
+        for row in read_rows(path):
+            setting_name = path.parent.name
+            texts = {"prompt": row["prompt"], "response": row["text"], "setting": setting_name}
+            rows.append(texts)
+    path = Path(out, "samples.jsonl")
+    lines = [json.dumps(row) + "\n" for row in rows]
+    write(path, "".join(lines).encode())
+    show_samples(path, rows)
 
 
 def draw_chunk(model, prompts, samples, adaptor, uniforms, tokenizer):
@@ -926,15 +960,16 @@ def are_numbers(values, n):
     return isinstance(values, list) and len(values) == n and all(map(is_number, values))
 
 
-def check_samples(sources, vocabulary):
+def check_samples(args, sources, vocabulary):
     """SystemExit: one of the sample files has rows that cannot be scored."""
     for path in sources:
         leave_if_stopped()
-        read_samples(path, vocabulary)
+        for rows in read_samples(path, vocabulary).values():
+            require_known(args, [rows[0]["prompt"]])
 
 
 @torch.no_grad()
-def score_chunk(args, path, model, prior, judge, vocabulary):
+def score_chunk(args, path, model, prior, rate, vocabulary):
     """The scores of one sample file: each response's summed log-probs, and its rewards."""
     # A prompt is run once for all its responses.
     groups = list(read_samples(path, vocabulary).items())
@@ -952,12 +987,18 @@ def score_chunk(args, path, model, prior, judge, vocabulary):
             rows += members
         log_prior = summed_logps(prior, batch, vocabulary).tolist()
         log_aligned = summed_logps(model, batch, vocabulary).tolist()
-        for row, log_p, log_p_plus in zip(rows, log_prior, log_aligned):
-            scores = {"prompt": row["prompt"], "log_prior": log_p, "log_aligned": log_p_plus}
+        implicit = []
+        for log_p, log_p_plus in zip(log_prior, log_aligned):
+            implicit.append(args.beta * (log_p_plus - log_p))  # Eq. 1, up to beta log Z
+        rewards = rewards_of(args, rate, rows, implicit)
+        for i, row in enumerate(rows):
+            scores = {"prompt": row["prompt"]}
+            scores["log_prior"] = log_prior[i]
+            scores["log_aligned"] = log_aligned[i]
             scores["log_q"] = math.fsum(row["log_q"])
             scores["log_kept"] = math.fsum(row["log_kept"])
-            scores["implicit"] = args.beta * (log_p_plus - log_p)  # Eq. 1, up to beta log Z
-            scores["reward"] = judge.reward(row, scores["implicit"])
+            scores["implicit"] = implicit[i]
+            scores["reward"] = rewards[i]
             found.append(scores)
     return found
 
@@ -965,7 +1006,7 @@ def score_chunk(args, path, model, prior, judge, vocabulary):
 def score(args):
     """Write out/scores/<setting>/<chunk>.json: each response's summed log-probs, and rewards."""
     # Samples, models and reward are checked before the scores of an earlier run are touched.
-    device = setup(args.seed)
+    setup(args.seed)
     tokenizer = load_tokenizer(args.model)
     prior_vocabulary = load_tokenizer(args.ref_model).get_vocab()
     problem = f"{args.model} and {args.ref_model} have different vocabularies"
@@ -974,8 +1015,8 @@ def score(args):
     sources = sorted(samples.glob("*/*.json"))
     problem = f"{samples}: no <setting>/<chunk>.json; first run generate with this --out"
     require(sources, problem)
-    on_rank0(partial(check_samples, sources, len(tokenizer)), f"{samples}: cannot be read")
-    judge = load_judge(args.reward, device)
+    on_rank0(partial(check_samples, args, sources, len(tokenizer)), f"{samples}: cannot be read")
+    rate = load_reward(args)
 
     # The scores are a run of their own inside the run folder, with the flags that they were made
     # with.  --resume also begins a score that had not begun.
@@ -991,14 +1032,12 @@ def score(args):
     jobs = {out / source.relative_to(samples): source for source in sources}
     for path in progress(turns(list(jobs))):
         if path is not None:
-            rows = score_chunk(args, jobs[path], model, prior, judge, len(tokenizer))
+            rows = score_chunk(args, jobs[path], model, prior, rate, len(tokenizer))
             write_chunk(path, rows)
         if stop_requested():
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
     dist.barrier()  # now all chunks are there
     say(f"{len(jobs)} chunks in {out}")
-    if judge.cut:
-        say(f"{args.reward}: {judge.cut} texts of this process were cut to its context")
 
 
 # Figures: points against points.
@@ -1216,11 +1255,13 @@ class ExactValues:
 def exact_prompts(args, tokenizer, n):
     """The first n prompts of the test split, each once: [(text, ids), ...]
 
-    SystemExit: one that is no text, or that leaves no room for a response.
+    SystemExit: one that is no text or not of the tiny world, or leaves no room for a response.
     """
-    rows = load_pairs(args.data, "test")
+    rows = load_prompts(args.data, args.prompt)
     for row in rows:
         require(isinstance(row["prompt"], str), f"{args.data}: exact needs prompts that are text")
+    problem = "exact: its reward is known for the tiny world's prompts alone; take --data tiny"
+    require(are_tiny_prompts([row["prompt"] for row in rows]), problem)
     texts = list(dict.fromkeys(row["prompt"] for row in rows))
     found = []
     for text in texts[:n]:
@@ -1853,7 +1894,7 @@ def main(args, command="all"):
         alone(toy, args)
 
     # A p_+ that is Eq. 1 to the last digit; all runs it where the reward is known.
-    tiny = args.data == "tiny" and args.reward == "tiny"
+    tiny = args.data == "tiny" and args.reward == "tiny" and args.prompt == ""
     if command == "exact" or (command == "all" and tiny):
         # The model is no file here: it is the name in captions.
         known = replace(args, model="exact posterior", target="global", out=f"{args.out}-exact")
@@ -1866,7 +1907,7 @@ def main(args, command="all"):
         say(f"IMH from the prior {args.ref_model} to the posterior of Eq. 1: --target posterior")
         args = replace(args, target="posterior")
     if command in ("all", "generate"):
-        generate(args)
+        generate(args, to_score=command == "all")
     if command in ("all", "score"):
         score(args)
     if command in ("all", "imh"):

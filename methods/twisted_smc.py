@@ -13,6 +13,8 @@ Zhao, Brekelmans, Makhzani, Grosse 2024, https://arxiv.org/abs/2404.17546
 
     python methods/twisted_smc.py                          the tiny world, six learners, 90 seconds
     python methods/twisted_smc.py toxicity --learner ctl   one row of Table 2 (GPU, downloads)
+    python methods/twisted_smc.py --model M --prompt "Once" --potential own.py:short --learner ctl
+    python methods/twisted_smc.py sample results/twisted_smc --runs 20     with the twists of a run
     torchrun --standalone --nproc-per-node 4 methods/twisted_smc.py infilling --learner dpg
 
 Presets are tiny, which is the default; toxicity, sentiment, infilling and infilling-2-1 for Tables
@@ -29,8 +31,9 @@ s_{1:t-1}, so that the label of s_t depends on s_t. RL averages its two batches.
 critic and has no dropout. Exact samples come from rejection for every bounded potential and beta.
 """
 
+import json
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
@@ -43,19 +46,21 @@ LEARNERS = ("ctl", "rl", "sixo", "fudge", "dpg", "ppo")
 class Args:
     # What to sample from: sigma is proportional to p0 phi^beta (Eq. 1; Eq. 19 with phi = exp(r)).
     model: str = "tiny"  # p0: tiny, a local folder or a hub id
-    prompt: str = (  # the text that p0 continues
+    # what p0 continues: text as it stands, without a chat template, unless it is a JSON list of
+    # messages; or a file of prompts (.txt, one a line, or rows), each of which has a run of its own
+    prompt: str = (
         "\n\nHuman: Tell me a story about a fox in a cave."
         "\n\nAssistant: Fine. Once a fox lived in a cave. It"
     )
     T: int = 5  # tokens generated; the end token is a token like others
-    # phi is one of: tiny:monster, tiny:polite, tiny:happy, tiny:reward (the tiny world);
+    # phi is one of: tiny:monster, tiny:polite, tiny:happy, tiny:reward (the tiny world's stories);
     # class:LABEL (the probability of that label, by --classifier), threshold:ETA (is its score
-    # below ETA?), reward (exp of its score);
-    # infilling, continuation (p0 of the tokens that follow);
-    # FILE.py:FUNCTION (your own log phi)
+    # below ETA?); infilling, continuation (p0 of the tokens that follow);
+    # FILE.py:FUNCTION (yours: function(prompts, responses) -> log phi of each); a reward model's
+    # folder or hub id (exp of its score)
     potential: str = "tiny:monster"
     beta: float = 1.0  # phi^beta; the inverse of DPO's beta; 1 for infilling and threshold
-    classifier: str = ""  # sequence classification model of the potentials class, threshold, reward
+    classifier: str = ""  # sequence classification model of the potentials class and threshold
     c: int = 0  # infilling: the number of tokens that follow, on which sigma is conditioned
     continuation: str = ""  # the text that follows, for continuation; infilling only shows its use
     # Who learns: one learner, all six, none (psi = 1), or a policy that is evaluated as q.
@@ -207,24 +212,62 @@ PRESETS = {
     "infilling-2-1": INFILLING_2_1,
 }
 
+# --help ends its text with this.
+EXAMPLE = """
+Your own potential is a function in a file, log phi; short.log_bound = 0, where it has a bound,
+allows for exact samples:
+
+    # own.py: the shorter a response, the better
+    def short(prompts, responses):
+        values = []
+        for prompt, response in zip(prompts, responses):
+            values.append(-len(response))
+        return values
+"""
+
+
+def args_of_run(folder):
+    """The options of an earlier run of this file, by its config.json.  SystemExit: no such run."""
+    path = Path(folder, "config.json")
+    try:
+        saved = dict(json.loads(path.read_bytes()))
+        known = {field.name for field in fields(Args)}
+        options = {name: value for name, value in saved.items() if name in known}
+        options["bound_K"] = tuple(options["bound_K"])
+        right = saved["method"] == "twisted_smc"
+    except (OSError, ValueError, KeyError, TypeError):
+        right = False
+    if not right:
+        problem = f"sample {folder}: no run of this file; name the folder of a trained twist"
+        raise SystemExit(f"{problem}, as in: sample results/twisted_smc")
+    return replace(Args(), **options | {"resume": False, "overwrite": False})
+
+
+earlier = ""  # the run whose twists are sampled, if they are
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
     preset = "tiny"
     if len(sys.argv) > 1 and not sys.argv[1].startswith("-"):
         preset = sys.argv.pop(1)
-    if preset not in PRESETS:
-        raise SystemExit(f"no preset {preset!r}: choose one of {', '.join(PRESETS)}")
-    folder = "results/twisted_smc"
-    if preset != "tiny":
-        folder = f"{folder}-{preset}"
-    args = tyro.cli(Args, default=replace(PRESETS[preset], out=folder), description=__doc__)
+    if preset == "sample":
+        given = sys.argv[1:2]
+        if not given or given[0].startswith("-"):
+            raise SystemExit("sample: name the folder of a run, as in: sample results/twisted_smc")
+        earlier = sys.argv.pop(1).rstrip("/")
+        default = replace(args_of_run(earlier), out=f"{earlier}-samples")
+    elif preset in PRESETS:
+        folder = "results/twisted_smc"
+        if preset != "tiny":
+            folder = f"{folder}-{preset}"
+        default = replace(PRESETS[preset], out=folder)
+    else:
+        known = f"sample FOLDER, or a preset: {', '.join(PRESETS)}"
+        raise SystemExit(f"no preset {preset!r}: choose {known}")
+    args = tyro.cli(Args, default=default, description=__doc__ + EXAMPLE)
 
 import copy
-import importlib.util
-import json
 import math
 import shutil
 import signal
-import traceback
 from contextlib import contextmanager
 from functools import partial
 
@@ -238,8 +281,9 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here 
 # isort: off
 from common import prefill, decode_step, reorder, stay_in_place, sample_tokens  # sampling
 from common import encode_prompt, head_logits, show_example  # tokenization, logits
-from common import load_model, load_tokenizer, model_folder  # models
-from common import tiny_attributes, tiny_reward  # the tiny world
+from common import as_messages, load_prompts, show_samples  # data
+from common import load_model, load_tokenizer, load_score, model_folder  # models, and what rates
+from common import are_tiny_prompts, tiny_attributes, tiny_reward  # the tiny world
 from common import Unusable, number  # what others wrote
 from common import check_ranges, load_checkpoint, log, require, say, save_checkpoint  # processes
 from common import memory, require_free, require_writable  # processes
@@ -832,7 +876,7 @@ class TinyPotential:
             largest = 3.0  # tiny_reward is at most 3
         self.log_bound = beta * largest
 
-    def log_phi(self, tokens, texts):
+    def log_phi(self, prompts, responses, texts):
         # What the prompt says does not count, only the story that follows it.
         values = []
         for text in texts:
@@ -847,73 +891,27 @@ class TinyPotential:
         return values
 
 
-def what_happened(error, path):
-    """What an error in a user's file was, in a few words, with the line of that file.
+class ScorePotential:
+    """phi^beta = exp(beta score), of your own function or of a reward model.
 
-    path: absolute, as tracebacks have it.
-    """
-    # The last place in the file through which the error came; a file that does not parse has none.
-    line = None
-    if isinstance(error, SyntaxError) and error.filename == path:
-        line = error.lineno
-    for frame, at in traceback.walk_tb(error.__traceback__):
-        if frame.f_code.co_filename == path:
-            line = at
-
-    if isinstance(error, SystemExit):
-        what = f"calls sys.exit({str(error.code)[:20]})"
-    else:
-        said = str(error).strip().partition("\n")[0]
-        what = f"raises {type(error).__name__}: {said[:60]}"
-    if line is None:
-        return what
-    return f"line {line} {what}"
-
-
-class FilePotential:
-    """exp(beta f(tokens, texts)) for a user's function f.
-
-    It may have an attribute f.log_bound, a number that f never exceeds; rejection needs it.
-    Whatever the file or the function does wrong ends the program with one line.
+    Your function may have an attribute log_bound, a number that it never exceeds; rejection, and so
+    exact samples, need it.
     """
 
-    def __init__(self, path, name, beta):
-        # The file is run as a module, and the function is taken from it.
-        self.place = f"potential {path}:{name}"
-        spec = importlib.util.spec_from_file_location("potential", path)
-        self.path = spec.origin  # absolute
-        module = importlib.util.module_from_spec(spec)
-        try:
-            spec.loader.exec_module(module)
-        except (Exception, SystemExit) as error:
-            what = what_happened(error, self.path)
-            raise SystemExit(f"{self.place}: the file cannot be run: {what}") from None
-        self.function = getattr(module, name, None)
-        require(callable(self.function), f"{self.place}: the file has no function {name}")
-
-        # Without a bound there is no rejection, so there are no exact samples.
+    def __init__(self, name, beta):
+        self.score = load_score(name, "potential", zero=True)
         self.beta = beta
         self.log_bound = None
-        bound = getattr(self.function, "log_bound", None)
+        function = getattr(self.score, "function", None)  # a reward model has none
+        bound = getattr(function, "log_bound", None)
         if bound is not None:
             try:
                 self.log_bound = beta * number(bound)
             except Unusable as reason:
-                raise SystemExit(f"{self.place}: its log_bound {reason}") from None
+                raise SystemExit(f"potential {name}: its log_bound {reason}") from None
 
-    def log_phi(self, tokens, texts):
-        try:
-            answer = self.function(tokens, texts)
-        except Stopped:
-            raise  # a signal, not the function
-        except (Exception, SystemExit) as error:
-            what = what_happened(error, self.path)
-            raise SystemExit(f"{self.place}: {what}; it must give a number for each text") from None
-        try:
-            return self.beta * torch.as_tensor(answer, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError, ArithmeticError):
-            problem = f"{self.place}: gives {str(answer)[:40]!r}, which are no numbers"
-            raise SystemExit(f"{problem}; it must give one for each text") from None
+    def log_phi(self, prompts, responses, texts):
+        return self.beta * torch.tensor(self.score(prompts, responses), dtype=torch.float64)
 
 
 FLOOR = 1e-16  # phi of the texts that miss a threshold, as in the released code
@@ -946,7 +944,6 @@ class ClassifierPotential:
 
     class:LABEL    phi^beta = p(label | text)^beta
     threshold:ETA  phi = 1[score < eta] + FLOOR; beta is 1
-    reward         phi^beta = exp(beta score), of a model with one logit
 
     kind, what: what is before and after the colon.
     """
@@ -971,14 +968,11 @@ class ClassifierPotential:
             self.eta = float(what)
             fits = n in (1, 2)
             self.log_bound = math.log1p(FLOOR)
-        elif kind == "reward":
-            fits = n == 1
-            self.log_bound = None
         else:
             raise ValueError(f"unknown potential of a classifier {kind!r}")
         problem = (
             f"potential {kind}:{what}: {classifier} has {n} labels; class needs one of them, "
-            "threshold 1 or 2, reward 1, and all must be trained"
+            "threshold 1 or 2, and all must be trained"
         )
         require(fits and not untrained, problem)
 
@@ -1000,15 +994,13 @@ class ClassifierPotential:
             parts.append(self.judge(**batch.to(self.device)).logits.double())
         return torch.cat(parts)
 
-    def log_phi(self, tokens, texts):
+    def log_phi(self, prompts, responses, texts):
         # The score is the log odds of class 1.
         logits = self.logits(texts)
         single = logits.shape[1] == 1
         score = logits[:, 0] if single else logits[:, 1] - logits[:, 0]
         if self.kind == "threshold":
             return ((score < self.eta) + FLOOR).log()
-        if self.kind == "reward":
-            return self.beta * score
 
         # The probability of a class: by sigmoid if there is one logit, else by softmax.
         if not single:
@@ -1025,13 +1017,9 @@ def text_potential(args, device):
         return None
     if kind == "tiny":
         return TinyPotential(what, args.beta)
-    if kind.endswith(".py"):
-        return FilePotential(kind, what, args.beta)
-    if args.potential == "reward":
-        return ClassifierPotential("reward", "", args.classifier, args.beta, device)
     if kind in ("class", "threshold"):
         return ClassifierPotential(kind, what, args.classifier, args.beta, device)
-    raise SystemExit(f"unknown potential {args.potential!r}")
+    return ScorePotential(args.potential, args.beta)
 
 
 # ---- A language model as the world of SMC
@@ -1075,7 +1063,6 @@ class LMWorld:
         self.tokenizer = tokenizer
         self.name = args.potential  # for messages
         self.beta = args.beta
-        self.prompt = encode_prompt(args.prompt, tokenizer)
         self.V = min(len(tokenizer), len(model.get_output_embeddings().weight))  # no padded rows
         self.d = model.get_output_embeddings().weight.shape[1]
         self.T = args.T
@@ -1098,6 +1085,12 @@ class LMWorld:
         self.c = args.c
         if self.continuation and not self.conditional:
             self.c = len(self.continuation)
+        self.set_prompt(args)
+
+    def set_prompt(self, args):
+        """Go on from --prompt.  Exit with one line if it is empty or leaves no room."""
+        self.prompt = encode_prompt(args.prompt, self.tokenizer)  # ids
+        self.prompt_as_given = as_messages(args.prompt)  # text, or chat messages
         self.check_lengths(args)
 
     def check_lengths(self, args):
@@ -1163,25 +1156,18 @@ class LMWorld:
         return values.view(tokens.shape[:2])
 
     def log_phi_of_texts(self, ids):
-        """log phi (M,) of the texts of (M, P + T) ids; exits if the answer is no log phi."""
+        """log phi (M,) of the texts of (M, P + T) ids; -inf is allowed."""
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        answer = self.text_potential.log_phi(ids[:, -self.T :], texts)
-        values = torch.as_tensor(answer, dtype=torch.float64, device=ids.device)
-        problem = (
-            f"potential {self.name}: gives an array of shape {tuple(values.shape)} for "
-            f"{len(texts)} texts; it must give one number for each"
-        )
-        require(values.shape == (len(texts),), problem)
+        prompts = [self.prompt_as_given] * len(texts)
+        responses = self.responses(ids)
+        answer = self.text_potential.log_phi(prompts, responses, texts)
+        return torch.as_tensor(answer, dtype=torch.float64, device=ids.device)
 
-        # log phi = -inf is a potential of 0; nan and inf are no potentials.
-        wrong = values.isnan() | values.isposinf()
-        if wrong.any():
-            i = wrong.nonzero()[0].item()
-            raise SystemExit(
-                f"potential {self.name}: log phi is {values[i]} for {texts[i][-30:]!r}; it must be "
-                "a number below infinity, or -inf"
-            )
-        return values
+    def responses(self, ids):
+        """What follows the prompt in (M, P + T) ids, as text; its first space is kept."""
+        start = self.tokenizer.decode(self.prompt, skip_special_tokens=True)
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [text.removeprefix(start) for text in texts]
 
     @torch.no_grad()
     def log_p_of_last(self, tokens):
@@ -1528,7 +1514,7 @@ def target_of(args):
         names.append("continuation")
     target = {name: getattr(args, name) for name in names}
     path = Path(args.potential.rpartition(":")[0])
-    if path.suffix == ".py":
+    if path.suffix == ".py" and path.is_file():
         target["file"] = path.read_text(errors="replace")  # an edited potential is another target
     return target
 
@@ -1864,22 +1850,37 @@ def train(args, learner, seed, world, model, pool, out):
 # ---- Texts, table and figure
 
 
-def print_text(args, world, twist):
-    """A text that is nearly a sample of sigma: one of K samples of q, drawn by their weights."""
-    # Under infilling what follows is --continuation, or drawn like the conditions of training.
-    o = None
-    if world.conditional and world.continuation:
-        o = torch.tensor([world.continuation], device=world.model.device)
-    elif world.conditional:
-        o = draw_exact_samples(world, 1).o
-    particles = sample(world, twist, args.K, o=o, tau=0.0)
-    k = particles.log_w[0].softmax(-1).multinomial(1).item()
-    show_example(world.tokenizer, world.prompt, particles.tokens[0, k])
-    text = world.tokenizer.decode(particles.tokens[0, k])
-    if o is not None:
-        text = f"{text} [{world.tokenizer.decode(o[0])}]"
-    log_phi = particles.log_phi[0, k].item()
-    print(f"one of {args.K} by weight: log phi {log_phi:.3f}, {text!r}", flush=True)
+def draw_samples(args, world, twist):
+    """Texts that are nearly samples of sigma, one of each of --runs sets of K samples of q.
+
+    It is drawn by their weights -> [{"prompt", "response", "log_phi", "one_of"}, ...]
+    """
+    rows = []
+    for _ in range(args.runs):
+        # Under infilling what follows is --continuation, or drawn like the conditions of training.
+        o = None
+        if world.conditional and world.continuation:
+            o = torch.tensor([world.continuation], device=world.model.device)
+        elif world.conditional:
+            o = draw_exact_samples(world, 1).o
+        particles = sample(world, twist, args.K, o=o, tau=0.0)
+        k = particles.log_w[0].softmax(-1).multinomial(1).item()
+        tokens = particles.tokens[:, k : k + 1]
+        show_example(world.tokenizer, world.prompt, tokens[0, 0])
+        (response,) = world.responses(world.after_prompt(tokens))
+        log_phi = particles.log_phi[0, k].item()
+        row = {"prompt": world.prompt_as_given, "response": response, "log_phi": log_phi}
+        if o is not None:
+            row["condition"] = world.tokenizer.decode(o[0])
+        row["one_of"] = args.K
+        rows.append(row)
+    return rows
+
+
+def write_samples(path, rows):
+    """Write a file of samples, whole or not at all."""
+    lines = [json.dumps(row) + "\n" for row in rows]
+    write(path, "".join(lines).encode())
 
 
 RECORDED = ("step", "kl_prior", "reward", "hits", "F_q", "conditional")  # at every evaluation
@@ -1906,10 +1907,24 @@ def read_history(out):
 
 
 def look_back(args, world, twist, out):
-    """A learner's records when it has been trained; the first process prints one of its texts."""
+    """A learner's records when it has been trained; the first process writes out/samples.jsonl.
+
+    Of one learner three samples are shown, else one of each.
+    """
     with leaving_at_once():
         history = read_history(out)
-        print_text(args, world, twist)
+        rows = draw_samples(args, world, twist)
+    path = out / "samples.jsonl"
+    write_samples(path, rows)
+    shown = 3
+    if args.learner == "all":
+        shown = 1
+    for row in rows[:shown]:
+        text = row["response"]
+        if "condition" in row:
+            text = f"{text} [{row['condition']}]"
+        print(f"one of {args.K} by weight: log phi {row['log_phi']:.3f}, {text!r}")
+    print(f"{len(rows)} samples: {path}", flush=True)
     return history
 
 
@@ -2145,6 +2160,7 @@ def check_potential(args):
     name = args.potential
     kind, _, what = name.rpartition(":")
     # Each kind needs options of its own.
+    is_score = kind.endswith(".py") or name.endswith(".py") or "/" in name or Path(name).is_dir()
     if name == "infilling":
         fits = args.c > 0 and args.beta == 1 and args.exact > 0
         problem = f"--c {args.c} must be above 0, --beta 1, and --exact above 0"
@@ -2155,12 +2171,10 @@ def check_potential(args):
         attributes = list(tiny_attributes(""))  # the names of those that any story has or lacks
         fits = what == "reward" or what in attributes
         problem = f"choose tiny:reward, or one of {', '.join(attributes)} after tiny:"
-    elif kind.endswith(".py"):
-        fits = Path(kind).is_file()
-        problem = "there is no file of this name"
-    elif name == "reward":
-        fits = args.classifier
-        problem = "name its --classifier"
+        if fits and not are_tiny_prompts([as_messages(args.prompt)]):
+            fits = False
+            problem = "knows stories after a prompt of the tiny world alone; "
+            problem += "give yours, --potential FILE.py:FUNCTION, or a reward model's folder"
     elif kind == "class":
         fits = args.classifier and what.isdecimal() and len(what) < 10
         problem = "give a label (0, 1, ...) after class:, and a --classifier"
@@ -2171,11 +2185,11 @@ def check_potential(args):
             "give a number after threshold:, a --classifier, and --beta 1, since no power changes "
             "a phi of 0 or 1"
         )
-    else:
-        fits = False
+    else:  # load_score says what is wrong with one that looks like a function or a reward model
+        fits = is_score
         problem = (
-            "unknown; choose infilling, continuation, tiny:WHAT, FILE.py:FUNCTION, or class:LABEL, "
-            "threshold:ETA, reward with --classifier"
+            "unknown; choose infilling, continuation, tiny:WHAT, FILE.py:FUNCTION, a reward model, "
+            "or class:LABEL, threshold:ETA with --classifier"
         )
     require(fits, f"potential {name[-80:]}: {problem}")
 
@@ -2186,7 +2200,6 @@ def check(args):
     require(args.rates in LR, f"unknown row of rates {args.rates!r}: choose one of {', '.join(LR)}")
     known = args.learner in (*LEARNERS, "all", "none", "policy")
     require(known, f"unknown learner {args.learner!r}: choose one of {', '.join(LEARNERS)}, all")
-    check_potential(args)
     problem = f"--learner policy: name it, with the vocabulary of --model {args.model}, by --policy"
     require(args.policy or args.learner != "policy", problem)
 
@@ -2331,9 +2344,121 @@ def prepare(args, out):
     return world, learners, pool
 
 
-def main(args):
+def prompts_of(args):
+    """The prompts of --prompt, each as an option takes it: text, or JSON of chat messages."""
+    if args.prompt == "":
+        return [args.prompt]
+    prompts = []
+    for row in load_prompts("", args.prompt):
+        require(not row.get("tools"), f"--prompt {args.prompt[:60]}: has tools, not written here")
+        prompt = row["prompt"]
+        if isinstance(prompt, list):
+            prompt = json.dumps(prompt)
+        prompts.append(prompt)
+    return prompts
+
+
+def check_prompts(args, prompts):
+    """Exit with one line if a potential or the model does not fit one of several prompts."""
+    tokenizer = load_tokenizer(args.model)
+    for prompt in prompts:
+        check_potential(replace(args, prompt=prompt))
+        room = tokenizer.model_max_length - args.T - args.c
+        n = len(encode_prompt(prompt, tokenizer))
+        problem = f"--prompt {args.prompt[:60]}: {prompt[:40]!r} has {n} tokens"
+        require(n <= room, f"{problem}; at most {room} leave room for what follows")
+
+
+def run_each(args, prompts, out):
+    """A run of its own for each prompt, in out/prompt1, out/prompt2, ... -> list of records"""
+    problem = f"{out}: holds a run of one prompt; choose another --out"
+    require(not (out / "config.json").exists(), problem)
+    found = []
+    for place, prompt in enumerate(prompts, 1):
+        folder = out / f"prompt{place}"
+        begun = args.resume and (folder / "config.json").exists()
+        say(f"prompt {place} of {len(prompts)}: {prompt[-60:]!r}")
+        one = replace(args, prompt=prompt, out=str(folder), resume=begun)
+        found.append(run_one(one, folder))
+    return found
+
+
+def trained(args, earlier):
+    """The newest twist of each learner of an earlier run -> {folder: (learner, seed)}"""
+    found = {}
+    for folder in sorted(Path(earlier).glob("*-seed*")):
+        learner, _, seed = folder.name.partition("-seed")
+        known = learner in LEARNERS and seed.isdecimal()
+        wanted = args.learner in ("all", learner)
+        if known and wanted and any(folder.glob("step-*")):
+            found[folder] = (learner, int(seed))
+    problem = f"sample {earlier}: no twist of --learner {args.learner} in it; train one first"
+    require(found, problem)
+    return found
+
+
+def sample_run(args, earlier):
+    """Samples of the twists of an earlier run, after each prompt -> the rows of out/samples.jsonl
+
+    --runs samples of each twist, one of K by weight.
+    """
+    setup(args.seed)
+    prompts = prompts_of(args)
+    check_prompts(args, prompts)
+    before = args_of_run(earlier)
+    for name in ("model", "twist", "dtype"):
+        flag = f"--{name} {getattr(args, name)}"
+        was = getattr(before, name)
+        require(getattr(args, name) == was, f"{flag}: {earlier} was trained with {was}")
+    folders = trained(args, earlier)
+    model = load_model(args.model, args.dtype)
+    first = replace(args, prompt=prompts[0])
+    world = lm_world(model, load_tokenizer(args.model), first)
+    rehearse(first, world, model)
+    out = start_run(args, "twisted_smc")
+
+    # Each twist, after all prompts.
+    rows = []
+    for folder, (learner, seed) in folders.items():
+        twist = make_twist(args, learner, world, model)
+        weights = [weight for weight in twist.parameters() if weight.requires_grad]
+        step, _ = load_checkpoint(folder, twist, torch.optim.Adam(weights), only_read=True)
+        say(f"{folder}: {learner} after {step} updates")
+        work = partial(sample_after, args, world, twist, prompts)
+        for row in on_rank0(work, f"{folder}: not sampled"):
+            rows.append({**row, "learner": learner, "seed": seed})
+    path = out / "samples.jsonl"
+    on_rank0(partial(write_samples, path, rows), f"{path}: cannot be written")
+    show_samples(path, rows)
+    return rows
+
+
+def sample_after(args, world, twist, prompts):
+    """Samples of one twist after each prompt."""
+    rows = []
+    for prompt in prompts:
+        world.set_prompt(replace(args, prompt=prompt))
+        with leaving_at_once():
+            rows += draw_samples(args, world, twist)
+    return rows
+
+
+def main(args, earlier=""):
     check(args)
+    if earlier:
+        return sample_run(args, earlier)
     out = Path(args.out or "results/twisted_smc")
+    prompts = prompts_of(args)
+    if len(prompts) > 1:
+        check_prompts(args, prompts)
+        return run_each(args, prompts, out)
+    args = replace(args, prompt=prompts[0])
+    check_potential(args)
+    return run_one(args, out)
+
+
+def run_one(args, out):
+    """Train and evaluate after one prompt -> {(learner, seed): its evaluations}"""
     world, learners, pool = prepare(args, out)
     start_run(args, "twisted_smc")
 
@@ -2360,4 +2485,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(args)
+    main(args, earlier)

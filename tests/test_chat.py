@@ -328,7 +328,6 @@ def test_head_logits_are_the_models():
 
 def test_a_judge_reads_the_whole_chat(core, tmp_path):
     """Its score is that of the library's ids, closing EOS and all, without padding."""
-    import generate
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     common.setup(0)
@@ -339,13 +338,13 @@ def test_a_judge_reads_the_whole_chat(core, tmp_path):
     judge = LlamaForSequenceClassification(config).eval()
     judge.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    rows, wanted = [], []
+    prompts, answers, wanted = [], [], []
     for answer in ("A short answer.", "No.", "I do not know it at all."):
         prompt = [user("What is tea?")]
-        rows.append({"prompt": prompt, "responses": [answer]})
+        prompts.append(prompt)
+        answers.append(answer)
         ids = library(tokenizer, [*prompt, assistant(answer)], cue=False)
         with torch.no_grad():
             wanted.append(judge(torch.tensor([ids])).logits.item())
-    args = generate.Args(judge=str(tmp_path), batch_size=3)
-    found = generate.classifier_scores(args, tmp_path, rows)
+    found = common.load_score(str(tmp_path), "--judge")(prompts, answers)
     assert found == pytest.approx(wanted, abs=1e-5)

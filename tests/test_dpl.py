@@ -1,5 +1,6 @@
 """dpl.py against closed forms, exact optima, and numbers from the released losses and outputs."""
 
+import csv
 import dataclasses
 import json
 import math
@@ -1105,7 +1106,7 @@ def test_bad_input_ends_in_one_line(blank, tmp_path):
         ),
         (dpl.SummarizeArgs(files=(str(tmp_path / "ragged.jsonl"),), alpha=0.0), "--alpha"),
         (tiny_args(blank, tmp_path / "a", max_length=3), "no row is left"),
-        (tiny_args(blank, tmp_path / "b", subset="helpful"), "data_subset helpful"),
+        (tiny_args(blank, tmp_path / "b", subset="helpful"), "no row of group 'helpful'"),
         (tiny_args(blank, tmp_path / "c", type="categorical", num_atoms=1), "--num-atoms 1"),
         (
             dpl.ScoreArgs(checkpoints=run_folder, data=str(tmp_path / "string.jsonl"), out=out),
@@ -1479,3 +1480,103 @@ def test_no_run_folder_where_a_run_is_refused(blank, tmp_path):
 def test_help_is_instant_and_lists_the_commands():
     text = run(ROOT / "methods/dpl.py", "--help").stdout
     assert all(name in text for name in dpl.PRESETS) and "Eq. 1" in text
+
+
+# ---- groups of readers in data of one's own
+
+
+def group_rows():
+    """Pairs that two groups of any name have judged, with means and sds; by hand below."""
+    judged = [  # group, prompt, chosen, rejected
+        ("cats", "p", "a", "b"),
+        ("cats", "p", "a", "b"),
+        ("dogs", "p", "b", "a"),  # the groups disagree on a and b
+        ("cats", "q", "c", "d"),
+        ("dogs", "q", "c", "d"),  # and agree on c and d
+        ("dogs", "q", "e", "d"),  # nobody else judged e
+    ]
+    mean = dict(a=2.0, b=1.0, c=0.0, d=0.0, e=3.0)
+    sd = dict(a=0.5, b=0.2, c=0.1, d=0.3, e=9.0)
+    rows = []
+    for group, prompt, chosen, rejected in judged:
+        row = dict(group=group, prompt=prompt, chosen=chosen, rejected=rejected)
+        row["responses"] = [rejected, chosen]
+        row["mean_m"] = [mean[rejected], mean[chosen]]
+        row["sd_m"] = [sd[rejected], sd[chosen]]
+        rows.append(row)
+    return rows
+
+
+def test_groups_by_hand():
+    rows = group_rows()
+    table = dpl.group_table(rows, "m")
+    assert list(table) == ["all", "cats", "dogs"]
+    # cats: two hits and a tie; dogs: a miss, a tie and a hit
+    assert (table["cats"].pairs, table["cats"].hits) == (3, 2.5)
+    assert (table["dogs"].pairs, table["dogs"].hits) == (3, 1.5)
+    assert table["all"].hits == 4.0
+    assert table["cats"].sd == pytest.approx((0.7 + 0.7 + 0.4) / 6)
+    shared = dpl.shared_responses(rows, "m")
+    found = sorted((one.sd, one.difference) for one in shared)
+    assert found == [(0.1, 0.0), (0.2, 1.0), (0.3, 0.0), (0.5, 1.0)]
+    # Of 2 x 2 comparisons .5 > .1, .5 > .3, .2 > .1 and .2 < .3.
+    assert dpl.found_by_spread(shared) == 0.75
+    assert math.isnan(dpl.found_by_spread(shared[:1]))
+
+
+def test_found_by_spread_is_the_rank_sum_statistic():
+    generator = torch.Generator().manual_seed(0)
+    sds = (torch.randint(0, 20, (50,), generator=generator) / 20).tolist()  # with ties
+    differences = torch.rand(50, generator=generator).tolist()
+    shared = [dpl.Shared(sd, difference) for sd, difference in zip(sds, differences, strict=True)]
+    divided = [one.sd for one in shared if one.difference >= 0.5]
+    agreed = [one.sd for one in shared if one.difference < 0.5]
+    U = scipy.stats.mannwhitneyu(divided, agreed).statistic
+    assert dpl.found_by_spread(shared) == pytest.approx(U / len(divided) / len(agreed), abs=1e-6)
+
+
+@pytest.mark.parametrize("column", ["group", "subset", "data_subset"])
+def test_groups_of_any_name_in_a_csv(blank, tmp_path, capsys, column):
+    """Train on one's own CSV, evaluate it: means and sds, a table of the groups, a figure."""
+    rows = [json.loads(line) for line in (blank / "pairs.jsonl").read_text().splitlines()]
+    data = tmp_path / "test.csv"
+    with data.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["prompt", "chosen", "rejected", column])
+        for row in rows:
+            writer.writerow([row["prompt"], row["chosen"], row["rejected"], "left wing"])
+            writer.writerow([row["prompt"], row["rejected"], row["chosen"], "right, of it"])
+    run = tmp_path / "run"
+    dpl.main(tiny_args(blank, run, type="mean_and_variance", data=str(data), subset="left wing"))
+    out = tmp_path / "eval.jsonl"
+    args = dpl.ScoreArgs(checkpoints=(str(run),), names=("m",), data=str(data), out=str(out))
+    capsys.readouterr()
+    found = dpl.main(args)
+    printed = capsys.readouterr().out
+    for row in found:
+        outputs = double(row["reward_outputs_m"])
+        assert row["mean_m"] == outputs[:, 0].tolist()
+        close(double(row["sd_m"]), F.softplus(outputs[:, 1]).tolist(), atol=1e-6)
+    assert "left wing                     48" in printed
+    assert "right, of it                  48" in printed
+    assert "r^2" in printed and "96 rows: " in printed
+    assert (tmp_path / "eval.png").stat().st_size > 5000
+    # Whatever one group prefers, the other does not: both are right in half of all.
+    table = dpl.group_table(found, "m")
+    assert table["left wing"].hits + table["right, of it"].hits == 48
+    with pytest.raises(SystemExit, match="'centre'.*left wing, right, of it"):
+        dpl.main(dpl.replace(args, subset="centre", overwrite=True))
+
+
+def test_prompts_with_any_number_of_responses_are_scored(blank, tmp_path, capsys):
+    run = tmp_path / "run"
+    dpl.main(tiny_args(blank, run, type="categorical"))
+    data = tmp_path / "p.jsonl"
+    rows = [{"prompt": "p", "responses": ["a", "b"]}, {"prompt": "p", "responses": ["c"]}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    out = str(tmp_path / "o.jsonl")
+    found = dpl.main(dpl.ScoreArgs(checkpoints=(str(run),), data=str(data), out=out))
+    assert [len(row["mean_both"]) for row in found] == [2, 1]
+    printed = capsys.readouterr().out
+    assert "mean        sd  response" in printed and "r^2" not in printed

@@ -1,3 +1,4 @@
+import csv
 import dataclasses
 import json
 import math
@@ -11,6 +12,7 @@ from pathlib import Path
 import dpl
 import generate as method
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import ROOT, run
@@ -129,13 +131,17 @@ def test_wilson_interval():
     assert wilson(2.5, 10)[0] < 0.25 < wilson(2.5, 10)[1]
 
 
+# A prompt of the tiny world: --judge tiny knows no others.
+TINY = "\n\nHuman: Tell me a story about a fox in a cave.\n\nAssistant:"
+
+
 def compare(args, rows):
     return method.compare(args, rows, other_responses(args, rows))
 
 
 def response_rows(n=6):
     return [
-        {"row": i // 2, "prompt": f"p{i}", "response": "x" * (i % 3 + 1), "chosen": "xx"}
+        {"row": i // 2, "prompt": f"{TINY}{i}", "response": "x" * (i % 3 + 1), "chosen": "xx"}
         for i in range(n)
     ]
 
@@ -447,7 +453,7 @@ WRONG_ROWS = {
 @pytest.mark.parametrize("row", WRONG_ROWS.values(), ids=WRONG_ROWS)
 def test_rows_of_others_are_named(row, flag, options, tmp_path):
     good, bad, out = tmp_path / "good.jsonl", tmp_path / "bad.jsonl", tmp_path / "out"
-    good.write_text('{"prompt": "p", "response": "r", "chosen": "c"}\n')
+    good.write_text(json.dumps({"prompt": TINY, "response": "r", "chosen": "c"}) + "\n")
     bad.write_text(good.read_text() + json.dumps(row) + "\n")
     args = Args(**{"responses": str(good), "out": str(out), flag: str(bad)})
     refused(args, f"{bad}: row 2: ")
@@ -575,7 +581,7 @@ def test_rewards_that_are_not_finite_are_refused(blank, tmp_path):
     model = GPTNeoXForSequenceClassification.from_pretrained(folder)
     model.score.weight.data[:] = math.nan
     model.save_pretrained(folder)
-    with pytest.raises(SystemExit, match="not a finite number"):
+    with pytest.raises(SystemExit, match="gives nan for 'r'; a reward must be a finite number"):
         scores(Args(judge=str(folder)), [("p", "r", "")])
 
 
@@ -651,8 +657,8 @@ def test_judging_ends_within_a_batch(blank, tmp_path, monkeypatch):
     )
     questions = [(row["prompt"], row["chosen"], "") for row in lines(blank / "pairs.jsonl")]
     reward = str(classifier(tmp_path / "reward", blank))
-    # Asked before every text, then before every batch of 8 of the 48; dpl.py's batches are packed.
-    for judge, stop_at in ((reward, 3), (reward, 48 + 6), (str(tmp_path / "dpl"), 1)):
+    # Asked before every batch of 8 of the 48.
+    for judge, stop_at in ((reward, 1), (reward, 6), (str(tmp_path / "dpl"), 5)):
         asked = []
 
         def stop(asked=asked, stop_at=stop_at):
@@ -681,3 +687,154 @@ def test_command_line(tmp_path):
         check=False,
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1 and "x.jsonl" in done.stderr
+
+
+# Your own prompts, and your own judge.
+
+SHORT = """
+def short(prompts, responses):
+    assert len(prompts) == len(responses)
+    return [-len(response) for response in responses]
+def chats(prompts, responses):
+    return [len(prompt) for prompt in prompts]
+def none(prompts, responses): pass
+def leaves(prompts, responses): raise SystemExit
+def fewer(prompts, responses): return [1.0]
+def nan(prompts, responses): return [float("nan")] * len(responses)
+def strings(prompts, responses): return ["1"] * len(responses)
+def alone(responses): return [1.0] * len(responses)
+"""
+
+
+def prompt_files(folder):
+    """Files of the same three prompts, and the prompts; one of them is a chat where that can be."""
+    chat = [{"role": "user", "content": "Hi"}]
+    prompts = ["A fox,", chat, "Once"]
+    texts = ["A fox,", json.dumps(chat), "Once"]
+    (folder / "a.txt").write_bytes("\r\n".join([*texts[:1], "", *texts[1:], ""]).encode())
+    rows = "".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts)
+    (folder / "a.jsonl").write_text(rows)
+    with (folder / "a.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["prompt"], *[[text] for text in texts]])
+    table = pyarrow.table({"prompt": texts})
+    pyarrow.parquet.write_table(table, folder / "a.parquet")
+    return prompts, sorted(folder.glob("a.*"))
+
+
+def test_prompts_alone_are_read_whole_in_every_form(tmp_path):
+    prompts, files = prompt_files(tmp_path)
+    assert len(files) == 4
+    for file in files:
+        assert [row["prompt"] for row in common.load_prompts(str(file))] == prompts, file
+        assert [row["prompt"] for row in common.load_prompts("tiny", str(file))] == prompts, file
+    # 40 rows of prompts have no test split; with responses they have one of two rows.
+    path = tmp_path / "many.jsonl"
+    path.write_text('{"prompt": "p"}\n' * 40)
+    assert len(common.load_prompts(str(path))) == 40
+    path.write_text('{"prompt": "p", "chosen": "c"}\n' * 40)
+    assert len(common.load_prompts(str(path))) == 2
+
+
+def test_a_prompt_is_text_as_it_stands_unless_it_is_json_of_messages():
+    for text in ("Hi", " Hi ", "[1, 2]", "[", '[{"a": 1}]', "see notes.txt"):
+        assert common.load_prompts("tiny", text) == [{"prompt": text}]
+    chat = [{"role": "user", "content": "Hi"}]
+    assert common.load_prompts("tiny", json.dumps(chat)) == [{"prompt": chat}]
+    for text, word in ((str(chat), "no JSON"), ("notes.txt", "no such file")):
+        with pytest.raises(SystemExit, match=word):
+            common.load_prompts("tiny", text)
+
+
+def test_unusable_prompts_are_counted(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    rows = [{"prompt": "p"}, {"prompt": " "}, {"prompt": None}, {"prompt": 3}, {"other": 1}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [row["prompt"] for row in common.load_prompts(str(path))] == ["p"]
+    assert "kept 1, dropped 4 (a prompt or response is null: 2, the first is row 3" in (
+        capsys.readouterr().out
+    )
+    (tmp_path / "empty.txt").write_text("\n\n")
+    with pytest.raises(SystemExit, match="one a line"):
+        common.load_prompts(str(tmp_path / "empty.txt"))
+
+
+@pytest.fixture
+def own(tmp_path):
+    (tmp_path / "own.py").write_text(SHORT)
+    return f"{tmp_path}/own.py"
+
+
+def test_prompts_without_responses_get_samples_and_a_mean_score(options, own, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("A fox\nOnce upon\nA cat\nA dog\n")
+    out = tmp_path / "out"
+    args = Args(**options | {"data": str(tmp_path / "p.txt")}, out=str(out))
+    assert main(args) is None  # the tiny world's judge does not know them
+    printed = capsys.readouterr().out
+    assert "not judged: --judge tiny" in printed and printed.count("sample: ") == 3
+    assert f"4 samples: {out}/responses.jsonl" in printed and not (out / "judged.jsonl").exists()
+    rows = lines(out / "responses.jsonl")
+    assert [row["prompt"] for row in rows] == ["A fox", "Once upon", "A cat", "A dog"]
+
+    # A judge of one's own: the mean of its scores, of the same responses.
+    main(dataclasses.replace(args, judge=f"{own}:short", overwrite=True))
+    judged = lines(out / "judged.jsonl")
+    mean = np.mean([-len(row["response"]) for row in rows])
+    assert f"mean score {mean:.4g}\n" in capsys.readouterr().out
+    assert [row["score"] for row in judged] == [-len(row["response"]) for row in rows]
+    main(dataclasses.replace(args, judge_command="cat", overwrite=True))
+    assert "give --against" in capsys.readouterr().out
+
+    # Against the responses of another run there is a win rate.
+    against = dataclasses.replace(args, judge=f"{own}:short", against=str(out / "responses.jsonl"))
+    assert main(dataclasses.replace(against, out=str(tmp_path / "two"))).win_rate == 0.5
+
+
+def test_one_prompt_on_the_command_line(options, own, tmp_path):
+    args = Args(**options, prompt="A fox", samples=3, judge=f"{own}:chats", out=str(tmp_path / "o"))
+    main(args)
+    judged = lines(tmp_path / "o/judged.jsonl")
+    assert [row["prompt"] for row in judged] == ["A fox"] * 3
+    assert [row["score"] for row in judged] == [5.0] * 3
+
+
+def test_an_own_judge_compares_with_the_chosen_responses(options, own, tmp_path):
+    summary = main(Args(**options, judge=f"{own}:short", out=str(tmp_path / "o")))
+    for row in lines(tmp_path / "o/judged.jsonl"):
+        shorter = len(row["chosen"]) - len(row["response"])
+        assert row["outcome"] == np.sign(shorter)
+    assert summary.wins + summary.ties + summary.losses == 2
+
+
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("none", ["None", "no numbers"]),
+        ("leaves", ["calls sys.exit", "line 8"]),
+        ("fewer", ["(1,)", "2 responses"]),
+        ("nan", ["gives nan"]),
+        ("strings", ["no numbers"]),
+        ("alone", ["TypeError", "function(prompts, responses)"]),
+        ("absent", ["no function absent"]),
+    ],
+)
+def test_an_own_judge_that_is_wrong_is_named_before_sampling(options, own, tmp_path, name, words):
+    args = Args(**options, judge=f"{own}:{name}", out=str(tmp_path / "o"))
+    refused(args, f"--judge {own}:{name}: ", *words)
+    assert not (tmp_path / "o").exists()
+
+
+def test_names_of_judges_that_are_nothing(options, tmp_path, own):
+    args = Args(**options, out=str(tmp_path / "o"))
+    refused(dataclasses.replace(args, judge=own), "own.py:FUNCTION")
+    refused(dataclasses.replace(args, judge=f"{tmp_path}/no.py:f"), "there is no file")
+    refused(dataclasses.replace(args, judge="own:short"), "FILE.py:FUNCTION")
+    (tmp_path / "torn.py").write_text("1 / 0")
+    refused(dataclasses.replace(args, judge=f"{tmp_path}/torn.py:f"), "line 1 raises ZeroDivision")
+
+
+def test_what_compares_needs_a_judge_that_knows_the_prompts(options, tmp_path):
+    (tmp_path / "r.jsonl").write_text('{"prompt": "p", "response": "r", "chosen": "c"}\n')
+    args = Args(responses=str(tmp_path / "r.jsonl"), out=str(tmp_path / "o"))
+    refused(args, "--judge tiny", "FILE.py:FUNCTION")
+    assert not (tmp_path / "o").exists()

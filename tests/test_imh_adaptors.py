@@ -1231,7 +1231,7 @@ BAD_NUMBERS += [("chain_length", 1), ("burn_in", 1000), ("max_length", 1)]
 def refused(args, command="all"):
     """The line that ends main before anything is loaded."""
     with pytest.MonkeyPatch.context() as patch:
-        for function in ("setup", "load_tokenizer", "load_pairs", "toy", "generate", "imh"):
+        for function in ("setup", "load_tokenizer", "load_prompts", "toy", "generate", "imh"):
             patch.setattr(imh, function, None)
         with pytest.raises(SystemExit) as stop:
             imh.main(args, command)
@@ -1728,16 +1728,19 @@ def test_help_is_instant():
 
 @pytest.mark.parametrize("command", [*imh.COMMANDS, "all rlhf", "all dpo"])
 def test_help_explains_every_flag(command):
-    """The comment behind each option is printed by --help of every command."""
+    """The comment behind or above each option is printed by --help of every command."""
     printed = run(
         ROOT / "methods/imh_adaptors.py", *command.split(), "--help", COLUMNS="200"
     ).stdout
     words = " ".join(re.sub("[│╭╮╰╯─]", " ", printed).split())
     source = (ROOT / "methods/imh_adaptors.py").read_text()
     options = source[source.index("class Args") : source.index("PRESETS")]
-    explained = re.findall(r"^    (\w+): .*?  # (.+)$", options, flags=re.M)
+    option = r"^((?:    # .+\n)*)    (\w+): .*?(?:  # (.+))?$"
+    explained = re.findall(option, options, flags=re.M)
     assert len(explained) == len(imh.Args.__dataclass_fields__)
-    for name, help_text in explained:
+    for above, name, behind in explained:
+        help_text = behind or " ".join(above.replace("#", " ").split())
+        assert help_text, name
         assert f"--{name.replace('_', '-')}" in words and help_text in words, name
 
 
@@ -1745,3 +1748,82 @@ def test_unknown_commands_end_in_one_line():
     done = run(ROOT / "methods/imh_adaptors.py", "enumerate", check=False)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "exact" in done.stderr and "rlhf" in done.stderr
+
+
+# Prompts and a reward of one's own.
+
+
+def own_file(folder):
+    (folder / "own.py").write_text(
+        "def short(prompts, responses):\n"
+        "    assert all(prompt.startswith('A ') for prompt in prompts)\n"
+        "    return [-len(response) for response in responses]\n"
+        "def none(prompts, responses): pass\n"
+        "def alone(responses): return [0.0] * len(responses)\n"
+    )
+    return f"{folder}/own.py"
+
+
+def test_own_prompts_and_an_own_reward(models, tmp_path, capsys):
+    """All commands; samples.jsonl has every response, and the scores are the function's."""
+    (tmp_path / "p.txt").write_text("A fox\n\nA cat met\nA dog\n")
+    options = SETTINGS | models | dict(data=str(tmp_path / "p.txt"), out=str(tmp_path / "run"))
+    args = Args(**options, reward=f"{own_file(tmp_path)}:short", target="posterior")
+    imh.generate(args, to_score=True)
+    lines = (tmp_path / "run/samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    printed = capsys.readouterr().out
+    assert printed.count("sample: ") == 3
+    assert f"{len(rows)} samples: {tmp_path}/run/samples.jsonl" in printed
+    drawn = sum(map(len, read(args, "samples").values()))
+    assert len(rows) == drawn and {row["prompt"] for row in rows} == {"A fox", "A cat met", "A dog"}
+    imh.score(args)
+    texts = read(args, "samples")
+    for name, scores in read(args, "scores").items():
+        of_prompt = {}
+        for row in texts[name]:
+            of_prompt.setdefault(row["prompt"], []).append(-len(row["text"]))
+        for row in scores:
+            assert row["reward"] == of_prompt[row["prompt"]].pop(0)
+    imh.imh(args)
+    imh.figures(args)
+
+
+def test_one_prompt_on_the_command_line(models, tmp_path):
+    options = SETTINGS | models | dict(prompt="A fox", out=str(tmp_path / "run"))
+    args = Args(**options, reward="implicit")
+    imh.generate(args, to_score=True)
+    imh.score(args)
+    prompts = set()
+    for rows in read(args, "samples").values():
+        prompts |= {row["prompt"] for row in rows}
+    assert prompts == {"A fox"}
+    imh.imh(args)
+
+
+@pytest.mark.parametrize(
+    "reward, words",
+    [
+        ("tiny", "FILE.py:FUNCTION"),
+        ("{own}:none", "no numbers; it must be function(prompts, responses)"),
+        ("{own}:alone", "TypeError"),
+        ("{own}", "own.py:FUNCTION"),
+        ("{own}:absent", "no function absent"),
+        ("no.py:f", "there is no file no.py"),
+    ],
+)
+def test_a_reward_that_does_not_fit_is_refused_before_sampling(models, tmp_path, reward, words):
+    reward = reward.format(own=own_file(tmp_path))
+    options = SETTINGS | models | dict(prompt="A fox", out=str(tmp_path / "run"))
+    args = Args(**options, reward=reward)
+    with pytest.raises(SystemExit) as stop:
+        imh.main(args, "all")
+    message = str(stop.value).replace(str(tmp_path), "/tmp/x")
+    assert words in message and "\n" not in message and len(message) <= 200
+    assert message.startswith("--reward") and not (tmp_path / "run").exists()
+
+
+def test_exact_knows_the_tiny_world_alone(models, tmp_path):
+    args = Args(**SETTINGS | models | dict(prompt="A fox", out=str(tmp_path / "run")))
+    with pytest.raises(SystemExit, match="exact: its reward is known"):
+        imh.exact(args)

@@ -919,6 +919,20 @@ def test_learns_the_optimal_twists(learner):
 # ---- language models
 
 
+OWN = """
+import math
+def short(prompts, responses): return [-0.1 * len(x) for x in responses]
+short.log_bound = 0.0
+def broken(prompts, responses): return [math.nan] * len(responses)
+def zero(prompts, responses): return [-math.inf] * len(responses)
+zero.log_bound = 0.0
+def one(prompts, responses): return [-1.0]
+def low(prompts, responses): return [0.1 * len(x) for x in responses]
+low.log_bound = 0.0
+def free(prompts, responses): return [0.1 * len(x) for x in responses]
+"""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A random GPT-NeoX of two layers in float64 with a byte-level BPE that has seen a few
@@ -967,14 +981,7 @@ def folder(tmp_path_factory):
     LlamaForCausalLM(judge).save_pretrained(path / "headless")
     for name in ("model", "policy", "judge1", "judge2", "judge3", "headless"):
         tokenizer.save_pretrained(path / name)
-    (path / "own.py").write_text(
-        "import math\ndef short(tokens, texts):\n    return [-0.1 * len(x) for x in texts]\n"
-        "short.log_bound = 0.0\ndef broken(tokens, texts):\n    return [math.nan] * len(texts)\n"
-        "def zero(tokens, texts):\n    return [-math.inf] * len(texts)\nzero.log_bound = 0.0\n"
-        "def one(tokens, texts):\n    return [-1.0]\n"
-        "def low(tokens, texts):\n    return [0.1 * len(x) for x in texts]\nlow.log_bound = 0.0\n"
-        "def free(tokens, texts):\n    return [0.1 * len(x) for x in texts]\n"
-    )
+    (path / "own.py").write_text(OWN)
     return path
 
 
@@ -1144,8 +1151,8 @@ def test_exact_samples_are_of_one_target(folder, tmp_path):
     own, file = tmp_path / "mine.py", tmp_path / "exact.pt"
 
     def run(slope="0.1", **options):
-        body = f"return [-{slope} * len(x) for x in texts]"
-        own.write_text(f"def f(tokens, texts):\n    {body}\nf.log_bound = 0.0\n")
+        body = f"return [-{slope} * len(x) for x in responses]"
+        own.write_text(f"def f(prompts, responses):\n    {body}\nf.log_bound = 0.0\n")
         t.main(
             small(
                 folder,
@@ -1305,11 +1312,16 @@ def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(potential="own.py:none"), "no file"),
+        (dict(potential="own.py:none"), "no file own.py"),
         (dict(potential="{folder}/own.py:none"), "no function none"),
         (dict(potential="{folder}/own.py:broken"), "nan"),
         (dict(potential="{folder}/own.py:zero"), "zero everywhere"),
-        (dict(potential="{folder}/own.py:one"), "one number for each"),
+        (dict(potential="{folder}/own.py:one"), "a number for each"),
+        (dict(potential="{folder}/own.py"), "own.py:FUNCTION"),
+        (dict(potential="tiny:monster"), "FILE.py:FUNCTION"),
+        (dict(prompt="prompts.txt"), "no such file"),
+        (dict(prompt="[{{'role': 'user'}}]"), "no JSON"),
+        (dict(prompt='[{{"role": "user", "content": "Hi"}}]'), "chat template"),
         (dict(lr=-1e-3), "--lr"),
         (dict(lr=math.nan), "--lr"),
         (dict(potential="{folder}/own.py:zero", exact=0, learner="rl"), "zero on all"),
@@ -1324,7 +1336,7 @@ def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
         (dict(potential="threshold:0", classifier="y", beta=2.0), "--beta 1"),
         (dict(potential="class:2", classifier="{folder}/judge1"), "1 labels"),
         (dict(potential="threshold:0", classifier="{folder}/judge3"), "3 labels"),
-        (dict(potential="reward", classifier="{folder}/judge2"), "2 labels"),
+        (dict(potential="{folder}/judge2"), "not a reward model"),
         (dict(potential="infilling"), "--c 0"),
         (dict(potential="infilling", c=3, continuation=" dog"), "--c is 3"),
         (dict(potential="infilling", c=1, beta=2.0), "--beta 1"),
@@ -1407,23 +1419,23 @@ def test_sizes_beyond_the_memory_are_refused_with_their_bytes(folder, tmp_path, 
 POTENTIALS = """
 import math, sys
 import torch
-def raising(tokens, texts):
+def raising(prompts, responses):
     x = {}
     return x["a" * 300 + chr(10)]
-def none(tokens, texts): pass
-def strings(tokens, texts): return ["good"] * len(texts)
-def nan(tokens, texts): return [math.nan] * len(texts)
-def inf(tokens, texts): return torch.full((len(texts),), math.inf)
-def many(tokens, texts): return [0.0] * (len(texts) + 1)
-def scalar(tokens, texts): return 0.0
-def table(tokens, texts): return [[0.0], [0.0, 1.0]]
-def large(tokens, texts): return [10**400] * len(texts)
-def alone(tokens): return [0.0]
-def leaving(tokens, texts): sys.exit("bye")
-def clean(tokens, texts): sys.exit(0)
-def bound(tokens, texts): return [0.0] * len(texts)
+def none(prompts, responses): pass
+def strings(prompts, responses): return ["good"] * len(responses)
+def nan(prompts, responses): return [math.nan] * len(responses)
+def inf(prompts, responses): return torch.full((len(responses),), math.inf)
+def many(prompts, responses): return [0.0] * (len(responses) + 1)
+def scalar(prompts, responses): return 0.0
+def table(prompts, responses): return [[0.0], [0.0, 1.0]]
+def large(prompts, responses): return [10**400] * len(responses)
+def alone(responses): return [0.0]
+def leaving(prompts, responses): sys.exit("bye")
+def clean(prompts, responses): sys.exit(0)
+def bound(prompts, responses): return [0.0] * len(responses)
 bound.log_bound = "high"
-def endless(tokens, texts): return [0.0] * len(texts)
+def endless(prompts, responses): return [0.0] * len(responses)
 endless.log_bound = math.inf
 text = "no function"
 """
@@ -1435,20 +1447,21 @@ text = "no function"
         ("raising", ["line 6", "KeyError"]),
         ("none", ["None"]),
         ("strings", ["good", "no numbers"]),
-        ("nan", ["log phi is nan"]),
-        ("inf", ["log phi is inf"]),
-        ("many", ["(3,)", "2 texts", "one number for each"]),
-        ("scalar", ["shape ()", "one number for each"]),
+        ("nan", ["gives nan", "function(prompts, responses)"]),
+        ("inf", ["gives inf", "a number for each"]),
+        ("many", ["(3,)", "2 responses", "a number for each"]),
+        ("scalar", ["shape ()", "a number for each"]),
         ("table", ["no numbers"]),
         ("large", ["no numbers"]),
         ("alone", ["TypeError", "alone() takes 1 positional argument but 2 were given"]),
+        ("none", ["function(prompts, responses) -> a number for each"]),
         ("leaving", ["sys.exit(bye)"]),
         ("clean", ["sys.exit(0)"]),
         ("bound", ["log_bound 'high' is not a number"]),
         ("endless", ["log_bound 'inf' is not a finite number"]),
         ("text", ["no function text"]),
         ("nothing", ["no function nothing"]),
-        ("", ["no function"]),
+        ("", ["name its function"]),
     ],
 )
 def test_a_users_potential_is_tried_before_the_run_folder_is_made(folder, tmp_path, name, words):
@@ -1458,7 +1471,7 @@ def test_a_users_potential_is_tried_before_the_run_folder_is_made(folder, tmp_pa
     args = small(folder, tmp_path / "run", potential=f"{file}:{name}", learner="none", exact=0)
     refused(args, folder, f"{file}:{name}: ", *words)
     assert not (tmp_path / "run").exists()
-    file.write_text(f"def {name or 'f'}(tokens, texts): return [-1.0] * len(texts)\n\n")
+    file.write_text(f"def {name or 'f'}(prompts, responses): return [-1.0] * len(prompts)\n\n")
     t.main(dataclasses.replace(args, potential=f"{file}:{name or 'f'}"))  # the corrected command
 
 
@@ -1485,7 +1498,9 @@ def test_a_file_that_cannot_be_run_is_named(folder, tmp_path, text, words):
 def test_the_rehearsal_changes_no_draw(folder, tmp_path):
     """Not even with a potential that draws random numbers itself."""
     file = tmp_path / "mine.py"
-    file.write_text("import torch\ndef f(tokens, texts): return torch.rand(len(texts)).log()\n")
+    file.write_text(
+        "import torch\ndef f(prompts, responses): return torch.rand(len(prompts)).log()\n"
+    )
     t.setup(3)
     args = small(folder, "", potential=f"{file}:f")
     model = t.load_model(args.model)
@@ -1576,12 +1591,12 @@ SLOW = """
 import time
 from pathlib import Path
 calls = []
-def f(tokens, texts):
+def f(prompts, responses):
     calls.append(1)
     if len(calls) > {free}:
         Path({sign!r}).touch()
         time.sleep(60)
-    return [-1.0] * len(texts)
+    return [-1.0] * len(responses)
 {bound}
 """
 
@@ -1628,13 +1643,16 @@ def test_handlers_are_back_after_long_work():
 
 @pytest.mark.parametrize(
     "name, potential",
-    [("judge1", "class:0"), ("judge3", "class:1"), ("judge1", "reward"), ("judge2", "threshold:0")],
+    [("judge1", "class:0"), ("judge3", "class:1"), ("judge1", ""), ("judge2", "threshold:0")],
 )
 def test_classifier_potentials(folder, name, potential):
     """The potential of decoded texts equals the classifier's output one text at a time; thresholds
     have their floor."""
     t.setup(0)
-    args = small(folder, "", classifier=str(folder / name), potential=potential, beta=2.0)
+    options = dict(classifier=str(folder / name), potential=potential)
+    if not potential:  # exp of a reward model's score
+        options = dict(potential=str(folder / name))
+    args = small(folder, "", **options, beta=2.0)
     model, tokenizer = t.load_model(args.model), t.load_tokenizer(args.model)
     world = t.lm_world(model, tokenizer, args)
     tokens = torch.randint(1, len(tokenizer), (2, 3, 4))
@@ -1648,7 +1666,7 @@ def test_classifier_potentials(folder, name, potential):
         log_class = logits.log_softmax(0)[1] if len(logits) > 1 else F.logsigmoid(-logits[0])
         threshold = ((logits[-1] - logits[0] < 0) + 1e-16).log()
         values.append(
-            {"reward": 2 * logits[0], "threshold": threshold, "class": 2 * log_class}[
+            {"": 2 * logits[0], "threshold": threshold, "class": 2 * log_class}[
                 potential.partition(":")[0]
             ]
         )
@@ -1694,3 +1712,120 @@ def test_true_log_Z_of_the_default_run():
     log_Z, width = t.known_log_Z(t.PRESETS["tiny"])
     assert abs(phi.mean().log() - log_Z) < 4.5 * math.hypot(error, width / 1.96)
     assert t.known_log_Z(t.replace(t.PRESETS["tiny"], T=9)) is None
+
+
+# ---- prompts of one's own, samples, and a trained twist
+
+
+def test_what_an_own_potential_is_given(folder, tmp_path):
+    """The prompt as it stands, and what follows it, so that both together are the decoded text."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "seen = []\ndef f(prompts, responses):\n"
+        "    seen.extend(zip(prompts, responses))\n    return [0.0] * len(responses)\n"
+    )
+    t.setup(0)
+    args = small(folder, "", potential=f"{file}:f")
+    tokenizer = t.load_tokenizer(args.model)
+    world = t.lm_world(t.load_model(args.model), tokenizer, args)
+    tokens = torch.randint(1, len(tokenizer), (2, 3, 4))
+    assert world.log_phi(tokens).tolist() == [[0.0] * 3] * 2
+    seen = world.text_potential.score.function.__globals__["seen"]
+    for (prompt, response), ids in zip(seen, tokens.view(6, 4).tolist(), strict=True):
+        whole = tokenizer.decode(tokenizer("a fox").input_ids + ids, skip_special_tokens=True)
+        assert prompt == "a fox" and prompt + response == whole
+
+
+def test_samples_are_written_and_shown(folder, tmp_path, capsys):
+    t.main(small(folder, tmp_path / "run", learner="none", runs=5))
+    path = tmp_path / "run/none-seed0/samples.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(rows) == 5 and {row["prompt"] for row in rows} == {"a fox"}
+    for row in rows:
+        assert row["log_phi"] == pytest.approx(-0.1 * len(row["response"]))
+    printed = capsys.readouterr().out
+    assert printed.count("by weight") == 3 and f"5 samples: {path}" in printed
+
+
+def test_samples_are_of_sigma(folder):
+    """One of many by weight: its mean log phi is near sigma's, which exact samples have."""
+    t.setup(0)
+    args = small(folder, "", runs=400, K=60, beta=8.0)
+    model, tokenizer = t.load_model(args.model), t.load_tokenizer(args.model)
+    world = t.lm_world(model, tokenizer, args)
+    torch.manual_seed(0)
+    drawn = torch.tensor([row["log_phi"] for row in t.draw_samples(args, world, None)])
+    exact = world.log_phi(t.draw_exact_samples(world, 400).tokens[None])[0]
+    p0 = t.sample(world, None, 400, proposal="base", tau=0.0).log_phi[0]
+    error = ((drawn.var() + exact.var()) / 400).sqrt().item()
+    assert abs(drawn.mean() - exact.mean()) < 4 * error
+    assert abs(p0.mean() - exact.mean()) > 8 * error  # which are another law than p0's
+
+
+def test_a_trained_twist_is_sampled_with_one_command(folder, tmp_path):
+    """After other prompts, too; the run that it is of stays as it was, to the byte."""
+    run = tmp_path / "run"
+    t.main(small(folder, run, learner="ctl", max_steps=4))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    (tmp_path / "p.txt").write_text("a cat\nthe dog\n")
+    command = [sys.executable, "methods/twisted_smc.py", "sample", str(run), "--runs", "3"]
+    for more in ([], ["--prompt", str(tmp_path / "p.txt"), "--out", str(tmp_path / "two")]):
+        done = subprocess.run(command + more, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "ctl after 4 updates" in done.stdout
+    assert {path: path.read_bytes() for path in before} == before
+    for out, prompts in (
+        (tmp_path / "run-samples", ["a fox"]),
+        (tmp_path / "two", ["a cat", "the dog"]),
+    ):
+        rows = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+        assert [row["prompt"] for row in rows] == [prompt for prompt in prompts for _ in range(3)]
+        assert {row["learner"] for row in rows} == {"ctl"}
+
+    # The weights are those of training: the same log psi.
+    t.setup(0)
+    args = small(folder, run, learner="ctl")
+    model = t.load_model(args.model)
+    world = t.lm_world(model, t.load_tokenizer(args.model), args)
+    twist = t.make_twist(args, "ctl", world, model)
+    weights = [weight for weight in twist.parameters() if weight.requires_grad]
+    state = torch.get_rng_state()
+    step, _ = t.load_checkpoint(run / "ctl-seed0", twist, torch.optim.Adam(weights), only_read=True)
+    assert step == 4 and torch.equal(state, torch.get_rng_state())
+    torch.manual_seed(0)
+    fresh = t.make_twist(args, "ctl", world, model)
+    assert any(not torch.equal(a, b) for a, b in zip(twist.parameters(), fresh.parameters()))
+
+
+def test_several_prompts_have_a_run_each(folder, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a fox"}\n{"prompt": "the dog"}\n')
+    args = small(folder, tmp_path / "run", learner="none", prompt=str(tmp_path / "p.jsonl"))
+    t.main(args)
+    for place, prompt in ((1, "a fox"), (2, "the dog")):
+        one = tmp_path / f"run/prompt{place}"
+        assert json.loads((one / "config.json").read_text())["prompt"] == prompt
+        line = (one / "none-seed0/samples.jsonl").read_text().splitlines()[0]
+        assert json.loads(line)["prompt"] == prompt
+    t.main(small(folder, tmp_path / "alone", learner="none"))
+    alone = (tmp_path / "alone/none-seed0/metrics.jsonl").read_bytes()
+    assert (tmp_path / "run/prompt1/none-seed0/metrics.jsonl").read_bytes() == alone
+    # One that is too long is named before the first run begins.
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "xyz" * 60}))
+    refused(dataclasses.replace(args, out=str(tmp_path / "new")), folder, "tokens; at most 60")
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_cannot_be_sampled_is_one_line(folder, tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(SystemExit, match="no run of this file"):
+        t.args_of_run(run)
+    t.main(small(folder, run, learner="none"))
+    args = small(folder, tmp_path / "out", learner="all")
+    for options, words in (
+        ({}, "no twist of --learner all"),
+        (dict(twist="linear"), "was trained with mlp"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            t.main(dataclasses.replace(args, **options), str(run))
+        assert words in str(stop.value) and "\n" not in str(stop.value)
+    assert not (tmp_path / "out").exists()
