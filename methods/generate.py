@@ -26,7 +26,6 @@ the data, and no batch is left out.
 """
 
 import json
-import math
 import os
 import shutil
 import signal
@@ -134,6 +133,7 @@ from common import load_model, load_tokenizer, load_score, OwnScore  # models, a
 from common import are_tiny_prompts, tiny_reward  # the tiny world
 from common import DEVICE, check_ranges, progress, require, say, setting, setup  # processes
 from common import memory, require_free  # processes
+from common import say_claim, share_shown, wilson  # how a run ends
 from common import save_figure, signals, start_run, stop_requested, write  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 # isort: on
@@ -155,16 +155,6 @@ class WinRate:
     high: float
     score: float  # the judge's mean score of the responses
     other_score: float  # and of those they are compared with
-
-
-def wilson(k, n, z=1.959964):
-    """The 95 % interval of a rate of which k cases in n were seen.  Ties make k a fraction.
-
-    It holds the rates p with |k / n - p| <= z sqrt(p (1 - p) / n), Wilson 1927.
-    """
-    centre = k + z * z / 2
-    half = z * math.sqrt(k * (n - k) / n + z * z / 4)
-    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
 
 
 def summarise(rows):
@@ -823,15 +813,28 @@ def print_table(summary, title, comparisons):
         print(f"{name:12}{value:10.4g}")
 
 
+def claim(summary, args):
+    """What the paper says, and what the comparisons of this run show -> two lines"""
+    paper = "answers of a model trained on preferences win over the data's own (DPO, Sec. 6)"
+    model = args.model if not args.responses else args.responses
+    other = "the data's chosen ones" if args.against == "chosen" else args.against
+    sentence = f"responses of {model} win over {other}"
+    hits = summary.win_rate * summary.prompts
+    return paper, share_shown(sentence, args.data, hits, summary.prompts)
+
+
 def draw_scores(rows, summary, caption, path):
     """A histogram of the judge's scores, of the responses and of those they are compared with."""
-    figure = Figure((6, 3.8), layout="constrained")
+    figure = Figure((8, 4.2), layout="constrained")
     axis = figure.subplots()
     own = [row["score"] for row in rows]
     other = [row["other_score"] for row in rows]
-    axis.hist([own, other], bins=20, label=["own", "other"])
+    axis.hist([own, other], bins=20, label=["of the model", "of those it is compared with"])
     axis.set_title(f"win rate {summary.win_rate:.3f} [{summary.low:.3f}, {summary.high:.3f}]")
-    axis.set_xlabel("the judge's score")
+    for scores, color in ((own, "C0"), (other, "C1")):
+        mean = sum(scores) / len(scores)
+        axis.axvline(mean, color=color, ls="--", label=f"mean {mean:.3g}")
+    axis.set_xlabel("the judge's score, the higher the better")
     axis.set_ylabel("responses")
     axis.legend()
     figure.suptitle(caption, fontsize=8)
@@ -936,7 +939,9 @@ def write_results(args, rows, summary, out):
     caption = title
     if not args.responses:  # those of a file were made by a model and data that we do not know
         caption = f"{title}\n{setting(args)}"
-    draw_scores(rows, summary, caption, out / "figures" / "scores.png")
+    paper, shown = claim(summary, args)
+    draw_scores(rows, summary, f"{shown}\n{caption}", out / "figures" / "scores.png")
+    say_claim(paper, shown, out)
 
 
 def main(args):
