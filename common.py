@@ -12,7 +12,8 @@ Contents, in the order in which a reader of a paper needs them; search for `# --
     data               load_pairs: rows of prompt, chosen, rejected; batch_order, subset
     models             load_model, load_tokenizer, save_model, clip_gradients
     the tiny world     its grammar, its readers and their rewards, its language model
-    processes          setup, start_run, log, save_checkpoint, load_checkpoint, plot_curves
+    processes          setup, start_run, log, save_checkpoint, load_checkpoint, plot_curves,
+                       say_claim: how a run ends
 
 Names ending in logps are log-probabilities in nats, summed over a response's tokens.  Shapes: (R,)
 is one value per response of a packed batch in the order chosen, rejected, chosen, ...; (M,) one per
@@ -2493,7 +2494,8 @@ def _delete_run(out, old):
     require(
         old, f"{out}: no config.json, so --overwrite deletes nothing here; choose another --out"
     )
-    (out / "metrics.jsonl").unlink(missing_ok=True)
+    for name in ("metrics.jsonl", "claim.txt"):
+        (out / name).unlink(missing_ok=True)
     for folder in [*out.glob("step-*"), out / "model", out / "figures"]:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -2755,3 +2757,43 @@ def print_evaluations(records):
     for name in held_out[0]:
         before, after = held_out[0][name], held_out[-1][name]
         print(f"{name.replace('eval_', 'held out '):32} {before:12.4g} {after:12.4g}")
+
+
+def wilson(hits, n, z=1.959964):
+    """The 95 % interval of a share that was seen `hits` times in n -> (low, high)
+
+    It holds the shares p with |hits / n - p| <= z sqrt(p (1 - p) / n), Wilson 1927.  Ties count
+    half, which makes hits a fraction.
+    """
+    centre = hits + z * z / 2
+    half = z * math.sqrt(hits * (n - hits) / n + z * z / 4)
+    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
+
+
+def verdict(low, high, border=0.0):
+    """What an interval says of "the number is above the border" -> the first words of a claim."""
+    if low > border:
+        return "holds"
+    if high < border:
+        return "does not hold"
+    return "too few to tell"
+
+
+def say_claim(paper, shown, out):
+    """Print how a run ends, and write it to out/claim.txt: three lines, on rank 0.
+
+    paper: what the paper says.  shown: what this run shows: a verdict, a colon, a sentence that
+    names the data, and the number with its 95 % interval in brackets.  The last line is made here:
+    where the files are.  SystemExit as in `write`.
+    """
+    rank, _ = rank_and_world()
+    if rank > 0:
+        return
+    places = [str(out / "figures")]
+    for name in ("metrics.jsonl", "model"):
+        if (out / name).exists():
+            places.append(str(out / name))
+    lines = [f"paper: {paper}", f"here:  {shown}", f"files: {', '.join(places)}"]
+    text = "\n".join(lines)
+    print(text, flush=True)
+    write(out / "claim.txt", text.encode() + b"\n")

@@ -382,6 +382,25 @@ def test_run_folder(tmp_path):
     assert json.loads((out / "config.json").read_text())["beta"] == 0.2
 
 
+def test_a_claim_is_three_lines(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("")
+    common.say_claim("it works.", "holds: it works on tiny (0.6 [0.5, 0.7])", tmp_path)
+    text = capsys.readouterr().out
+    assert text.splitlines() == [
+        "paper: it works.",
+        "here:  holds: it works on tiny (0.6 [0.5, 0.7])",
+        f"files: {tmp_path}/figures, {tmp_path}/metrics.jsonl",
+    ]
+    assert (tmp_path / "claim.txt").read_text() == text
+
+
+def test_a_verdict_needs_an_interval_on_one_side():
+    assert common.verdict(0.51, 0.7, 0.5) == "holds"
+    assert common.verdict(0.3, 0.49, 0.5) == "does not hold"
+    assert common.verdict(0.4, 0.6, 0.5) == "too few to tell"
+    assert common.verdict(float("nan"), float("nan")) == "too few to tell"
+
+
 def test_run_folder_of_somebody_else(tmp_path, monkeypatch):
     (tmp_path / "thesis.tex").write_text("")
     assert "config.json" in fails(common.start_run, Args(str(tmp_path), overwrite=True), "x")
