@@ -450,21 +450,22 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
     """What every preference method logs of each pair.  Four (B,) log-probs -> dict of (B,)
 
     The names are those of TRL.  Implicit rewards are beta log pi/pi_ref in nats; a tie
-    is wrong: equal models have reward accuracy 0.  Pairs that the reference ranks right are kept or
-    lost, those that it ranks wrong are fixed or missed.
+    is wrong: equal models have reward accuracy 0.  In ranking accuracy a tie counts half, as in
+    ranking_accuracy.py.  Pairs that the reference ranks right (a tie is right, as in Eq. 1 of the
+    ranking paper) are kept or lost, those that it ranks wrong are fixed or missed.
     """
     chosen = chosen_logps.detach()
     rejected = rejected_logps.detach()
     chosen_reward = beta * (chosen - ref_chosen_logps)
     rejected_reward = beta * (rejected - ref_rejected_logps)
-    before = ref_chosen_logps > ref_rejected_logps
-    after = chosen > rejected
+    before = ref_chosen_logps >= ref_rejected_logps
+    after = chosen >= rejected
     metrics = {
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,
         "rewards/margins": chosen_reward - rejected_reward,
         "rewards/accuracies": (chosen_reward > rejected_reward).float(),
-        "ranking_accuracy": after.float(),
+        "ranking_accuracy": (after.float() + (chosen > rejected).float()) / 2,
         "logps/chosen": chosen,
         "logps/rejected": rejected,
     }
