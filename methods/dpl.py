@@ -1713,9 +1713,9 @@ def draw_hidden(curves, table, caption):
         means = calibration(curves[f"{reward_type} P(win)"], curves["P(win)"])
         axes[2].plot(*means, ".-", label=reward_type)
         error = table[reward_type]["|P(win) - true P(win)|"]
-        errors.append(f"{error:.3f}")
+        errors.append(f"{reward_type} {error:.3f}")
     axes[2].axline((0, 0), (1, 1), color="k", ls=":", label="predicted = true")
-    title = f"mean |predicted - true P(win)|:\n{' and '.join(errors)}"
+    title = f"mean |predicted - true P(win)|:\n{', '.join(errors)}"
     axes[2].set(title=title, xlabel="predicted P(win)", ylabel="true P(win), mean of a bin")
     for axis in axes:
         axis.title.set_fontsize(9)
