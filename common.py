@@ -456,15 +456,15 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
     """What every preference method logs of each pair.  Four (B,) log-probs -> dict of (B,)
 
     The names are those of TRL.  Implicit rewards are beta log pi/pi_ref in nats.  In accuracies a
-    tie counts half: equal models have reward accuracy 1/2.  Pairs that the reference ranks right
-    are kept or lost, those that it ranks wrong are fixed or missed.
+    tie counts half: equal models have reward accuracy 1/2.  Pairs that the reference ranks right (a
+    tie is right, as in Eq. 1 of the ranking paper) are kept or lost, others are fixed or missed.
     """
     chosen = chosen_logps.detach()
     rejected = rejected_logps.detach()
     chosen_reward = beta * (chosen - ref_chosen_logps)
     rejected_reward = beta * (rejected - ref_rejected_logps)
-    before = ref_chosen_logps > ref_rejected_logps
-    after = chosen > rejected
+    before = ref_chosen_logps >= ref_rejected_logps
+    after = chosen >= rejected
     metrics = {
         "rewards/chosen": chosen_reward,
         "rewards/rejected": rejected_reward,

@@ -33,7 +33,7 @@ run() {  # name, then what python is to run
   echo "$name: $((SECONDS - start)) s; $(sed -n 's/^here:  //p' "results/$name/log.txt" | tail -n 1)"
 }
 
-names="dpl dpo_gamma dpo_gamma_figures compare dpo generate cal_dpo sft twisted_smc imh_adaptors ranking_accuracy"
+names="dpl dpo_gamma dpo_gamma_figures compare-quick dpo generate cal_dpo sft twisted_smc imh_adaptors ranking_accuracy"
 for name in $asked; do
   if [[ " $names " != *" $name "* ]]; then
     echo "no $name: choose from $names"
@@ -45,7 +45,7 @@ one() {
   run dpl methods/dpl.py --overwrite &&
     run dpo_gamma methods/dpo_gamma.py --overwrite &&
     run dpo_gamma_figures studies/dpo_gamma_figures.py &&
-    run compare studies/compare_preferences.py --quick
+    run compare-quick studies/compare_preferences.py --quick
 }
 
 other() {  # generate answers with the DPO model, imh draws beside it

@@ -188,6 +188,7 @@ from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
 from common import load_checkpoint, on_rank0, require, save_checkpoint, setup  # processes
 from common import check_ranges, start_run, stop_requested, stop_unless_finite, write  # processes
 from common import log, merge, progress, save_figure, say, setting, speed  # logging
+from common import say_claim, verdict, wilson  # how a run ends
 # isort: on
 
 
@@ -340,16 +341,6 @@ def r_squared(mean, sd):
     """Share of the variance of utility that is not hidden context (Sec. 4).  Any shapes -> ()"""
     explained = mean.var(correction=0)
     return explained / (explained + (sd**2).mean())
-
-
-def wilson(hits, n, z=1.959964):
-    """The 95 % interval of a rate that was seen `hits` times in n -> (low, high)
-
-    It holds the rates p with |hits / n - p| <= z sqrt(p (1 - p) / n), Wilson 1927.
-    """
-    centre = hits + z * z / 2
-    half = z * math.sqrt(hits * (n - hits) / n + z * z / 4)
-    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
 
 
 def correlation(x, y):
@@ -698,8 +689,8 @@ def batch_losses(model, batch, args, log_mean_p=None):
     """A packed batch's objective with gradient (B,), and what is logged of each pair, (B,) each.
 
     log_mean_p: of log_mean_probabilities, for --entropy batch.
-    Accuracy is the share of pairs with P(chosen wins) > 1/2, whatever the soft labels are. The loss
-    that is logged has the labels of training: soft ones with --soft-labels.
+    Accuracy is that of `right`, of hard labels. The loss that is logged has the labels of training:
+    soft ones with --soft-labels.
     """
     # The responses of a pair stand side by side: chosen, rejected.
     outputs = head_outputs(model, batch)
@@ -718,8 +709,13 @@ def batch_losses(model, batch, args, log_mean_p=None):
     elif args.type == "categorical":  # released code
         shares = entropy_shares(chosen, rejected, log_mean_p.to(outputs.device))
         objective = losses - args.entropy_coeff * shares
-    accuracy = (hard_losses < math.log(2)).float()
-    return objective, {"loss": losses.detach(), "accuracy": accuracy}
+    return objective, {"loss": losses.detach(), "accuracy": right(hard_losses)}
+
+
+def right(losses):
+    """Is P(chosen wins) above 1/2?  A tie counts half.  (B,) hard losses -> (B,)"""
+    even = math.log(2)
+    return (losses < even).float() + (losses == even).float() / 2
 
 
 def evaluate(model, rows, args):
@@ -731,8 +727,7 @@ def evaluate(model, rows, args):
     """
     outputs = torch.stack(raw_outputs(model, rows, args.tokens_per_microbatch))
     losses = pair_losses(outputs[:, 0], outputs[:, 1], args.type, args.link, args.sigma_floor)
-    accuracy = (losses < math.log(2)).float()
-    return {"eval_loss": losses, "eval_accuracy": accuracy}
+    return {"eval_loss": losses, "eval_accuracy": right(losses)}
 
 
 def log_held_out(out, step, model, optimizer, rows, args):
@@ -818,7 +813,24 @@ def load_training_pairs(args):
 def train(args):
     """Fit a reward model of args.type to the pairs of --data -> the new records of metrics.jsonl"""
     setup(args.seed)
-    return fit(args, load_training_pairs(args))
+    pairs = load_training_pairs(args)
+    history = fit(args, pairs)
+
+    # The last record has the accuracy on the held-out pairs.
+    accuracy = history[-1]["eval_accuracy"]
+    lines = training_claim(accuracy, len(pairs.held_out), args.type, args.data)
+    say_claim(*lines, Path(args.out or "results/dpl-train"))
+    return history
+
+
+def training_claim(accuracy, n, reward_type, data):
+    """What the paper says of accuracy, and that of n held-out pairs -> two lines"""
+    paper = "models of a distribution are as accurate as ordinary ones (Table 1: 66 to 68 %)"
+    low, high = wilson(accuracy * n, n)
+    where = "the tiny world" if data == "tiny" else data
+    shown = f"{verdict(low, high, 0.5)}: on {where} a {reward_type} model predicts held-out "
+    shown += f"preferences better than a coin, of {n} pairs ({accuracy:.3f} "
+    return paper, f"{shown}[{low:.3f}, {high:.3f}])"
 
 
 def fit(args, pairs):
@@ -1350,9 +1362,11 @@ def print_summary(path, scored, summary, alpha):
     if scored.reward_type != "base":
         rates[f"quantile {alpha:g}"] = summary.quantile
     for label, found in rates.items():
-        low, high = wilson(found.hits, found.rows)
-        share = f"{found.hits:6}/{found.rows}  {found.hits / found.rows:.4f}"
-        say(f"  {label:14}{share}  [{low:.4f}, {high:.4f}]  ties {found.ties}")
+        # The published rates count ties as hits; of an accuracy they are half.
+        half = found.hits - found.ties / 2
+        low, high = wilson(half, found.rows)
+        share = f"{found.hits:6}/{found.rows}  {found.hits / found.rows:.4f}  ties {found.ties}"
+        say(f"  {label:14}{share}; ties half: {half / found.rows:.4f} [{low:.4f}, {high:.4f}]")
     if scored.reward_type != "base":
         say("  alpha   " + "".join(f"{level:6g}" for level in ALPHAS))
         say("  quantile" + "".join(f"{found.hits:6}" for found in summary.quantiles.values()))
@@ -1533,7 +1547,34 @@ def synthetic(args):
     else:
         figure = draw_2d(curves, f"Synthetic 2d: {args.steps} steps, seed {args.seed}")
     finish(out, table, curves, figure)
+    say_claim(*borda_claim(curves["base"], curves["borda"], curves["u"], args.env), out)
     return table
+
+
+def borda_claim(learned, borda_count, expected, env, pairs=2000):
+    """What Theorem 3.1 says of a base model, and what this one does -> two lines
+
+    Three utilities of the same alternatives, (cells,) each.  Of `pairs` random pairs those count
+    that Borda count and expected utility order differently; a tie of `learned` counts half.
+    """
+    paper = "a base model orders alternatives by Borda count, not expected utility (Theorem 3.1)"
+    n = len(learned)
+    first, second = torch.randint(n, (2, pairs), generator=torch.Generator().manual_seed(0))
+    by_borda = (borda_count[first] - borda_count[second]).sign()
+    by_expected = (expected[first] - expected[second]).sign()
+    differ = by_borda * by_expected < 0
+
+    # With Borda +1, against it -1, a tie 0.
+    sides = (learned[first] - learned[second]).sign() * by_borda
+    hits = ((sides[differ] + 1) / 2).sum().item()
+    count = int(differ.sum())
+    where = f"in the synthetic {env} world"
+    if count == 0:
+        return paper, f"too few to tell: {where} both orders are the same (nan [0, 1])"
+    low, high = wilson(hits, count)
+    shown = f"{verdict(low, high, 0.5)}: {where} base goes with the Borda count in this share of "
+    shown += f"{count} random pairs that the two order differently ({hits / count:.3f} "
+    return paper, f"{shown}[{low:.3f}, {high:.3f}])"
 
 
 def draw_1d(curves, caption):
@@ -1541,42 +1582,68 @@ def draw_1d(curves, caption):
     figure, axes = new_figure(1, caption)
     u = curves["u"]
     twin = axes[0].twinx()
-    axes[0].plot(u, curves["base"], "k", label="learned utility (left)")
+    axes[0].plot(u, curves["base"], "k", label="learned utility (left axis)")
     twin.plot(u, curves["borda"], "b--", label="Borda count (right)")
     twin.plot(u, u, "r:", label="expected utility (right)")
-    axes[0].set_title("base")
-    figure.legend(loc="outside lower left", ncols=3, fontsize=8)
+    peak = u[curves["base"].argmax()]
+    borda_peak = u[curves["borda"].argmax()]
+    title = f"base is highest at a = {peak:.2f}, the Borda count at\n{borda_peak:.2f}, "
+    axes[0].set_title(f"{title}and the expected utility at {u.max():.2f}", fontsize=9)
+    twin.set_ylabel("Borda count, expected utility")
 
     # The band is cut where sd has diverged: beyond 0.8 it grows without bound.
     mean = curves["mean_and_variance"]
-    low = (mean - curves["sd"]).clamp(mean.min() - 1)
-    high = (mean + curves["sd"]).clamp(max=mean.max() + 1)
-    axes[1].plot(u, mean, "k")
-    axes[1].fill_between(u, low, high, alpha=0.3)
-    axes[1].set_title("mean_and_variance: mean, sd")
+    sd = curves["sd"]
+    low = (mean - sd).clamp(mean.min() - 1)
+    high = (mean + sd).clamp(max=mean.max() + 1)
+    axes[1].plot(u, mean, "k", label="learned mean")
+    axes[1].fill_between(u, low, high, alpha=0.3, label="± learned sd, cut at the frame")
+    below = sd[u < 0.8].median()
+    beyond = sd[u >= 0.8].median()
+    title = f"mean_and_variance: median sd {below:.2g} up to 0.8\nand {beyond:.2g} beyond it"
+    axes[1].set_title(title, fontsize=9)
 
+    # All panels: where hidden context begins.
     extent = (0, 1, 0, 1)
     axes[2].imshow(curves["p"].T, origin="lower", extent=extent, aspect="auto", cmap="Greys")
-    axes[2].set_title("categorical: p(u | a)")
+    axes[2].set_title(
+        "categorical: p(u | a), the darker the likelier;\ntwo branches: hidden context"
+    )
+    axes[2].title.set_fontsize(9)
     for axis in axes:
-        axis.set(xlabel="alternative a", ylabel="utility")
+        label = "0.8: beyond it a coin decides"
+        axis.axvline(0.8, color="C2", lw=1, ls="-.", label=label)
+        axis.set(xlabel="alternative a", ylabel="learned utility")
+    axes[2].set_ylabel("utility u")
+
+    # One legend for all: a label that is in several panels once.
+    entries = {}
+    for axis in (twin, *axes):
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            entries[label] = handle
+    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
 
 
 def draw_2d(curves, caption):
     """The released code's second figure, with the true Borda count -> the figure"""
     figure, axes = new_figure(2, caption)
+    base = curves["base"]
+    like_borda = correlation(base, curves["borda"])
+    like_expected = correlation(base, curves["u"])
     titles = {
         "u": "expected utility",
         "borda": "Borda count",
-        "base": "base: learned utility",
-        "mean_and_variance": "mean_and_variance: mean",
-        "sd": "mean_and_variance: sd",
-        "p": "categorical: p(u | x, y)",
+        "base": f"base: learned utility, correlation {like_borda:.2f}\n"
+        f"with the Borda count, {like_expected:.2f} with expected utility",
+        "mean_and_variance": "mean_and_variance: learned mean",
+        "sd": "mean_and_variance: learned sd,\nlarge where x y, the chance of utility 0, is",
+        "p": "categorical: learned p(u | x, y), a bar for each of 8 u",
     }
     side = math.isqrt(len(curves["u"]))
     for axis, name in zip(axes, titles, strict=True):
-        axis.set(title=titles[name], xlabel="x", ylabel="y")
+        axis.set(xlabel="x", ylabel="y")
+        axis.set_title(titles[name], fontsize=9)
         if name != "p":
             drawn = axis.contourf(curves[name].view(side, side).T, 12, extent=(0, 1, 0, 1))
             figure.colorbar(drawn, ax=axis)
@@ -1672,6 +1739,46 @@ def ask_readers(rows):
     )
 
 
+def auc(sd, divides, resamples=1000):
+    """How often sd is larger where readers disagree than where they do not, ties by half.
+
+    Both (prompts, responses), divides 1 or 0 -> AUC, low, high: floats, a 95 % interval.  1/2 is
+    chance.  The interval is a bootstrap over prompts, since the responses to one are no independent
+    evidence.  nan where one of the two kinds is missing.
+    """
+    # P(larger) + P(tie) / 2 of two responses, one of each kind.
+    members = divides == 1
+    larger = (sd[members][:, None] - sd[~members]).sign() / 2 + 0.5
+
+    # How often is each prompt drawn?  The first row of counts is the data: each prompt once.
+    n = len(sd)
+    drawn = torch.randint(n, (resamples, n), generator=torch.Generator().manual_seed(0))
+    counts = torch.zeros(resamples, n).scatter_add(1, drawn, torch.ones(resamples, n))
+    counts = torch.cat([torch.ones(1, n), counts])
+
+    # The mean of `larger`, with each response as often as its prompt.
+    prompts = torch.arange(n)[:, None].expand_as(sd)
+    times_divided = counts[:, prompts[members]]
+    times_agreed = counts[:, prompts[~members]]
+    sums = (times_divided @ larger * times_agreed).sum(1)
+    means = sums / (times_divided.sum(1) * times_agreed.sum(1))
+    low, high = means[1:].quantile(torch.tensor([0.025, 0.975])).tolist()
+    return means[0].item(), low, high
+
+
+def claim(sd, divides):
+    """What the paper says of hidden context, and what these readers show -> two lines
+
+    sd (prompts, responses): learned, of each utility; divides: 1 where the readers disagree.
+    """
+    paper = "the spread of a learned distribution of utility detects hidden context (Sec. 4 and 5)"
+    value, low, high = auc(sd, divides)
+    # Chance is 1/2; above it the spread finds what divides the readers.
+    shown = f"{verdict(low, high, 0.5)}: in the tiny world the learned sd is larger where monsters "
+    shown += f"divide the readers, in this share of the comparisons ({value:.2f} "
+    return paper, f"{shown}[{low:.2f}, {high:.2f}])"
+
+
 def compare(readers, mean, sd, risk_averse):
     """Learned mean, sd and risk-averse utility (prompts, 4) beside the readers' -> {row: number}"""
     # Worth of each attribute by least squares. A learned utility may have any unit, so the table
@@ -1680,17 +1787,12 @@ def compare(readers, mean, sd, risk_averse):
     names = ("intercept", "polite", "happy", "distance", "monster")
     worth = dict(zip(names, fit.solution[:, 0], strict=True))
 
-    # The AUC: how often sd is larger where readers disagree than where they do not, ties by half.
-    # The mean sign is P(larger) - P(smaller); half of it plus 1/2 is P(larger) + P(tie) / 2.
-    divided = sd[readers.divides == 1]
-    agreed = sd[readers.divides == 0]
-    mean_sign = (divided[:, None] - agreed).sign().mean().item()
     column = {
         "corr. Borda": correlation(mean, readers.borda),
         "corr. E[u]": correlation(mean, readers.mean),
         "worth of a monster / happy end": (worth["monster"] / worth["happy"]).item(),
         "r^2": r_squared(mean, sd).item(),
-        "AUC of sd for monsters": mean_sign / 2 + 0.5,
+        "AUC of sd for monsters": auc(sd, readers.divides)[0],
     }
 
     # What readers would get if they were given the best of four by the learned utility.
@@ -1749,8 +1851,10 @@ def hidden_context(args):
         curves[f"{reward_type} P(win)"] = predicted
 
     caption = f"Hidden context: {setting(args)}; {mean.numel()} held-out responses"
-    finish(out, table, curves, draw_hidden(curves, caption))
+    finish(out, table, curves, draw_hidden(curves, table, caption))
     say("categorical is not shown: as many updates do not teach it reliably what divides readers")
+    spread = curves["mean_and_variance sd"]
+    say_claim(*claim(spread, readers.divides), out)
     return table
 
 
@@ -1770,8 +1874,8 @@ def calibration(predicted, true):
     return predicted_means, true_means
 
 
-def draw_hidden(curves, caption):
-    """Three panels -> the figure
+def draw_hidden(curves, table, caption):
+    """Three panels, each with what it shows in its title -> the figure
 
     Learned against expected utility; the learned sd where readers agree and where they do not;
     predicted against true P(win).
@@ -1779,21 +1883,38 @@ def draw_hidden(curves, caption):
     figure, axes = new_figure(1, caption)
     divides = curves["true sd"] > 1  # as in Readers
     spread = curves["mean_and_variance sd"]
-    blue = {"color": "C0", "label": "no monster"}
-    red = {"color": "C3", "label": "monsters divide the groups"}
+    blue = {"color": "C0", "label": "without a monster: readers agree"}
+    red = {"color": "C3", "label": "with a monster: readers disagree"}
     for style, members in ((blue, ~divides), (red, divides)):
         axes[0].plot(curves["E[u]"][members], curves["base"][members], ".", **style)
         axes[1].hist(spread[members], 40, alpha=0.6, **style)
-    axes[0].set(title="base", xlabel="expected utility", ylabel="learned utility (log-odds)")
-    axes[1].set(title="mean_and_variance", xlabel="learned sd of utility", ylabel="responses")
+
+    # What a monster is worth to the base model, and to the readers.
+    row = "worth of a monster / happy end"
+    learned = table["base"][row]
+    true = table["expected u"][row]
+    title = f"a monster is worth {learned:+.2f} happy ends to base,\n{true:+.2f} to the readers"
+    axes[0].set(title=title, xlabel="expected utility of the readers (log-odds)")
+    axes[0].set(ylabel="utility that base learned (log-odds)")
+
+    # How well the spread finds what divides the readers; 1/2 is chance.
+    value, low, high = auc(spread, divides)
+    title = "mean_and_variance: its sd is larger with a monster\n"
+    title += f"in {value:.0%} of comparisons [{low:.0%}, {high:.0%}], chance 50 %"
+    axes[1].set(title=title, xlabel="learned sd of utility (log-odds)", ylabel="responses")
 
     # Calibration: the diagonal is right.
+    errors = []
     for reward_type in SHOWN:
         means = calibration(curves[f"{reward_type} P(win)"], curves["P(win)"])
         axes[2].plot(*means, ".-", label=reward_type)
-    axes[2].axline((0, 0), (1, 1), color="k", ls=":")
-    axes[2].set(title="calibration", xlabel="predicted P(win)", ylabel="true P(win)")
+        error = table[reward_type]["|P(win) - true P(win)|"]
+        errors.append(f"{reward_type} {error:.3f}")
+    axes[2].axline((0, 0), (1, 1), color="k", ls=":", label="predicted = true")
+    title = f"mean |predicted - true P(win)|:\n{', '.join(errors)}"
+    axes[2].set(title=title, xlabel="predicted P(win)", ylabel="true P(win), mean of a bin")
     for axis in axes:
+        axis.title.set_fontsize(9)
         axis.legend(fontsize=8)
     return figure
 

@@ -25,7 +25,8 @@ numbers of the equations are ours)
 
 The trade-off: a corpus is typical if its mean log p_+ is close to what is expected.  By Eq. 1,
 typical corpora share the sum of mean log p and mean r / beta.  The default run shows it on a p_+
-whose probabilities are known exactly, and on draws of the prior that IMH turns into draws of Eq. 1.
+whose probabilities are known exactly (figures/tradeoff.png, beside results/dpo if that is there),
+and on draws of the prior that IMH turns into draws of Eq. 1.
 
 In the released code the accept test is a one-element tuple, so that every proposal is accepted; the
 implicit reward is log p - log p_+, the negative of Eq. 1's; the prior does not see the prompt; and
@@ -167,6 +168,7 @@ from common import are_tiny_prompts, tiny_reward  # the tiny world
 from common import check_ranges, leave_if_stopped, memory, on_rank0, progress  # processes
 from common import require, say, setting  # processes
 from common import save_figure, setup, start_run, stop_requested, write  # processes
+from common import say_claim, verdict  # how a run ends
 # isort: on
 
 
@@ -556,6 +558,41 @@ def correlations(x, y):
     pearson = np.corrcoef(x, y)[0, 1]
     spearman = np.corrcoef(mean_ranks(x), mean_ranks(y))[0, 1]
     return [float(pearson), float(spearman)]
+
+
+def mean_correlation(values, sizes):
+    """The mean of independent correlations, of so many points each -> mean, low, high
+
+    By Fisher's z = artanh(r), whose standard error is 1 / sqrt(n - 3): the 95 % interval of the
+    mean z, taken back to correlations.  What has no correlation, or three points or fewer, is left
+    out; nan if nothing is left.
+    """
+    z = []
+    variances = []
+    for r, n in zip(values, sizes):
+        if math.isfinite(r) and n > 3:
+            z.append(math.atanh(max(-1 + 1e-12, min(1 - 1e-12, r))))
+            variances.append(1 / (n - 3))
+    if not z:
+        return math.nan, math.nan, math.nan
+    mean = sum(z) / len(z)
+    half = 1.959964 * math.sqrt(sum(variances)) / len(z)
+    return math.tanh(mean), math.tanh(mean - half), math.tanh(mean + half)
+
+
+def claim(values, sizes, where, beside=""):
+    """What the paper says of typical corpora, and what this run shows -> two lines
+
+    values and sizes: as in mean_correlation, of mean log p and mean reward, one for each setting.
+    where: "in the tiny world, ...".  beside: a clause on another model, for comparison.
+    """
+    paper = "among typical corpora of an aligned model, mean reward is paid for in mean log p"
+    value, low, high = mean_correlation(values, sizes)
+    # The number that is to lie below 0 is the correlation.
+    shown = f"{verdict(-high, -low)}: {where} the two correlate negatively among typical corpora"
+    if len(values) > 1:
+        shown += f", on average over {len(values)} settings"
+    return paper, f"{shown}{beside} ({value:+.2f} [{low:+.2f}, {high:+.2f}])"
 
 
 def corpus_means(values, n, rng):
@@ -1051,6 +1088,7 @@ class Panel:
     xlabel: str
     ylabel: str
     series: dict = field(default_factory=dict)  # {label: (n, 2) points}
+    slope: float = math.nan  # of a line through the middle of each series; nan: no lines
 
 
 MARKERS = "osv^DP"  # of the temperatures, the lowest first
@@ -1098,9 +1136,14 @@ def scatter(path, panels, caption):
             x, y = np.reshape(points, (-1, 2)).T  # also of no points
             marker = markers[temperature]
             axis.plot(x, y, marker, color=colors[kind], ms=2.5, alpha=0.7, mew=0)
+            if len(x) and math.isfinite(panel.slope):
+                ends = np.array([x.min(), x.max()])
+                line = y.mean() + panel.slope * (ends - x.mean())
+                axis.plot(ends, line, "k-", lw=0.7, label="slope -beta, of Eq. 1")
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(panel.xlabel)
         axis.set_ylabel(panel.ylabel)
+    same_limits(axes, panels)
 
     # One legend for all panels: first the colours, then the markers.
     if len(labels) > 1:
@@ -1109,10 +1152,27 @@ def scatter(path, panels, caption):
         for temperature, marker in markers.items():
             if temperature:
                 axes[-1].plot([], [], marker, color="grey", label=f"T = {temperature}")
-        handles, names = axes[-1].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right center", fontsize=8)
-    figure.suptitle(caption, fontsize=8)
+    entries = {}
+    for axis in axes:
+        for handle, name in zip(*axis.get_legend_handles_labels()):
+            entries[name] = handle
+    if entries:
+        figure.legend(entries.values(), entries, loc="outside right center", fontsize=8)
+    figure.suptitle(caption, fontsize=9)
     save_figure(figure, path)
+
+
+def same_limits(axes, panels):
+    """Give the panels that show the same two quantities the same limits."""
+    alike = {}
+    for axis, panel in zip(axes, panels):
+        alike.setdefault((panel.xlabel, panel.ylabel), []).append(axis)
+    for group in alike.values():
+        lows = np.min([[*axis.get_xlim(), *axis.get_ylim()] for axis in group], axis=0)
+        highs = np.max([[*axis.get_xlim(), *axis.get_ylim()] for axis in group], axis=0)
+        for axis in group:
+            axis.set_xlim(lows[0], highs[1])
+            axis.set_ylim(lows[2], highs[3])
 
 
 # The toy experiment: a thousand strings with probabilities, no model.
@@ -1181,13 +1241,25 @@ def toy(args):
     for name, points in shown.items():
         pearson, spearman = correlations(points[:, 0], points[:, 1])
         found[name] = (len(points), pearson, spearman)
-        title = f"{name}: Pearson {pearson:+.2f}"
+        title = f"{len(points)} {name}: Pearson {pearson:+.2f}"
         panels[name] = Panel(title, "mean log p (nats)", "mean r (nats)", {"": points})
+        if name == "typical corpora":
+            panels[name].slope = -1.0  # beta is 1
         print(f"  {name:20s} n {len(points):5d}  Pearson {pearson:+.4f}  Spearman {spearman:+.4f}")
 
-    columns = {"p_+": p_plus, "p": np.exp(log_p), "r": r}
+    columns = {
+        f"p_+, the aligned model: entropy {H:.2f} nats": p_plus,
+        f"p, the prior: entropy {-np.exp(log_p) @ log_p:.2f} nats": np.exp(log_p),
+        "r = log p_+/p, the reward: unlikely strings cost most": r,
+    }
     draw_toy(Path(f"{args.out}-toy", "figures"), columns, panels)
     return found
+
+
+def toy_alone(args):
+    """The toy experiment, with a claim of its own."""
+    n, pearson, _ = toy(args)["typical corpora"]
+    say_claim(*claim([pearson], [n], "in a toy of 1000 strings"), Path(f"{args.out}-toy"))
 
 
 def draw_toy(folder, columns, panels):
@@ -1195,28 +1267,31 @@ def draw_toy(folder, columns, panels):
 
     columns: {title: (1000,) a value of each string}; panels: {name of the points: Panel}
     """
-    caption = "of the authors' repository; a toy of 1000 strings, no language model"
+    caption = "of the authors' repository: a toy of 1000 strings, no language model, beta 1"
 
     # The two distributions and the reward, string by string.
     bars = []
     for title, values in columns.items():
         ylabel = "probability"
-        if title == "r":
+        if title.startswith("r"):
             ylabel = "r (nats)"
         points = np.stack([np.arange(1000), values], 1)
-        bars.append(Panel(title, "string", ylabel, {"": points}))
+        name = title.split()[0].strip(",")  # p_+ and p have axes of their own: their peaks differ
+        bars.append(Panel(title, "number of the string", f"{name} {ylabel}", {"": points}))
     name = "toy-distributions.png"
-    scatter(folder / name, bars, f"As {name} {caption}")
+    seen = "The aligned model prefers a few strings, whatever the prior thinks of them"
+    scatter(folder / name, bars, f"{seen}\nAs {name} {caption}")
 
     # Each string's reward against its log p: values, where the other panels show means.
     strings = replace(panels["strings"], xlabel="log p (nats)", ylabel="r (nats)")
     name = "toy-string-correlation.png"
-    scatter(folder / name, [strings], f"As {name} {caption}")
+    scatter(folder / name, [strings], f"Strings, not corpora\nAs {name} {caption}")
 
     # The same means over corpora.
     corpora = [panel for key, panel in panels.items() if key != "strings"]
     name = "toy-correlations.png"
-    scatter(folder / name, corpora, f"As {name} {caption}")
+    seen = "Corpora whose mean log p_+ is typical lie in a band along which reward costs likelihood"
+    scatter(folder / name, corpora, f"{seen}\nAs {name} {caption}")
 
 
 # The exact posterior: p_+ of Eq. 1 over listed strings of a real language model.
@@ -1632,6 +1707,7 @@ class Record:
     implicit: list = field(default_factory=list)  # the same with the implicit reward
     r_all: float = math.nan  # Pearson's of the means of 1000 corpora
     r_typ: float = math.nan  # of the typical ones of these
+    n_typ: int = 0  # how many these are, or how many draws, if those are fewer: for its interval
     # {local, chain or typical: up to 100 corpora, each as four means like `local`}
     corpora: dict = field(default_factory=dict)
 
@@ -1687,6 +1763,7 @@ def imh_setting(args, spec, corpus, rng):
     record.implicit = correlations(corpus.log_prior, corpus.implicit)
     record.r_all, _ = correlations(compared[:, LOG_P], compared[:, REWARD])
     record.r_typ, _ = correlations(typical[:, LOG_P], typical[:, REWARD])
+    record.n_typ = min(len(typical), len(values))  # a thousand corpora of few draws know no more
     return record
 
 
@@ -1725,29 +1802,42 @@ def print_record(record):
     print(line, flush=True)
 
 
+def typical_correlation(records):
+    """mean_correlation of the typical corpora of these settings -> mean, low, high"""
+    values = [record.r_typ for record in records]
+    return mean_correlation(values, [record.n_typ for record in records])
+
+
+def claim_of(records, where, beside=""):
+    """The two lines of `claim` of these settings."""
+    values = [record.r_typ for record in records]
+    return claim(values, [record.n_typ for record in records], where, beside)
+
+
 def what_is_seen(records):
     """One sentence on the trade-off between mean log p and mean reward in these records."""
     # Within a setting: the mean over the settings that have typical corpora which differ.
-    within = [record.r_typ for record in records if math.isfinite(record.r_typ)]
-    typical = np.mean(within) if within else math.nan
+    typical, low, high = typical_correlation(records)
     # Between settings: one point each.
     before = np.array([record.local for record in records])
     after = np.array([record.chain for record in records])
     local, _ = correlations(before[:, LOG_P], before[:, REWARD])
     chain, _ = correlations(after[:, LOG_P], after[:, REWARD])
-    seen = f"Seen here: typical corpora of one setting correlate {typical:+.2f} on average,\n"
+    seen = f"Seen here: typical corpora of one setting correlate {typical:+.2f} on average\n"
+    seen += f"[{low:+.2f}, {high:+.2f}], "
     seen += (
         f"the means of the {len(records)} settings {local:+.2f} as drawn and {chain:+.2f} after IMH"
     )
-    if typical < -0.5:  # Eq. 1 has it near -1
+    if verdict(-high, -low) == "holds":
         return f"{seen}:\nreward is paid for in likelihood, as the paper finds."
     return f"{seen}:\nnot the paper's trade-off, which needs p_+ to be Eq. 1 for this very reward."
 
 
-def reward_panels(records, corpora, column, ylabel):
+def reward_panels(records, corpora, column, ylabel, beta):
     """Strings, and corpora of each setting: as drawn, after IMH, and typical -> four Panels
 
     column: REWARD or IMPLICIT, which of the two is drawn against log p.
+    By Eq. 1 typical corpora lie on lines of slope -beta.
     """
     strings = Panel("strings as drawn", "log p(y | x) of the prior (nats)", ylabel)
     for spec, corpus in corpora.items():
@@ -1764,10 +1854,13 @@ def reward_panels(records, corpora, column, ylabel):
     n = records[0].n
     titles = {"local": "as drawn", "typical": typical, "chain": "after IMH"}
     for kind, title in titles.items():
-        panel = Panel(f"corpora of {n} strings {title}", "mean log p (nats)", f"mean {ylabel}")
+        title = f"corpora of {n} strings {title}"
+        panel = Panel(title, "mean log p of the prior (nats)", f"mean {ylabel}")
         for record in records:
             means = np.reshape(record.corpora[kind], (-1, 4))  # also of no corpora
             panel.series[record.setting] = means[:, [LOG_P, column]]
+        if kind == "typical":
+            panel.slope = -beta
         panels.append(panel)
 
     # The correlation over all points of a panel goes into its title.
@@ -1795,8 +1888,9 @@ def why_no_record(row):
         return "not the columns that imh writes"
     if not isinstance(row["setting"], str) or row["target"] not in get_args(Target):
         return "no such setting or target"
-    if type(row["n"]) is not int or type(row["r_typ"]) is not float:
-        return "n or r_typ is of the wrong type"
+    whole = type(row["n"]) is int and type(row["n_typ"]) is int
+    if not whole or type(row["r_typ"]) is not float:
+        return "n, n_typ or r_typ is of the wrong type"
     for name in ("local", "chain", "snis"):
         if not are_numbers(row[name], 4):
             return f"{name} is not a list of 4 finite numbers"
@@ -1831,12 +1925,125 @@ def figures(args):
 def draw_reward(args, records, corpora, column, ylabel, name):
     """One figure of four panels, under the name of the authors' figure."""
     leave_if_stopped()
-    panels = reward_panels(records, corpora, column, ylabel)
-    caption = f"As {name} of the authors' repository; IMH to the target {records[0].target}\n"
-    caption += f"{setting(args)}\n{what_is_seen(records)}"
+    panels = reward_panels(records, corpora, column, ylabel, args.beta)
+    caption = f"{what_is_seen(records)}\n{setting(args)}, beta {args.beta:g}; IMH to the target "
+    caption += f"{records[0].target}; as {name} of the authors' repository"
     scatter(Path(args.out, "figures", name), panels, caption)
     titles = [panel.title.replace("\n", " ") for panel in panels]
     print(f"{name}: {'; '.join(titles)}")
+
+
+# The default run's main figure: the exact posterior, and beside it a model that was trained.
+
+PLAIN = "ancestral_strict,temperature=1"  # the model itself, no adaptor
+WHY = (
+    "why not of DPO: few pairs and updates do not bring its p_+ to p exp(r / beta) / Z, so that\n"
+    "log p + r / beta differs from log p_+ + log Z, and typical corpora may gain or lose both"
+)
+
+
+def exact_options(args):
+    """The options of exact, and of imh and figures on its draws."""
+    # The model is no file here: it is the name in captions.
+    return replace(args, model="exact posterior", target="global", out=f"{args.out}-exact")
+
+
+def dpo_options(args):
+    """The options to look at the DPO run beside the run folder as it is; None if there is none.
+
+    It is a finished run of methods/dpo.py on the tiny world, as run_all.sh leaves it.
+    """
+    folder = Path(args.out).parent / "dpo"
+    config = folder / "config.json"
+    if not (folder / "model").is_dir() or not config.is_file():
+        return None
+    flags = json.loads(config.read_bytes())
+    if flags.get("data") != "tiny" or not is_number(flags.get("beta")):
+        return None
+    out = f"{args.out}-dpo"
+    return replace(
+        args,
+        model=str(folder),
+        sampling_types=("ancestral_strict",),
+        temperatures=(1.0,),
+        samples=4 * args.samples,
+        target="global",
+        beta=flags["beta"],
+        out=out,
+        resume=args.resume and Path(out).exists(),
+    )
+
+
+def plain_record(args):
+    """The Record of the model itself in a run folder."""
+    for record in read_records(Path(args.out, "imh.json")):
+        if record.setting == PLAIN:
+            return record
+    raise SystemExit(f"{args.out}/imh.json: no setting {PLAIN}; run imh again with this --out")
+
+
+def draw_tradeoff(axis, record, beta, title):
+    """Corpora of one model, all and typical: reward against log p."""
+    # Deviations from what the strings have on average, in standard deviations of the corpora, so
+    # that models can be compared.
+    centre = np.array(record.local)
+    spread = np.std(np.reshape(record.corpora["local"], (-1, 4)), axis=0)
+    spread[spread == 0] = 1  # of a setting whose corpora are all the same
+    labels = {"local": f"100 corpora of {record.n} strings", "typical": "typical corpora"}
+    for kind, color in (("local", "0.7"), ("typical", "C0")):
+        means = (np.reshape(record.corpora[kind], (-1, 4)) - centre) / spread
+        axis.plot(means[:, LOG_P], means[:, REWARD], "o", ms=3, color=color, label=labels[kind])
+
+    # Eq. 1: the sum of log p and r / beta is the same for all typical corpora.
+    slope = -beta * spread[LOG_P] / spread[REWARD]
+    axis.axline((0, 0), slope=slope, color="k", lw=1, label=f"Eq. 1: slope -beta = -{beta:g}")
+    value, low, high = typical_correlation([record])
+    seen = f"typical corpora correlate {value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    axis.set_title(f"{title}\n{seen}", fontsize=9)
+    unit = f"less its expectation, divided by its sd of {spread[LOG_P]:.2g} nats"
+    axis.set_xlabel(f"mean log p of the prior,\n{unit}")
+    unit = f"less its expectation, divided by its sd of {spread[REWARD]:.2g}"
+    axis.set_ylabel(f"mean true reward,\n{unit}")
+    axis.set(xlim=(-4, 4), ylim=(-4, 4))
+    axis.legend(fontsize=8)
+
+
+def conclude(args, known, trained):
+    """The default run's main figure, and its claim.
+
+    known, trained: the options of the exact posterior and of the DPO run, or None.
+    """
+    panels = {"exact posterior: p_+ is Eq. 1 by construction": known}
+    beside = ""
+    caption = "Is reward paid for in likelihood?  The built-in tiny world, not the paper's models"
+    if trained is None:
+        say(f"no finished DPO run in {Path(args.out).parent}: python methods/dpo.py trains one")
+    else:
+        panels[f"{trained.model}: Eq. 1 need not hold"] = trained
+        record = plain_record(trained)
+        beside = f"; of {trained.model}, where Eq. 1 need not hold, {record.r_typ:+.2f}"
+        caption += f"\n{WHY}"
+        say(WHY)
+
+    figure = Figure((5.2 * len(panels), 5), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axis, (title, options) in zip(axes, panels.items()):
+        draw_tradeoff(axis, plain_record(options), options.beta, title)
+    figure.suptitle(caption, fontsize=9)
+    save_figure(figure, Path(args.out, "figures", "tradeoff.png"))
+
+    # The claim is that of all settings of the exact posterior.
+    shown = read_records(Path(known.out, "imh.json"))
+    lines = claim_of(shown, "in the tiny world, of its exact posterior,", beside)
+    say_claim(*lines, Path(args.out))
+
+
+def conclude_alone(args):
+    """The claim of one run folder's imh.json."""
+    where = f"on {args.csv or args.data}, model {args.model},"
+    if args.data == "tiny" and not args.csv:
+        where = f"in the tiny world, model {args.model},"
+    say_claim(*claim_of(read_records(Path(args.out, "imh.json")), where), Path(args.out))
 
 
 RANGES = {  # option: its least and largest value
@@ -1889,23 +2096,40 @@ def main(args, command="all"):
     check(args, command)
     setup(args.seed)
 
-    # Generate and score use every process; the rest is light and needs one.
-    if command in ("all", "toy"):
+    # A toy, and a p_+ that is Eq. 1 to the last digit; all runs it where the reward is known.
+    if command == "toy":
+        alone(toy_alone, args)
+    if command == "all":
         alone(toy, args)
-
-    # A p_+ that is Eq. 1 to the last digit; all runs it where the reward is known.
     tiny = args.data == "tiny" and args.reward == "tiny" and args.prompt == ""
+    known = exact_options(args)
     if command == "exact" or (command == "all" and tiny):
-        # The model is no file here: it is the name in captions.
-        known = replace(args, model="exact posterior", target="global", out=f"{args.out}-exact")
         exact(known)
         alone(imh, known)
         alone(figures, known)
+    if command == "exact":
+        alone(conclude_alone, known)
 
     # Without an aligned model the prior proposes, and IMH alone goes to Eq. 1.
     if command == "all" and args.model == args.ref_model:
         say(f"IMH from the prior {args.ref_model} to the posterior of Eq. 1: --target posterior")
         args = replace(args, target="posterior")
+    run_commands(args, command)
+
+    # How it ends: the exact posterior and, if there is one, the DPO run; else what imh found.
+    if command == "all" and tiny:
+        trained = dpo_options(args)
+        if trained is not None:
+            run_commands(trained, command)
+        work = partial(conclude, args, known, trained)
+        on_rank0(work, f"{args.out}: cannot be concluded")
+    elif command in ("all", "imh"):
+        alone(conclude_alone, args)
+
+
+def run_commands(args, command):
+    """Generate, score, imh and figures, or one of them."""
+    # Generate and score use every process; the rest is light and needs one.
     if command in ("all", "generate"):
         generate(args, to_score=command == "all")
     if command in ("all", "score"):

@@ -99,18 +99,31 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here 
 from common import token_logps  # log-probabilities
 from common import encode_rows, pack_pairs, show_example  # tokenization
 from common import Unusable, as_dialogue, load_judged, report, without_tags  # data
-from common import is_empty, is_number, number, require_text  # data
+from common import is_empty, is_number, number, require_text, words  # data
 from common import load_model, load_tokenizer, model_folder  # models
 from common import check_ranges, leave_if_stopped, on_rank0, progress, require, setup  # processes
 from common import save_figure, start_run, stop_requested, write  # processes
+from common import say_claim, verdict, wilson  # how a run ends
 # isort: on
 
 # ---- the paper: accuracies, ideals, thresholds
 
 
 def ranking_accuracy(chosen_logps, rejected_logps):
-    """R of Eq. 1 for each pair; of log-probs per token, R~ of Eq. 15.  (B,), (B,) -> (B,)"""
+    """R of Eq. 1 for each pair; of log-probs per token, R~ of Eq. 15.  (B,), (B,) -> (B,)
+
+    Eq. 1 counts a tie as right.  In an accuracy, the mean over pairs, it counts half: a model that
+    gives everything the same probability ranks nothing.  See `ties_half`.
+    """
     return 1.0 * (chosen_logps >= rejected_logps)
+
+
+def ties_half(delta):
+    """What each pair adds to an accuracy: R of Eq. 1, and 1/2 for a tie.
+
+    delta (B,): log-prob of y_w less that of y_l -> (B,)
+    """
+    return (ranking_accuracy(delta, 0) + (delta > 0)) / 2
 
 
 def idealized_log_ratio(ref_log_ratio, alpha, beta, gamma=1.0, epsilon=1e-3):
@@ -205,6 +218,36 @@ def bootstrap_interval(values, items, seed, resamples=1000):
         drawn = rng.integers(0, n, n)
         means.append(sums[drawn].sum() / counts[drawn].sum())
     return np.quantile(means, [0.025, 0.975]).tolist()
+
+
+def wilson_over_items(values, items):
+    """Wilson's 95 % interval of the mean of values (B,), each from 0 to 1 -> [low, high]
+
+    It counts items (B,), not pairs: the pairs of an item are not independent.
+    """
+    n = len(np.unique(items))
+    return list(wilson(float(np.mean(values)) * n, n))
+
+
+def claim(gaps, where):
+    """What the paper says of R and R*, and what this run shows -> two lines
+
+    gaps: {name of a model: (R* less R, low, high)}, means over pairs with their 95 % intervals.
+    The claim is one of all models, so the number is that of the smallest.
+    """
+    paper = "fine-tuned models rank far fewer pairs right than the optimum of their own loss would "
+    paper += "(Table 1: 19 to 59 points fewer)"
+    name = None
+    for other, gap in gaps.items():
+        if name is None or gap[1] < gaps[name][1]:
+            name = other
+    value, low, high = gaps[name]
+    shown = f"{verdict(low, high)}: {where} R is below R*, of each of {len(gaps)} models"
+    if len(gaps) > 1:
+        shown += f", R* - R being least for {name}"
+    else:
+        shown = f"{verdict(low, high)}: {where} R of {name} is below R*, by R* - R"
+    return paper, f"{shown} ({value:.3f} [{low:.3f}, {high:.3f}])"
 
 
 # ---- items: responses to a prompt, and what people said of them
@@ -593,14 +636,15 @@ class Pairs:
     alpha: np.ndarray  # (B,) share of raters who prefer a; 1/2: a tie
     logps: np.ndarray  # (2, B) of a and b
     tokens: np.ndarray  # (2, B)
+    responses: np.ndarray  # (2, B) the numbers of a and b in their item
 
 
 @dataclass
 class Accuracy:
     """How one form of likelihood ranks: log pi(y|x) for R, log pi(y|x) / |y| for R~."""
 
-    accuracy: float  # Eq. 1 or 15, mean over the pairs without a human tie
-    interval: list  # 95 %, bootstrap over items
+    accuracy: float  # Eq. 1 or 15, mean over the pairs without a human tie; `ties_half`
+    interval: list  # 95 %, Wilson's, which counts items
     delta: np.ndarray  # (pairs,) of y_w less that of y_l
     ties: int  # pairs with delta 0
     with_ties: float  # Eq. 14: of all pairs; on a human tie, right if the model's two are near
@@ -624,6 +668,7 @@ class Measured:
     R_tilde: Accuracy  # per token
     chance_exact: float | None = None  # of a random order of the lists
     shorter_exact: float | None = None
+    responses: np.ndarray | None = None  # (2, pairs) the numbers of y_w and y_l in their item
 
 
 def all_pairs(items, records, proportion):
@@ -632,10 +677,14 @@ def all_pairs(items, records, proportion):
     alpha = []
     logps = []
     tokens = []
+    responses = []
     for i, found in sorted(records.items()):
         leave_if_stopped()
-        judged_records = zip(items[i].ranks, found)
-        for (rank_a, a), (rank_b, b) in combinations(judged_records, 2):
+        for j, k in combinations(range(len(found)), 2):
+            a = found[j]
+            b = found[k]
+            rank_a = items[i].ranks[j]
+            rank_b = items[i].ranks[k]
             if items[i].share is not None:
                 share = items[i].share
             elif rank_a < rank_b:
@@ -648,9 +697,11 @@ def all_pairs(items, records, proportion):
             alpha.append(share)
             logps.append((a.logp, b.logp))
             tokens.append((a.tokens, b.tokens))
+            responses.append((j, k))
     logps = np.array(logps, float).reshape(-1, 2).T
     tokens = np.array(tokens, float).reshape(-1, 2).T
-    return Pairs(np.array(item, int), np.array(alpha, float), logps, tokens)
+    responses = np.array(responses, int).reshape(-1, 2).T
+    return Pairs(np.array(item, int), np.array(alpha, float), logps, tokens, responses)
 
 
 def measure(items, records, args):
@@ -665,13 +716,13 @@ def measure(items, records, args):
     excess = side * (pairs.tokens[0] - pairs.tokens[1])  # tokens of y_w beyond those of y_l
 
     # R from log-likelihoods, R~ from log-likelihoods per token.
-    raw = measure_form(pairs, side, pairs.logps, nearness=pairs.logps, seed=args.seed)
+    raw = measure_form(pairs, side, pairs.logps, nearness=pairs.logps)
     per_token = pairs.logps / pairs.tokens
-    normalised = measure_form(pairs, side, per_token, nearness=np.exp(per_token), seed=args.seed)
+    normalised = measure_form(pairs, side, per_token, nearness=np.exp(per_token))
 
     # Lists of more than two responses have a ranking as a whole.
     lists = [(items[i].ranks, found) for i, found in records.items() if len(found) > 2]
-    shorter_wins = (excess < 0)[strict].mean()
+    shorter_wins = ties_half(-excess)[strict].mean()
     n = int(strict.sum())
     measured = Measured(
         items=len(records),
@@ -684,12 +735,14 @@ def measure(items, records, args):
         R=raw,
         R_tilde=normalised,
     )
+    y_w_first = np.where(side > 0, pairs.responses, pairs.responses[::-1])
+    measured.responses = y_w_first[:, strict]
     if lists:
-        measure_lists(measured, lists, args.seed)
+        measure_lists(measured, lists)
     return measured
 
 
-def measure_form(pairs, side, scores, nearness, seed):
+def measure_form(pairs, side, scores, nearness):
     """Accuracy of scores (2, B).
 
     nearness (2, B): what Eq. 14 compares with a tolerance of 0.01.  That is meant for likelihoods
@@ -698,20 +751,20 @@ def measure_form(pairs, side, scores, nearness, seed):
     # Log-ratios of the majority's choice to the other.
     strict = side != 0
     delta = side * (scores[0] - scores[1])
-    right = ranking_accuracy(delta, 0)[strict]
+    right = ties_half(delta)[strict]
     near = abs(nearness[0] - nearness[1]) < 0.01
     ties = (delta == 0)[strict]
     all_right = np.where(strict, delta > 0, near)  # Eq. 14
     return Accuracy(
         accuracy=float(right.mean()),
-        interval=bootstrap_interval(right, pairs.item[strict], seed),
+        interval=wilson_over_items(right, pairs.item[strict]),
         delta=delta[strict],
         ties=int(ties.sum()),
         with_ties=float(all_right.mean()),
     )
 
 
-def measure_lists(measured, lists, seed):
+def measure_lists(measured, lists):
     """Fill in what is only known of lists of n > 2; for pairs every correlation is 2 R - 1."""
     raw = []
     normalised = []
@@ -739,7 +792,7 @@ def measure_lists(measured, lists, seed):
             if found is not None:
                 correlations.append(found)
         form.exact = float(np.mean(same))
-        form.exact_interval = bootstrap_interval(np.array(same), range(len(same)), seed)
+        form.exact_interval = list(wilson(sum(same), len(same)))
         if correlations:  # of lists that have an order at all
             form.correlations = np.mean(correlations, axis=0).tolist()
     measured.chance_exact = float(np.mean(chances))
@@ -762,6 +815,8 @@ class Line:
     ideal_own: float  # R* at the model's own beta and gamma
     flips: list  # shares of the pairs: kept, lost, fixed, missed
     curve: list  # of Fig. 2: [step, kept, lost, fixed, missed], ...
+    gap: list = dataclasses.field(default_factory=list)  # R* at its own beta less R, low, high
+    preferences: bool = True  # is it trained on preferences, as neither the reference nor SFT is?
 
 
 FLIPS = "kept", "lost", "fixed", "missed"  # right or wrong under the reference, then the policy
@@ -885,23 +940,31 @@ def beside_reference(data, scored, items, args):
         beta, gamma = loss_of(name, args)
         own = idealized_ranking_accuracy(-c, reference.alpha, beta, gamma, args.epsilon)
         shares = flips(c, measured.R.delta)
-        lines.append(
-            Line(
-                data=data,
-                model=name,
-                reference=name_of_reference,
-                beta=beta,
-                gamma=gamma,
-                measured=measured,
-                c=c,
-                ideal=ideal,
-                ideal_tilde=ideal_tilde,
-                ideal_own=own.mean().item(),
-                flips=shares,
-                curve=training_curve(name, c, shares),
-            )
+        line = Line(
+            data=data,
+            model=name,
+            reference=name_of_reference,
+            beta=beta,
+            gamma=gamma,
+            measured=measured,
+            c=c,
+            ideal=ideal,
+            ideal_tilde=ideal_tilde,
+            ideal_own=own.mean().item(),
+            flips=shares,
+            curve=training_curve(name, c, shares),
         )
+        line.gap = gap_of(own.numpy(), measured, args.seed)
+        is_sft = run_flags(name).get("method") == "sft"
+        line.preferences = name != name_of_reference and not is_sft
+        lines.append(line)
     return lines
+
+
+def gap_of(ideal, measured, seed):
+    """R* (pairs,) less R, mean over the pairs, and its 95 % interval -> [gap, low, high]"""
+    short = ideal - ties_half(measured.R.delta)
+    return [float(short.mean()), *bootstrap_interval(short, measured.item, seed)]
 
 
 # ---- tables and figures
@@ -937,17 +1000,40 @@ def show_theorem(line, args):
     )
     print(f"IPO, tau = beta: for {stuck:.1%} even loss 0 is a wrong ranking (Prop. A.7)")
 
-    # The pairs of Tables 7 to 9, by c: the most wrong, the most right, the wrong ones closest to 0.
-    order = np.argsort(c)
-    wrong = order[c[order] > 0]
-    hardest = order[::-1][:3]
-    groups = (("hardest", hardest), ("easiest", order[:3]), ("to flip", wrong[:3]))
-    for title, chosen in groups:
-        texts = []
-        thresholds = loss_threshold(c[chosen], args.beta, args.gamma)
-        for i, x, loss in zip(measured.item[chosen], c[chosen], thresholds):
-            texts.append(f"item {i:.0f} (c {x:.1f}, loss <= {loss:.3g})")
-        print(f"{title:8}" + ", ".join(texts))
+
+def cut(text, width):
+    """A text on one line of so many characters, with an ellipsis for what is left out at its end"""
+    line = " ".join(text.split())
+    if len(line) > width:
+        line = line[: width - 3] + "..."
+    return line
+
+
+def show_texts(lines, items, args):
+    """The pairs of Tables 7 to 9: the hardest, the easiest, and those that are easiest to flip.
+
+    By c of the reference: the most wrong, the most right, the wrong ones closest to 0; of the last,
+    whether training flipped them.
+    """
+    line = lines[0]
+    order = np.argsort(line.c)
+    wrong = order[line.c[order] > 0]
+    policies = [other for other in lines if other.preferences]
+    groups = {"hardest": order[::-1][:2], "easiest": order[:2], "to flip": wrong[:2]}
+    print("\nTables 7 to 9: pairs by c, how wrong the reference is (nats)")
+    for title, chosen in groups.items():
+        for i in chosen:
+            # c, the loss that flips it, and how many models did.
+            threshold = loss_threshold(line.c[i], args.beta, args.gamma).item()
+            head = f"{title:8} c {line.c[i]:.1f}, right at a loss <= {threshold:.3g}"
+            if policies:
+                right = sum(policy.measured.R.delta[i] >= 0 for policy in policies)
+                head += f", right in {right} of {len(policies)} trained models"
+            item = items[line.measured.item[i]]
+            better, worse = line.measured.responses[:, i]
+            print(f"{head}: {cut(words(item.prompt), 70)}")
+            print(f"    preferred: {cut(words(item.responses[better]), 100)}")
+            print(f"    rejected:  {cut(words(item.responses[worse]), 100)}")
 
 
 def show_ideal(line, args):
@@ -1025,28 +1111,37 @@ def plot_ranking(out, lines):
 
         # R and R~ with their intervals, on a bar that shows what the ideal ones could be.
         for name, color, at, form, ideal in forms:
-            bar = f"{name}*: min, median, max over beta"
+            bar = f"{name}*: min, median, max over --betas"
             low, high = form.interval
             error = [[form.accuracy - low], [high - form.accuracy]]
             ends = [min(ideal), np.median(ideal), max(ideal)]
             axis.plot(ends, [at] * 3, "|-", color=color, alpha=0.5, label=bar)
-            point = f"{name}, 95 % interval"
+            meaning = "likelihood" if name == "R" else "likelihood per token"
+            point = f"{name}, by {meaning}, 95 % interval"
             axis.errorbar(form.accuracy, at, xerr=error, fmt="o", color=color, label=point)
 
         # The ideal of the policy's own loss, and the baseline that reads lengths only.
-        own = "R* at its own beta"
+        own = "R* at the beta of its own loss"
         axis.plot(line.ideal_own, y - 0.12, "D", color="C0", mfc="w", label=own)
-        axis.plot(line.measured.shorter, y, "kx", label="shorter wins")
-    axis.axvline(0.5, color="k", lw=0.5)
-    axis.set(xlabel="share of pairs ranked right", ylim=(len(lines) - 0.5, -0.5))
+        axis.plot(line.measured.shorter, y, "kx", label="if the shorter one were better")
+    axis.axvline(0.5, color="k", lw=0.5, label="chance")
+    axis.set(xlabel="share of pairs ranked right; a tie counts half", ylim=(len(lines) - 0.5, -0.5))
     axis.set(yticks=range(len(lines)), yticklabels=[short_name(line) for line in lines])
-    axis.set(title=f"Ranking accuracy as in Fig. 1, idealised as in Table 1: {where(lines)}")
+    axis.set_title(f"{ranking_title(lines)}\nAs Fig. 1 and Table 1: {where(lines)}", fontsize=10)
 
     # Every row has the same labels: one of each is enough.
     handles, labels = axis.get_legend_handles_labels()
     once = dict(zip(labels, handles))
     axis.legend(once.values(), once.keys(), fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save_figure(figure, out / "figures" / "ranking.png", dpi=110)
+
+
+def ranking_title(lines):
+    """What the dots and the diamonds of the figure show."""
+    R = [line.measured.R.accuracy for line in lines]
+    own = [line.ideal_own for line in lines]
+    title = f"R of the models (dots) is {min(R):.2f} to {max(R):.2f}; at the optimum of their own "
+    return title + f"loss (diamonds) it would be {min(own):.2f} to {max(own):.2f}"
 
 
 def plot_flips(out, lines):
@@ -1056,14 +1151,16 @@ def plot_flips(out, lines):
     policies = [line for line in lines if line.model != line.reference]
     if not policies:
         return
-    figure = Figure(figsize=(3.3 * len(policies), 6.5), layout="constrained")
-    axes = figure.subplots(2, len(policies), squeeze=False)
+    figure = Figure(figsize=(3.3 * len(policies) + 1.5, 6.8), layout="constrained")
+    axes = figure.subplots(2, len(policies), squeeze=False, sharey="row")
     for column, line in enumerate(policies):
         plot_curve(axes[0, column], line)
         plot_losses(axes[1, column], line)
-    for axis in axes[:, 0]:
-        axis.legend(fontsize=8, loc="lower left")
-    caption = f"As Fig. 2 (held-out pairs)\nand Fig. 3 (scored pairs)\n({where(lines)})"
+        axes[1, column].sharex(axes[1, 0])
+    for axis in axes[:, -1]:
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    caption = "Does training put right what the reference ranks wrong?  Above: held-out pairs, as "
+    caption += f"Fig. 2; below: scored pairs, as Fig. 3 ({where(lines)})"
     figure.suptitle(caption, fontsize=9)
     save_figure(figure, out / "figures" / "flips.png", dpi=110)
 
@@ -1073,8 +1170,18 @@ def plot_curve(axis, line):
     curve = np.array(line.curve)
     steps = curve[:, 0]
     colors = ["C2", "C1", "C0", "C3"]
-    axis.stackplot(steps, curve[:, 1:].T, labels=FLIPS, colors=colors, alpha=0.7)
-    axis.set(title=short_name(line), ylabel="share of pairs", ylim=(0, 1), xlabel="optimiser step")
+    labels = []
+    meanings = ("right, still right", "right, now wrong", "wrong, now right", "wrong, still wrong")
+    for flip, meaning in zip(FLIPS, meanings):
+        labels.append(f"{flip}: {meaning}")  # under the reference, then the policy
+    axis.stackplot(steps, curve[:, 1:].T, labels=labels, colors=colors, alpha=0.7)
+
+    # How many of the pairs that the reference ranks wrong are right in the end?
+    *_, fixed, missed = curve[-1]
+    of_wrong = fixed / max(fixed + missed, 1e-9)
+    title = f"{short_name(line)}\nfixed: {of_wrong:.0%} of those that were wrong"
+    axis.set_title(title, fontsize=9)
+    axis.set(ylabel="share of pairs", ylim=(0, 1), xlabel="optimiser step")
     if len(steps) == 2:
         axis.set(xticks=steps, xticklabels=["before", "after"], xlabel="training")
 
@@ -1086,14 +1193,16 @@ def plot_losses(axis, line):
     delta = line.measured.R.delta
     loss = dpo_gamma_loss(delta, c, line.beta, line.gamma).numpy()
     for right, color, label in (
-        (delta >= 0, "C0", "ranked right"),
+        (delta >= 0, "C0", "ranked right by the policy"),
         (delta < 0, "C3", "ranked wrong"),
     ):
         axis.scatter(c[right], loss[right], 8, color, label=label, alpha=0.6)
     grid = np.sort(c)
     threshold = loss_threshold(grid, line.beta, line.gamma)
-    axis.plot(grid, threshold, "k--", label="Theorem 4.1")
-    axis.set(xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", ylabel="loss, nats", yscale="log")
+    axis.plot(grid, threshold, "k--", label="Theorem 4.1: right up to here")
+    axis.axvline(0, color="0.6", lw=0.8, label="c = 0: the reference is even")
+    axis.set(xlabel="c = log pi_ref(y_l)/pi_ref(y_w), nats", yscale="log")
+    axis.set_ylabel(f"loss at beta {line.beta:g}, gamma {line.gamma:g}, nats")
 
 
 RANGES = {  # option: its least and largest value
@@ -1128,9 +1237,23 @@ def compare(data, scored, items, args):
     """Measure all models on one data set, and print the tables -> a Line for each model"""
     lines = beside_reference(data, scored, items, args)
     show_theorem(lines[0], args)
+    show_texts(lines, items, args)
     show_ideal(lines[0], args)
     show_models(lines)
     return lines
+
+
+def claim_of(lines):
+    """The two lines of `claim`: of the models trained on preferences, or else of the references."""
+    chosen = [line for line in lines if line.preferences]
+    if not chosen:
+        chosen = [line for line in lines if line.model == line.reference]
+    gaps = {short_name(line): line.gap for line in chosen}
+    data = sorted({line.data for line in lines})
+    where = f"on {', '.join(data)}"
+    if data == ["tiny"]:
+        where = "in the tiny world"
+    return claim(gaps, where)
 
 
 def write_results(out, lines):
@@ -1164,6 +1287,7 @@ def main(args):
         lines += on_rank0(measure_all, f"{data}: cannot be measured")
 
     on_rank0(functools.partial(write_results, out, lines), f"{out}: cannot be written")
+    say_claim(*claim_of(lines), out)
     return lines
 
 

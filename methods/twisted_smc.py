@@ -11,7 +11,7 @@ Zhao, Brekelmans, Makhzani, Grosse 2024, https://arxiv.org/abs/2404.17546
                          a block is the steps from one resampling to the next
     bounds, Eq. 24       E log Z-hat <= log Z <= E log Z-hat with one exact sample retained
 
-    python methods/twisted_smc.py                          the tiny world, six learners, 90 seconds
+    python methods/twisted_smc.py                          the tiny world, six learners, 80 seconds
     python methods/twisted_smc.py toxicity --learner ctl   one row of Table 2 (GPU, downloads)
     python methods/twisted_smc.py --model M --prompt "Once" --potential own.py:short --learner ctl
     python methods/twisted_smc.py sample results/twisted_smc --runs 20     with the twists of a run
@@ -75,10 +75,10 @@ class Args:
     train_on_exact: bool = False
     lr: float = 0.0  # Adam's rate for every learner; 0: each learner has its own, see --rates
     rates: str = "tiny"  # while --lr is 0: the row of table LR (tiny, toxicity, sentiment, ...)
-    max_steps: int = 96  # updates
+    max_steps: int = 80  # updates
     # updates from one evaluation and checkpoint to the next; 0: after 0, 2, 4, 8, ... updates (the
     # paper's epochs)
-    eval_every: int = 32
+    eval_every: int = 40
     # How it is measured (Section 5).
     proposal: Literal["twist", "base"] = "twist"  # q of the bounds: Eq. 14 or p0
     scheme: Literal["systematic", "multinomial"] = "systematic"  # of resampling; paper: multinomial
@@ -100,7 +100,7 @@ class Args:
 # README of the released code.  Its first README had 1e-4 for CTL on toxicity, 4096 updates for
 # toxicity and sentiment, and 6000 and 16384 for infilling.
 LR = {
-    "tiny": {"ctl": 3e-3, "rl": 5e-3, "sixo": 3e-3, "fudge": 3e-3, "dpg": 3e-3, "ppo": 1e-3},
+    "tiny": {"ctl": 3e-3, "rl": 6e-3, "sixo": 3e-3, "fudge": 3e-3, "dpg": 3e-3, "ppo": 1e-3},
     "toxicity": {"ctl": 3e-5, "rl": 3e-5, "sixo": 3e-5, "fudge": 1e-4, "dpg": 3e-5, "ppo": 1e-6},
     "toxicity-exact": {
         "ctl": 1e-4,
@@ -289,6 +289,7 @@ from common import check_ranges, load_checkpoint, log, require, say, save_checkp
 from common import memory, require_free, require_writable  # processes
 from common import save_figure, setup, signals, start_run, stop_requested, write  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
+from common import say_claim, verdict  # how a run ends
 
 # isort: on
 
@@ -1669,6 +1670,7 @@ def kl_estimates(run_smc, pool, bounds, log_w):
     record["kl_sigma_q"] = kl_sigma_q.mean().item()
     record["kl_sigma_q_ci"] = math.hypot(half_width(kl_sigma_q), log_Z_error)
     record["G_q"] = log_w_exact.mean().item()
+    record["G_q_ci"] = half_width(log_w_exact)
     return record
 
 
@@ -1715,6 +1717,9 @@ def evaluate(args, world, twist, pool):
     record["reward"] = log_phi.mean().item() / args.beta  # without the beta that log phi contains
     record["hits"] = (log_phi > world.log_floor).double().mean().item()
     record["F_q"] = q_samples.log_w.mean().item()
+    # Samples under one condition are no independent evidence of the mean over conditions.
+    of_run = q_samples.log_w.mean(1)
+    record["F_q_ci"] = half_width(q_samples.log_w.flatten() if o is None else of_run)
     record["conditional"] = float(o is not None)
 
     if pool is None:
@@ -1883,7 +1888,8 @@ def write_samples(path, rows):
     write(path, "".join(lines).encode())
 
 
-RECORDED = ("step", "kl_prior", "reward", "hits", "F_q", "conditional")  # at every evaluation
+# At every evaluation.
+RECORDED = ("step", "kl_prior", "reward", "hits", "F_q", "F_q_ci", "conditional")
 
 
 def read_history(out):
@@ -2032,6 +2038,86 @@ def write_table(out, records):
     print("", *lines, "", *warnings, sep="\n")
 
 
+def fall(before, after):
+    """How far a quantity of the evaluations fell, and half of its 95 % interval -> fall, half
+
+    before, after: (value, half width) for each seed.  Over several seeds the interval is that of
+    the mean of their falls; of one it is that of the samples of the two evaluations.
+    """
+    falls = torch.tensor([old - new for (old, _), (new, _) in zip(before, after)])
+    if len(falls) > 1:
+        return falls.mean().item(), half_width(falls)
+    return falls.item(), math.hypot(before[0][1], after[0][1])
+
+
+def kl_falls(histories):
+    """How far the KLs of one learner fell with training -> {KL: (fall, half width)}
+
+    histories: its evaluations, for each seed.  log Z drops out of the difference: KL(q | sigma) is
+    log Z - F_q and KL(sigma | q) is G_q - log Z (Eq. 23).  The second needs exact samples.
+    """
+    firsts = [history[0] for history in histories]
+    lasts = [history[-1] for history in histories]
+    before = [(-record["F_q"], record["F_q_ci"]) for record in firsts]
+    after = [(-record["F_q"], record["F_q_ci"]) for record in lasts]
+    falls = {"KL(q | sigma)": fall(before, after)}
+    if "G_q" in firsts[0]:
+        before = [(record["G_q"], record["G_q_ci"]) for record in firsts]
+        after = [(record["G_q"], record["G_q_ci"]) for record in lasts]
+        falls["KL(sigma | q)"] = fall(before, after)
+    return falls
+
+
+def claim(records, where):
+    """What the paper says of learned twists, and what this run shows -> two lines
+
+    records: {(learner, seed): its evaluations}.  The claim is one of every learner and both KLs, so
+    the number is the one that says least.
+    """
+    paper = "learned twists bring the proposal q near the target sigma, in both KLs (Tables 2 to 4)"
+    histories = {}
+    for (learner, _), history in records.items():
+        histories.setdefault(learner, []).append(history)
+
+    # The fall whose interval begins lowest.  nan, of a single value, is lower than any number.
+    least = None
+    for learner, of_seeds in histories.items():
+        for name, (value, half) in kl_falls(of_seeds).items():
+            low = value - half
+            if least is None or not low >= least[0]:
+                least = (low, value + half, value, f"{name} of {learner}")
+    low, high, value, name = least
+    learners = ", ".join(histories)
+    shown = f"{verdict(low, high)}: {where} the KLs fall with training, of {learners}; "
+    return paper, f"{shown}nats, least {name} ({value:.3f} [{low:.3f}, {high:.3f}])"
+
+
+def claim_of_evaluation(record, where):
+    """What the paper says of measuring a sampler, and the KL of an untrained one -> two lines
+
+    record: its evaluation.  The gap of the bounds on log Z is the most that the KL may be off.
+    """
+    paper = "two-sided bounds on log Z measure the KL of any sampler to the target (Section 5)"
+    value = record.get("kl_q_sigma", math.nan)
+    half = record.get("kl_q_sigma_ci", math.nan)
+    gap = record.get("gap", math.nan)
+    low = value - half
+    high = value + half
+    shown = f"{verdict(low, high, gap)}: {where} KL(q | sigma) is larger than the gap {gap:.3f} of "
+    return paper, f"{shown}the bounds, in nats ({value:.3f} [{low:.3f}, {high:.3f}])"
+
+
+def claim_of(args, records):
+    """The two lines of the claim that this run can make."""
+    where = f"on {args.potential} of {args.model}"
+    if args.model == "tiny":
+        where = f"in the tiny world ({args.potential})"
+    first = next(iter(records.values()))
+    if len(first) == 1:  # none and policy are only evaluated
+        return claim_of_evaluation(first[0], where)
+    return claim(records, where)
+
+
 COLOURS = {"ctl": "C0", "rl": "C1", "sixo": "C2", "fudge": "C3", "dpg": "C4", "ppo": "C5"}
 MARKERS = {"ctl": "o", "rl": "s", "sixo": "D", "fudge": "^", "dpg": "v", "ppo": "P"}
 
@@ -2049,18 +2135,36 @@ def style_of(learner, seed, args):
 
 
 def draw_updates(axis, name, records, args):
-    """A quantity of q against the number of updates, a line for each learner and seed."""
+    """A quantity of q against the number of updates, a line for each learner and seed.
+
+    Bars: 95 % intervals, where there are some.
+    """
+    lasts = []
     for (learner, seed), history in records.items():
         steps = [record["step"] for record in history]
         values = [record[name] for record in history]
-        axis.plot(steps, values, **style_of(learner, seed, args))
+        halves = [record.get(f"{name}_ci", 0.0) for record in history]
+        axis.errorbar(steps, values, halves, capsize=2, **style_of(learner, seed, args))
+        lasts.append(values[-1])
 
-    # KLs are compared with 0; the paper's epochs double the updates.
-    axis.set(title=TITLES[name], xlabel="updates", ylabel="nats")
+    # What to see: from where to where; and KLs are compared with 0.
+    title = f"{TITLES[name]}: {min(lasts):.2f} to {max(lasts):.2f}"
+    first_history = next(iter(records.values()))
+    if len(first_history) > 1:
+        title += f" trained, {first_history[0][name]:.2f} untrained"
+    axis.set(title=title, xlabel="updates", ylabel="nats, with 95 % intervals")
     if name.startswith("kl"):
-        axis.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    if args.eval_every == 0:
+        axis.axhline(0, color="0.5", linewidth=0.8, zorder=0, label="0: q is sigma")
+    if args.eval_every == 0:  # the paper's epochs double the updates
         axis.set_xscale("symlog", base=2, linthresh=1)
+
+
+BOUNDS = {  # name in a record: line style and what it is
+    "sis_lower": ("o-", "IWAE, lower"),
+    "sis_upper": ("o--", "IWAE, upper"),
+    "smc_lower": ("s-", "SMC, lower"),
+    "smc_upper": ("s--", "SMC, upper"),
+}
 
 
 def draw_bounds(axis, learner, history, args, known):
@@ -2068,38 +2172,51 @@ def draw_bounds(axis, learner, history, args, known):
 
     known: (log Z, half width of its interval) from elsewhere, or None.
     """
-    curves = {"sis_lower": "o-", "sis_upper": "o--", "smc_lower": "s-", "smc_upper": "s--"}
-    for record, color in ((history[0], "0.65"), (history[-1], COLOURS.get(learner, "k"))):
-        for name, line_style in curves.items():
+    drawn = [(history[-1], COLOURS.get(learner, "k"))]
+    if len(history) > 1:
+        drawn.insert(0, (history[0], "0.65"))
+        axis.plot([], [], color="0.65", label="grey: the same, untrained")
+    for record, color in drawn:
+        for name, (line_style, meaning) in BOUNDS.items():
             if f"{name}_{args.bound_K[0]}" not in record:
                 continue  # no upper bounds without exact samples
             means = [record[f"{name}_{K}"] for K in args.bound_K]
             widths = [record[f"{name}_{K}_ci"] for K in args.bound_K]
-            axis.errorbar(
-                args.bound_K, means, widths, fmt=line_style, color=color, ms=4, capsize=3, lw=1.2
-            )
+            bars = {"color": color, "ms": 4, "capsize": 3, "lw": 1.2}
+            if record is history[-1]:
+                bars["label"] = meaning
+            axis.errorbar(args.bound_K, means, widths, fmt=line_style, **bars)
 
     # Where log Z really is, if it is known.
-    title = f"log Z bounds, {learner} (grey: untrained)\nupper dashed; IWAE round, SMC square"
     if known is not None:
         log_Z, width = known
         axis.axhspan(log_Z - width, log_Z + width, color="k", alpha=0.2, linewidth=0)
-        axis.axhline(log_Z, color="k", linewidth=1)
-        title = f"{title}; black: log Z"
+        axis.axhline(log_Z, color="k", linewidth=1, label="log Z, by 200,000 draws of p0")
+    gap = history[-1].get("gap", math.nan)
+    title = f"bounds on log Z, {learner} at the end:\n"
+    axis.set_title(f"{title}{gap:.3f} nats between upper and lower, K = {args.bound_K[-1]}")
     axis.set_xscale("log", base=2)
-    axis.set(title=title, xlabel="K, particles", ylabel="nats")
+    axis.set(xlabel="K, particles", ylabel="nats, with 95 % intervals")
     axis.set_xticks(args.bound_K, [str(K) for K in args.bound_K])
     axis.minorticks_off()
+    axis.legend(fontsize=8)
 
 
 def draw_ess(axis, records, args):
-    """Effective sample size of the last evaluation against t."""
+    """Effective sample size of the last evaluation against t; grey before training."""
+    steps = range(1, args.T + 1)
+    first_history = next(iter(records.values()))
+    if len(first_history) > 1:
+        share = [first_history[0][f"ess_{t}"] / args.bound_K[-1] for t in steps]
+        axis.plot(steps, share, "o-", color="0.65", label="untrained")
+    lasts = []
     for (learner, seed), history in records.items():
-        steps = range(1, args.T + 1)
         share = [history[-1][f"ess_{t}"] / args.bound_K[-1] for t in steps]
         axis.plot(steps, share, **style_of(learner, seed, args))
-    axis.set(title="after training", xlabel="t, tokens", ylabel="ESS before resampling / K")
-    axis.set_ylim(0, 1.03)
+        lasts.append(share[-1])
+    title = f"weights at the end: {min(lasts):.0%} to {max(lasts):.0%} of the\nparticles count "
+    axis.set(title=f"{title}at t = {args.T} (1: all alike)", xlabel="t, tokens")
+    axis.set(ylabel="ESS before resampling / K", ylim=(0, 1.03))
     axis.xaxis.get_major_locator().set_params(integer=True)
 
 
@@ -2107,7 +2224,7 @@ def draw_figure(out, records, args):
     """figures/twisted_smc.png from the evaluations: KLs, bounds on log Z and ESS."""
     from matplotlib.figure import Figure
 
-    figure = Figure((11, 8.5), layout="constrained")
+    figure = Figure((11, 9), layout="constrained")
     axes = figure.subplots(2, 2)
     (learner, _), history = next(iter(records.items()))
     names = ("kl_q_sigma", "kl_sigma_q")
@@ -2115,16 +2232,24 @@ def draw_figure(out, records, args):
         names = ("kl_prior", "reward")  # without exact samples
     draw_updates(axes[0, 0], names[0], records, args)
     draw_updates(axes[0, 1], names[1], records, args)
+    if names[0] == "kl_q_sigma":  # two divergences between the same two: one axis
+        axes[0, 1].sharey(axes[0, 0])
     draw_bounds(axes[1, 0], learner, history, args, known_log_Z(args))
     draw_ess(axes[1, 1], records, args)
+    for axis in axes.flat:
+        axis.title.set_fontsize(10)
 
     # What it does not show, and one legend for all panels.
     where = f"model {args.model}"
     if args.model == "tiny":
         where = "the built-in tiny world, not the paper's setting"
-    figure.suptitle(f"{args.potential}, {where}; T {args.T}, seed {args.seed}")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    caption = f"How near is the proposal q to the target sigma = p0 phi / Z?  phi: {args.potential}"
+    figure.suptitle(f"{caption}, {where}; T {args.T}, seed {args.seed}", fontsize=10)
+    entries = {}
+    for axis in (axes[0, 0], axes[1, 1]):
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            entries.setdefault(label, handle)
+    figure.legend(entries.values(), entries, loc="outside lower center", ncols=len(entries))
     save_figure(figure, out / "figures" / "twisted_smc.png", dpi=100)
 
 
@@ -2321,6 +2446,7 @@ def write_results(out, records, args):
     write_table(out, records)
     draw_figure(out, records, args)
     print(f"{out}: table.md, figures/twisted_smc.png")
+    say_claim(*claim_of(args, records), out)
 
 
 def prepare(args, out):

@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -704,6 +705,58 @@ def test_hidden_context_in_a_few_steps(tmp_path, capsys):
         assert again[name] == pytest.approx(column, abs=1e-4), name
     with pytest.raises(SystemExit, match="--data tiny"):
         dpl.main(dpl.Args(data="hh", **options))
+
+
+def test_auc_is_that_of_mann_and_whitney():
+    generator = torch.Generator().manual_seed(1)
+    divides = (torch.rand(40, 4, generator=generator) < 0.3).float()
+    sd = torch.randint(0, 6, (40, 4), generator=generator) + 1.5 * divides  # with ties
+    counts = scipy.stats.mannwhitneyu(sd[divides == 1], sd[divides == 0])
+    value, low, high = dpl.auc(sd, divides)
+    assert value == pytest.approx(counts.statistic / (divides.sum() * (1 - divides).sum()).item())
+    assert low < value < high
+    # Four equal responses are no more evidence than one: the interval is over prompts.
+    column = (divides[:, :1], sd[:, :1])
+    once = dpl.auc(column[1], column[0])
+    fourfold = dpl.auc(column[1].expand(-1, 4), column[0].expand(-1, 4))
+    assert fourfold == pytest.approx(once, abs=1e-6)
+
+
+def test_the_claim_of_hidden_context_follows_the_data():
+    generator = torch.Generator().manual_seed(0)
+    divides = (torch.rand(64, 4, generator=generator) < 0.3).float()
+    noise = torch.rand(64, 4, generator=generator)
+    for sd, words in (
+        (noise + divides, "holds: in the tiny world"),
+        (noise - divides, "does not hold: in the tiny world"),
+        (noise, "too few to tell: in the tiny world"),
+        (torch.ones(64, 4), "too few to tell: "),  # all tied: exactly 1/2
+    ):
+        paper, shown = dpl.claim(sd, divides)
+        assert "detects hidden context" in paper and shown.startswith(words)
+        assert re.search(r" \(\d\.\d\d \[\d\.\d\d, \d\.\d\d\]\)$", shown)
+    assert dpl.claim(noise, torch.zeros(64, 4))[1].startswith("too few to tell")  # no monster
+
+
+def test_the_claims_of_other_commands_follow_the_data():
+    u = torch.linspace(0, 1, 50)
+    for learned, words in ((-u, "holds"), (u, "does not hold"), (0 * u, "too few to tell")):
+        _, shown = dpl.borda_claim(learned, -u, u, "1d")
+        assert shown.startswith(f"{words}: in the synthetic 1d world")
+    assert dpl.borda_claim(u, u, u, "1d")[1].startswith("too few to tell")  # one order
+    low, high = scipy.stats.binomtest(140, 200).proportion_ci(method="wilson")
+    shown = dpl.training_claim(0.7, 200, "base", "hh")[1]
+    assert shown.startswith("holds: on hh a base model")
+    assert shown.endswith(f"(0.700 [{low:.3f}, {high:.3f}])")
+    assert dpl.training_claim(0.3, 200, "base", "hh")[1].startswith("does not hold")
+    assert dpl.training_claim(0.6, 20, "base", "tiny")[1].startswith("too few to tell: on the tiny")
+
+
+def test_ties_count_half():
+    even = torch.zeros(3, 1)
+    assert dpl.right(dpl.base_loss(even, even)).tolist() == [0.5] * 3
+    margin = torch.tensor([[1.0], [-1.0], [0.0]])
+    assert dpl.right(dpl.base_loss(margin, even)).tolist() == [1, 0, 0.5]
 
 
 # ---- training, scoring, choosing

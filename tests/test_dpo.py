@@ -146,8 +146,9 @@ def test_pipeline_from_logits_to_loss():
         ["lost"],
         ["fixed"],
         ["missed"],
-        ["missed"],
-    ]  # a tie is wrong, before and now
+        ["kept"],
+    ]  # by Eq. 1 of the ranking paper a tie is right, before and now
+    assert four["ranking_accuracy"].tolist() == [1, 0, 1, 0, 0.5]  # of an accuracy it is half
 
 
 def test_optimiser_steps():

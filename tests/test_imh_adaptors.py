@@ -17,6 +17,7 @@ import imh_adaptors as imh
 import numpy as np
 import pytest
 import released
+import scipy.stats
 import torch
 import transformers
 from conftest import ROOT, run
@@ -562,6 +563,75 @@ def test_correlations():
     # ranks (1, 2.5, 2.5, 4) and (1, 3, 2, 4): 4.5 / sqrt(4.5 * 5)
     assert imh.correlations(x, y)[1] == pytest.approx(4.5 / math.sqrt(22.5))
     assert all(map(math.isnan, imh.correlations(x, np.ones(4))))
+
+
+def test_interval_of_a_correlation():
+    # One correlation: scipy's interval, which is Fisher's too.
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=60)
+    y = x + rng.normal(size=60)
+    oracle = scipy.stats.pearsonr(x, y)
+    expected = [oracle.statistic, *oracle.confidence_interval()]
+    assert imh.mean_correlation([oracle.statistic], [60]) == pytest.approx(expected, abs=1e-6)
+
+    # Four of them: half as wide in z; what is nan or too small is left out.
+    z = np.arctanh(imh.mean_correlation([0.5], [103]))
+    four = np.arctanh(imh.mean_correlation([0.5] * 4 + [math.nan, 1.0], [103] * 5 + [3]))
+    assert four[2] - four[0] == pytest.approx((z[2] - z[0]) / 2)
+    assert np.isnan(imh.mean_correlation([math.nan], [50])).all()
+
+
+def test_the_claim_follows_the_correlation():
+    where = "in the tiny world, model m,"
+    for values, sizes, words in (
+        ([-0.9, -0.8], [100, 100], "holds"),
+        ([0.5, 0.4], [100, 100], "does not hold"),
+        ([-0.9], [3], "too few to tell"),  # three corpora
+        ([0.1], [30], "too few to tell"),
+        ([math.nan], [100], "too few to tell"),  # greedy: all corpora are the same
+    ):
+        paper, shown = imh.claim(values, sizes, where)
+        assert "typical corpora" in paper and shown.startswith(f"{words}: {where} ")
+        assert shown.endswith("])")
+    assert "; of m2, +0.33 (" in imh.claim([-0.9], [50], where, "; of m2, +0.33")[1]
+
+
+def test_the_dpo_run_beside_a_run(tmp_path):
+    """It is looked at only where it is a finished run on the tiny world."""
+    args = imh.replace(imh.PRESETS["tiny"], out=str(tmp_path / "imh"), resume=True)
+    assert imh.dpo_options(args) is None
+    (tmp_path / "dpo" / "model").mkdir(parents=True)
+    config = tmp_path / "dpo" / "config.json"
+    config.write_text(json.dumps({"data": "hh", "beta": 0.1}))
+    assert imh.dpo_options(args) is None
+    config.write_text(json.dumps({"data": "tiny", "beta": 0.2}))
+    found = imh.dpo_options(args)
+    assert found.beta == 0.2 and found.model == str(tmp_path / "dpo") and not found.resume
+    assert imh.all_settings(found.sampling_types, found.temperatures) == [imh.PLAIN]
+
+
+def test_the_main_figure_and_its_claim(tmp_path, capsys):
+    """Drawn from two imh.json alone, one with Eq. 1 and one without."""
+    rng = np.random.default_rng(0)
+    common.setup(0)
+    args = imh.replace(imh.PRESETS["tiny"], out=str(tmp_path / "imh"))
+    options = imh.exact_options(args), imh.replace(args, out=str(tmp_path / "imh-dpo"))
+    for one, slope in zip(options, (-0.5, 0.5)):
+        log_p = rng.normal(size=100)
+        points = np.stack([log_p, slope * log_p, 0 * log_p, 0 * log_p], 1).tolist()
+        corpora = {"local": points, "chain": points, "typical": points}
+        zeros = [[0.0] * 4] * 3
+        record = imh.Record(imh.PLAIN, "global", 1, 20, *zeros, r_typ=2 * slope, n_typ=100)
+        record.corpora = corpora
+        Path(one.out).mkdir()
+        Path(one.out, "imh.json").write_text(json.dumps([dataclasses.asdict(record)]))
+    Path(args.out).mkdir()
+    imh.conclude(args, *options)
+    lines = (tmp_path / "imh" / "claim.txt").read_text().splitlines()
+    assert lines[1].startswith("here:  holds: in the tiny world, of its exact posterior,")
+    assert "+1.00 (-1.00 [-1.00, -1.00])" in lines[1]
+    assert (tmp_path / "imh" / "figures" / "tradeoff.png").stat().st_size > 10_000
+    assert "why not of DPO" in capsys.readouterr().out
 
 
 def test_toy_prints_the_published_numbers(tmp_path, capsys):
@@ -1574,8 +1644,9 @@ def test_prompts_that_are_chats_have_chains_of_their_own():
         (dict(extra=1), "not the columns"),
         (dict(target="nonsense"), "no such setting or target"),
         (dict(setting=1), "no such setting or target"),
-        (dict(n="20"), "n or r_typ"),
-        (dict(r_typ=None), "n or r_typ"),
+        (dict(n="20"), "n, n_typ or r_typ"),
+        (dict(n_typ=None), "n, n_typ or r_typ"),
+        (dict(r_typ=None), "n, n_typ or r_typ"),
         (dict(local=[1.0, 2.0, 3.0]), "local is not a list of 4"),
         (dict(chain=[1.0, 2.0, 3.0, None]), "chain is not"),
         (dict(snis=[1.0, 2.0, 3.0, math.nan]), "snis is not"),

@@ -90,7 +90,8 @@ def test_exact_match_of_five_items():
     # against y3, raw right, right;
     # normalised right (3 < 4), right (2 < 4).
     assert found.pairs == 8 and found.ties == 1 and found.R.ties == found.R_tilde.ties == 1
-    close([found.R.accuracy, found.R_tilde.accuracy], [4 / 8, 7 / 8])
+    # One of them is a tie of the model, in R and in R~: in an accuracy it counts half.
+    close([found.R.accuracy, found.R_tilde.accuracy], [3.5 / 8, 6.5 / 8])
     # exact match by chance: 1/3! for the fourth, 0 for the fifth, whose humans tie
     close([found.chance_exact, found.shorter_exact], [1 / 12, 0])
 
@@ -651,8 +652,8 @@ def test_scores_add_up(world, tmp_path):
 
 
 def test_constant_logits(tmp_path, world):
-    # log p = -|y| log 4: R counts |y_w| <= |y_l|, every R~ is a tie, and R is the "shorter wins"
-    # baseline plus equals
+    # log p = -|y| log 4: R counts |y_w| < |y_l|, and half of the equals, as the "shorter wins"
+    # baseline does; every R~ is a tie
     flat, args = save_bigram(tmp_path / "flat", torch.zeros(4, 4)), Args(betas=(1e-3,))
     items = ra.load_items(world["data"], args)
     found = ra.measure(items, scored(flat, items, tmp_path / "records"), args)
@@ -660,11 +661,11 @@ def test_constant_logits(tmp_path, world):
         [len(y) for y in row["ids"][1:]][:: 1 if row["p_chosen"] >= 0.5 else -1]
         for row in world["rows"]
     ]
-    assert found.R.accuracy == pytest.approx(np.mean([w <= l for w, l in lengths]))
-    assert found.shorter == pytest.approx(np.mean([w < l for w, l in lengths]))
+    by_length = [(w < l) + (w == l) / 2 for w, l in lengths]
+    assert found.R.accuracy == found.shorter == pytest.approx(np.mean(by_length))
     assert (
         found.R_tilde.with_ties < 1
-        and found.R_tilde.accuracy == 1
+        and found.R_tilde.accuracy == 0.5
         and found.R_tilde.ties == len(items)
     )
 
@@ -863,7 +864,7 @@ def test_a_signal_ends_loops_over_items(function, no_signals):
         if function == "all_pairs":
             ra.all_pairs(items, records, 0.75)
         else:
-            ra.measure_lists(measured, [(items[0].ranks, records[0])], 0)
+            ra.measure_lists(measured, [(items[0].ranks, records[0])])
     assert stop.value.code == 143
 
 
@@ -1349,10 +1350,72 @@ def test_what_theorem_4_1_prints(capsys):
     printed = capsys.readouterr().out
     assert "33.3% need a loss below 0.01 to flip (c > 46.0), none with gamma <= 0.92" in printed
     assert "for 66.7% even loss 0 is a wrong ranking" in printed
-    lines = {row[:8].strip(): row[8:] for row in printed.splitlines()}
-    assert lines["hardest"].startswith("item 7 (c 50.0, loss <= 0.00672), item 8")
-    assert lines["easiest"].startswith("item 9")
-    assert lines["to flip"] == "item 8 (c 10.0, loss <= 0.313), item 7 (c 50.0, loss <= 0.00672)"
+
+
+def test_tables_7_to_9_print_texts(capsys):
+    """Hardest, easiest, to flip: each with its texts, y_w first, on lines that are not too long."""
+    items = []
+    for name in ("hard", "middle", "easy"):
+        responses = [f"{name} loser", f"{name} winner " + "word " * 99]
+        items.append(ra.Item(f"a question,\n{name}", responses, [2, 1], None))
+    form = ra.Accuracy(0.5, [0.4, 0.6], np.array([-1.0, 1.0, 1.0]), 0, 0.5)
+    c = np.array([50.0, 10.0, -5.0])
+    measured = ra.Measured(3, 3, 0, 0, np.arange(3), np.full(3, 0.75), 0.5, form, form)
+    measured.responses = np.array([[1, 1, 1], [0, 0, 0]])
+    reference = ra.Line("d", "m", "m", 0.1, 1.0, measured, c, [], [], 0.5, [0.25] * 4, [])
+    reference.preferences = False
+    policy = dataclasses.replace(reference, model="p", preferences=True)
+    ra.show_texts([reference, policy], items, Args())
+    rows = capsys.readouterr().out.splitlines()[2:]
+    heads = rows[::3]
+    assert heads[0].startswith("hardest  c 50.0, right at a loss <= 0.00672, right in 0 of 1")
+    assert [head.split(", ")[-1] for head in heads] == ["hard", "middle", "easy", "middle"] + [
+        "middle",
+        "hard",
+    ]
+    assert rows[1].startswith("    preferred: hard winner word") and rows[1].endswith("...")
+    assert rows[2] == "    rejected:  hard loser"
+    assert heads[4].startswith("to flip  c 10.0, right at a loss <= 0.313, right in 1 of 1")
+    assert max(map(len, rows)) <= 170
+
+
+def test_ties_count_half():
+    assert ra.ties_half(np.array([2.0, 0.0, -1.0])).tolist() == [1, 0.5, 0]
+
+
+def test_wilson_counts_items_not_pairs():
+    values = np.random.default_rng(1).random(50) < 0.5
+    low, high = scipy.stats.binomtest(int(values.sum()), 50).proportion_ci(method="wilson")
+    expected = pytest.approx([low, high], abs=1e-6)
+    assert ra.wilson_over_items(values, np.arange(50)) == expected
+    assert ra.wilson_over_items(values.repeat(6), np.arange(50).repeat(6)) == expected
+
+
+def test_the_claim_is_of_all_models():
+    """Of three gaps the one that says least decides."""
+    far, near, over = [0.3, 0.2, 0.4], [0.05, -0.01, 0.11], [-0.2, -0.3, -0.1]
+    paper, shown = ra.claim({"a": far}, "in the tiny world")
+    assert "Table 1" in paper
+    assert shown == (
+        "holds: in the tiny world R of a is below R*, by R* - R (0.300 [0.200, 0.400])"
+    )
+    _, shown = ra.claim({"a": far, "b": near}, "on hh")
+    assert shown.startswith("too few to tell: on hh R is below R*, of each of 2 models")
+    assert shown.endswith("least for b (0.050 [-0.010, 0.110])")
+    _, shown = ra.claim({"a": far, "b": near, "c": over}, "on hh")
+    assert shown.startswith("does not hold: on hh") and "least for c" in shown
+
+
+def test_the_gap_is_that_of_the_pairs(world, tmp_path):
+    """R* less R of each model, and a claim whose models are trained on preferences."""
+    lines = run(world, tmp_path / "run")
+    for line in lines:
+        assert line.gap[0] == pytest.approx(line.ideal_own - line.measured.R.accuracy)
+        assert line.gap[1] <= line.gap[0] <= line.gap[2]
+    assert [line.preferences for line in lines] == [False, True]
+    shown = (tmp_path / "run" / "claim.txt").read_text().splitlines()
+    assert len(shown) == 3 and "R* - R (" in shown[1]
+    assert ra.claim_of(lines[:1])[1].count(ra.short_name(lines[0])) == 1  # no policy: itself
 
 
 @pytest.mark.parametrize(

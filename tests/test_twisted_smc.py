@@ -1309,6 +1309,56 @@ def test_a_kl_below_the_gap_is_warned_of(tmp_path, capsys, kl, gap, warned):
     assert ("warning, ctl: KL(q ‖ σ)" in capsys.readouterr().out) == warned
 
 
+def evaluated(F_q, G_q, half=0.05):
+    return dict(F_q=F_q, G_q=G_q, F_q_ci=half, G_q_ci=half)
+
+
+def test_the_claim_is_of_every_learner_and_both_kls():
+    """The KLs are differences to log Z, which drops out: F_q rises, or G_q falls."""
+    untrained = evaluated(-2.6, -0.4)
+    good, poor = evaluated(-1.2, -1.2), evaluated(-1.3, -0.45)
+    worse = evaluated(-3.0, -0.2)
+    where = "in the tiny world (tiny:monster)"
+    paper, shown = t.claim({("ctl", 0): [untrained, good]}, where)
+    half = math.hypot(0.05, 0.05)
+    assert "Tables 2 to 4" in paper
+    assert shown.startswith(f"holds: {where} the KLs fall with training, of ctl; nats, ")
+    assert shown.endswith(f"KL(sigma | q) of ctl (0.800 [{0.8 - half:.3f}, {0.8 + half:.3f}])")
+    records = {("ctl", 0): [untrained, good], ("rl", 0): [untrained, poor]}
+    assert t.claim(records, where)[1].startswith("too few to tell")
+    assert "KL(sigma | q) of rl (0.050 [" in t.claim(records, where)[1]
+    records["ppo", 0] = [untrained, worse]
+    assert t.claim(records, where)[1].startswith("does not hold")
+    assert "KL(q | sigma) of ppo (-0.400 [" in t.claim(records, where)[1]
+
+    # Without exact samples there is one KL; of one run, no interval.
+    for record in (untrained, good):
+        del record["G_q"]
+    assert "KL(q | sigma) of ctl (1.400" in t.claim({("ctl", 0): [untrained, good]}, where)[1]
+    good["F_q_ci"] = math.nan
+    assert t.claim({("ctl", 0): [untrained, good]}, where)[1].startswith("too few to tell")
+
+
+def test_the_claim_of_several_seeds_is_that_of_their_mean():
+    untrained = evaluated(-2.6, -0.4)
+    ends = [evaluated(-1.2, -1.2), evaluated(-1.4, -1.0), evaluated(-1.6, -1.1)]
+    records = {("ctl", seed): [untrained, end] for seed, end in enumerate(ends)}
+    half = 1.96 * torch.tensor([1.4, 1.2, 1.0]).std().item() / math.sqrt(3)
+    found = t.kl_falls(list(records.values()))
+    assert found["KL(q | sigma)"] == pytest.approx((1.2, half), abs=1e-6)
+
+
+def test_the_claim_of_a_policy_needs_a_gap_below_its_kl():
+    record = dict(kl_q_sigma=0.8, kl_q_sigma_ci=0.1, gap=0.02)
+    assert t.claim_of_evaluation(record, "on m")[1].startswith("holds: on m KL(q | sigma)")
+    assert t.claim_of_evaluation(record, "on m")[1].endswith("(0.800 [0.700, 0.900])")
+    record["gap"] = 0.85
+    assert t.claim_of_evaluation(record, "on m")[1].startswith("too few to tell")
+    record["gap"] = 2.0
+    assert t.claim_of_evaluation(record, "on m")[1].startswith("does not hold")
+    assert t.claim_of_evaluation({}, "on m")[1].startswith("too few to tell")  # no exact samples
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
