@@ -69,12 +69,15 @@ class Args:
 
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
     data: str = "tiny"  # tiny, hh, ultrafeedback, ..., a file, a folder or a hub id
+    # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which is the
+    # last 5 % of a file alone.
+    test_data: str = ""
     max_length: int = 1024  # tokens; pairs with a longer side are dropped, not cut; App. C.2
     lr: float = 3e-3  # of AdamW, for the tiny model; the paper's is 3e-6
     head_lr: float = 0.0  # of the reward head; 0: the same as lr
     schedule: Literal["cosine", "constant"] = "cosine"  # of both rates; cosine ends at a tenth
     weight_decay: float = 1e-3  # of AdamW; released code, 1e-4 in App. C.2
-    batch_size: int = 32  # pairs per optimiser step, over all processes
+    batch_size: int | None = None  # pairs per optimiser step, of all processes; None: 32 at most
     epochs: int = 1  # passes over the training pairs
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
     max_grad_norm: float = 1.0  # longer gradients are cut to this norm; released code
@@ -181,7 +184,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import response_hiddens  # log-probabilities
 from common import encode_rows, pack_pairs, require_context, show_example  # tokenization
 from common import Unusable, require_text  # tokenization
-from common import batch_order, load_pairs, optimiser_steps, read_rows, report, subset  # data
+from common import batch_order, load_pairs, load_split, plan_steps  # data
+from common import read_rows, report, subset  # data
 from common import words  # the plain text of a string or of chat messages
 from common import clip_gradients, load_model, load_tokenizer, model_folder, save_model  # models
 from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
@@ -469,17 +473,17 @@ def encode(texts, tokenizer, max_length, what="tokens"):
     return kept
 
 
-def load_subset(args, split):
-    """The pairs of --data that belong to --subset.
+def load_subset(args, split, test_data=""):
+    """The pairs of --data that belong to --subset; held-out ones of test_data, if there is any.
 
     They are in the sub-folder of that name; without one, a column of GROUP_COLUMNS has that name.
     """
     # The relabelled HH-RLHF has a folder for each subset; to read them all would take pairs twice.
     folder = Path(args.data, args.subset)
     if folder.is_dir():
-        return load_pairs(str(folder), split)
+        return load_split(str(folder), test_data, split)
 
-    rows = load_pairs(args.data, split)
+    rows = load_split(args.data, test_data, split)
     if args.subset == "both":
         return rows
     groups = sorted(set(map(group_of, rows)))
@@ -790,10 +794,10 @@ class Pairs:
 
 
 def load_training_pairs(args):
-    """The pairs of --data as token ids, the longer ones dropped -> Pairs"""
+    """The pairs of --data as token ids, the longer ones dropped -> Args with a batch size, Pairs"""
     tokenizer = load_tokenizer(args.model)
-    rows = encode(load_subset(args, "train"), tokenizer, args.max_length)
-    held_out = encode(load_subset(args, "test"), tokenizer, args.max_length)
+    rows = encode(load_subset(args, "train", args.test_data), tokenizer, args.max_length)
+    held_out = encode(load_subset(args, "test", args.test_data), tokenizer, args.max_length)
     held_out = subset(held_out, args.eval_pairs, seed=0)
     if args.soft_labels:
         problem = f"{args.data}: --soft-labels: every row needs p_chosen, a number from 0 to 1"
@@ -802,18 +806,18 @@ def load_training_pairs(args):
             require(isinstance(p, int | float) and 0 <= p <= 1, problem)
 
     # Each process needs a pair in every batch, and one to evaluate.
-    steps = optimiser_steps(len(rows), args.batch_size, args.epochs, args.max_steps)
+    args, steps = plan_steps(args, len(rows), len(held_out))
     fewest = min(args.batch_size, len(held_out))
     world = dist.get_world_size()
     problem = f"{fewest} pairs for {world} processes: raise --batch-size and --eval-pairs"
     require(fewest >= world, problem)
-    return Pairs(tokenizer, rows, held_out, steps)
+    return args, Pairs(tokenizer, rows, held_out, steps)
 
 
 def train(args):
     """Fit a reward model of args.type to the pairs of --data -> the new records of metrics.jsonl"""
     setup(args.seed)
-    pairs = load_training_pairs(args)
+    args, pairs = load_training_pairs(args)
     history = fit(args, pairs)
 
     # The last record has the accuracy on the held-out pairs.
@@ -1809,7 +1813,7 @@ def hidden_context(args):
     """Train two types in the tiny world, where two groups of readers judge -> the table"""
     # Data: pairs to train on, and four held-out responses to each prompt.
     setup(args.seed)
-    pairs = load_training_pairs(args)
+    args, pairs = load_training_pairs(args)
     rows = load_pairs("tiny", "test")
     texts = [{"prompt": row["prompt"], "responses": row["responses"]} for row in rows]
     encoded = encode(texts, pairs.tokenizer, args.max_length)
