@@ -463,6 +463,8 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
     rejected = rejected_logps.detach()
     chosen_reward = beta * (chosen - ref_chosen_logps)
     rejected_reward = beta * (rejected - ref_rejected_logps)
+
+    # Which pairs are ranked right, before training and now?
     before = ref_chosen_logps >= ref_rejected_logps
     after = chosen >= rejected
     metrics = {
@@ -474,6 +476,7 @@ def pair_metrics(chosen_logps, rejected_logps, ref_chosen_logps, ref_rejected_lo
         "logps/chosen": chosen,
         "logps/rejected": rejected,
     }
+    # The four shares of Fig. 2 of the ranking paper.
     metrics["kept"] = before & after
     metrics["lost"] = before & ~after
     metrics["fixed"] = ~before & after
@@ -738,6 +741,7 @@ def sample_tokens(scores, uniforms):
     dtype = torch.promote_types(scores.dtype, torch.float32)
     tokens, log_probs = [], []
     for rows, u in zip(scores.split(block), uniforms.split(block)):
+        # The cumulated probabilities in float64: their total decides who is last.
         p = rows.softmax(-1, dtype=dtype)
         cdf = p.cumsum(-1, dtype=torch.float64)
         total = cdf[:, -1:]
@@ -2318,6 +2322,7 @@ def load_score(name, flag, dtype="float32", zero=False):
     flag: the option that names it, for messages.  zero: -inf is a number, too (a log phi).
     SystemExit: it is neither, or damaged; when called: it does not give finite numbers.
     """
+    # Your own function, or a model.
     if re.search(r"\.py(:|$)", name):
         return OwnScore(name, flag, zero)
     if not Path(name).exists():
@@ -3473,6 +3478,7 @@ def say_claim(paper, shown, out):
     rank, _ = rank_and_world()
     if rank > 0:
         return
+    # Where the files are: those that this run has written.
     places = [str(out / "figures")]
     for name in ("metrics.jsonl", "model"):
         if (out / name).exists():

@@ -126,7 +126,17 @@ def code_of_blocks(source, links):
             value = value[cut:]
             i += 1
         parts[i] += start + escape(value, quote=False) + stop
-    return parts
+
+    # The tokens of a string have one colour: one element is enough for all of them.
+    return [
+        re.sub(r'(?<=<span class="s">)(?:[^<]|</span><span class="s">)*', joined, part)
+        for part in parts
+    ]
+
+
+def joined(found):
+    """A match of tokens of one colour as one token."""
+    return found[0].replace('</span><span class="s">', "")
 
 
 # ---- Pages
