@@ -6,9 +6,11 @@ known kind that does not work.  What a preset has to download is refused here in
 command must get that far.  All methods run in one process (tests/drive.py), on a blank model.
 """
 
+import csv
 import functools
 import importlib
 import importlib.util
+import json
 import os
 import re
 import shlex
@@ -128,9 +130,27 @@ def options_of(method, names):
 def needs_hub(options):
     """Is the model or the data one that has to be downloaded?"""
     for name in ("model", "data"):
-        if getattr(options, name, "tiny") not in ("tiny", "", (), ("tiny",)):
+        if getattr(options, name, "tiny") not in ("tiny", "tiny-untrained", "", (), ("tiny",)):
             return True
     return False
+
+
+def write_own_files(folder, pairs):
+    """The files of a reader's own that README's commands name, with the rows of `pairs`."""
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    shutil.copy(pairs, folder / "pairs.jsonl")
+    with open(folder / "pairs.csv", "w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["prompt", "chosen", "rejected", "group"])
+        for i, row in enumerate(rows):
+            table.writerow([row["prompt"], row["chosen"], row["rejected"], "ab"[i % 2]])
+    prompts = [json.dumps({"prompt": row["prompt"]}) + "\n" for row in rows[:4]]
+    (folder / "prompts.jsonl").write_text("".join(prompts))
+    (folder / "prompts.txt").write_text("Once upon a time\nThere was\n")
+    (own,) = re.findall(
+        r"^```python\n(# own.py.*?)^```$", (ROOT / "README.md").read_text(), re.M | re.S
+    )
+    (folder / "own.py").write_text(own)
 
 
 class Plan:
@@ -146,6 +166,8 @@ class Plan:
         self.carried = folder / "carried"
         self.carried.mkdir()
         shutil.copy(ROOT / "common.py", self.carried)
+        self.made = []  # folders that earlier commands were told to write
+        write_own_files(folder, Path(self.data))
 
     def add(self, command):
         """A command of a method, of a copy that was carried away, or of torchrun with one."""
@@ -164,7 +186,11 @@ class Plan:
             if word.startswith("-"):
                 break
             names.append(word)
-        typed = [self.value_of(word) for word in words[1:]]
+        typed = []
+        for before, word in zip(words, words[1:]):
+            if before == "--out":
+                self.made.append(word)
+            typed.append(self.value_of(word))
         options = options_of(method, names)
         self.place[command] = len(self.jobs)
         flags = {name: value for name, value in SMALL.items() if hasattr(options, name)}
@@ -182,7 +208,9 @@ class Plan:
 
     def value_of(self, word):
         """What stands for a placeholder, or for a run that is not there."""
-        if word in ("A", "M", "MODEL") or word.startswith("results/"):
+        if any(word == out or word.startswith(f"{out}/") for out in self.made):
+            return word
+        if word in ("A", "M", "P", "MODEL") or word.startswith("results/"):
             return self.model
         return PLACEHOLDERS.get(word, word)
 
