@@ -1135,7 +1135,9 @@ def draw_groups(groups, shared, caption):
     for place, seen in enumerate(groups.values()):
         share = seen.hits / seen.pairs
         low, high = wilson(seen.hits, seen.pairs)
-        axes[0].errorbar(place, share, [[share - low], [high - share]], fmt="o", capsize=4)
+        below = max(share - low, 0.0)  # rounding may leave a little less than 0
+        above = max(high - share, 0.0)
+        axes[0].errorbar(place, share, [[below], [above]], fmt="o", capsize=4)
     axes[0].axhline(0.5, color="k", ls=":")
     axes[0].set_xticks(range(len(groups)), [shown(group)[:16] for group in groups])
     axes[0].set(title="accuracy of the mean, 95 % interval", xlabel="group", ylabel="accuracy")

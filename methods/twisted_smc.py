@@ -282,7 +282,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here 
 # isort: off
 from common import prefill, decode_step, reorder, stay_in_place, sample_tokens  # sampling
 from common import encode_prompt, head_logits, show_example  # tokenization, logits
-from common import as_messages, load_prompts, show_samples  # data
+from common import as_messages, load_prompts, show_samples, words  # data
 from common import load_model, load_tokenizer, load_score, model_folder  # models, and what rates
 from common import are_tiny_prompts, tiny_attributes, tiny_reward  # the tiny world
 from common import Unusable, number  # what others wrote
@@ -2404,7 +2404,7 @@ def run_each(args, prompts, out):
     for place, prompt in enumerate(prompts, 1):
         folder = out / f"prompt{place}"
         begun = args.resume and (folder / "config.json").exists()
-        say(f"prompt {place} of {len(prompts)}: {prompt[-60:]!r}")
+        say(f"prompt {place} of {len(prompts)}: {words(as_messages(prompt))[-60:]!r}")
         one = replace(args, prompt=prompt, out=str(folder), resume=begun)
         found.append(run_one(one, folder))
     return found
