@@ -1144,8 +1144,8 @@ def draw_groups(groups, shared, caption):
 
     # Does the spread find where the groups disagree?
     agreed, divided = sds_by_kind(shared)
-    axes[1].hist(agreed, 30, alpha=0.6, color="C0", label=f"groups agree ({len(agreed)})")
-    axes[1].hist(divided, 30, alpha=0.6, color="C3", label=f"they disagree ({len(divided)})")
+    labels = [f"groups agree ({len(agreed)})", f"they disagree ({len(divided)})"]
+    axes[1].hist([agreed.numpy(), divided.numpy()], 20, color=["C0", "C3"], label=labels)
     share = found_by_spread(shared)
     title = f"sd is larger where they disagree: {share:.1%}\nof comparisons, chance 50 %"
     if math.isnan(share):
