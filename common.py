@@ -1487,8 +1487,9 @@ def as_messages(text):
 
 
 def show_samples(path, rows):
-    """On rank 0: three of the rows {"prompt", "response"} that a file holds, and its path."""
-    for row in rows[:3]:
+    """On rank 0: the first, middle and last of a file's rows {"prompt", "response"}; its path."""
+    places = sorted({0, len(rows) // 2, len(rows) - 1})
+    for row in [rows[i] for i in places]:
         prompt = words(row["prompt"])
         say(f"sample: {prompt[-60:]!r} ||| {row['response'][:120]!r}")
     say(f"{len(rows)} samples: {path}")

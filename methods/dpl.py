@@ -1151,15 +1151,17 @@ def draw_groups(groups, shared, caption):
     for place, seen in enumerate(groups.values()):
         share = seen.hits / seen.pairs
         low, high = wilson(seen.hits, seen.pairs)
-        axes[0].errorbar(place, share, [[share - low], [high - share]], fmt="o", capsize=4)
+        below = max(share - low, 0.0)  # rounding may leave a little less than 0
+        above = max(high - share, 0.0)
+        axes[0].errorbar(place, share, [[below], [above]], fmt="o", capsize=4)
     axes[0].axhline(0.5, color="k", ls=":")
     axes[0].set_xticks(range(len(groups)), [shown(group)[:16] for group in groups])
     axes[0].set(title="accuracy of the mean, 95 % interval", xlabel="group", ylabel="accuracy")
 
     # Does the spread find where the groups disagree?
     agreed, divided = sds_by_kind(shared)
-    axes[1].hist(agreed, 30, alpha=0.6, color="C0", label=f"groups agree ({len(agreed)})")
-    axes[1].hist(divided, 30, alpha=0.6, color="C3", label=f"they disagree ({len(divided)})")
+    labels = [f"groups agree ({len(agreed)})", f"they disagree ({len(divided)})"]
+    axes[1].hist([agreed.numpy(), divided.numpy()], 20, color=["C0", "C3"], label=labels)
     share = found_by_spread(shared)
     title = f"sd is larger where they disagree: {share:.1%}\nof comparisons, chance 50 %"
     if math.isnan(share):

@@ -281,7 +281,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here 
 # isort: off
 from common import prefill, decode_step, reorder, stay_in_place, sample_tokens  # sampling
 from common import encode_prompt, head_logits, show_example  # tokenization, logits
-from common import as_messages, load_prompts, show_samples  # data
+from common import as_messages, load_prompts, show_samples, words  # data
 from common import load_model, load_tokenizer, load_score, model_folder  # models, and what rates
 from common import are_tiny_prompts, tiny_attributes, tiny_reward  # the tiny world
 from common import Unusable, number  # what others wrote
@@ -1861,24 +1861,28 @@ def draw_samples(args, world, twist):
     It is drawn by their weights -> [{"prompt", "response", "log_phi", "one_of"}, ...]
     """
     rows = []
-    for _ in range(args.runs):
+    together = max(1, 2048 // args.K)  # sets that are drawn side by side
+    for first in range(0, args.runs, together):
+        N = min(together, args.runs - first)
         # Under infilling what follows is --continuation, or drawn like the conditions of training.
         o = None
         if world.conditional and world.continuation:
-            o = torch.tensor([world.continuation], device=world.model.device)
+            o = torch.tensor([world.continuation] * N, device=world.model.device)
         elif world.conditional:
-            o = draw_exact_samples(world, 1).o
-        particles = sample(world, twist, args.K, o=o, tau=0.0)
-        k = particles.log_w[0].softmax(-1).multinomial(1).item()
-        tokens = particles.tokens[:, k : k + 1]
+            o = draw_exact_samples(world, N).o
+        particles = sample(world, twist, args.K, N, o, tau=0.0)
+
+        # One of each set, by weight.
+        chosen = particles.log_w.softmax(-1).multinomial(1)  # (N, 1)
+        tokens = particles.tokens.take_along_dim(chosen[..., None], 1)  # (N, 1, T)
+        log_phi = particles.log_phi.gather(1, chosen)[:, 0].tolist()
         show_example(world.tokenizer, world.prompt, tokens[0, 0])
-        (response,) = world.responses(world.after_prompt(tokens))
-        log_phi = particles.log_phi[0, k].item()
-        row = {"prompt": world.prompt_as_given, "response": response, "log_phi": log_phi}
-        if o is not None:
-            row["condition"] = world.tokenizer.decode(o[0])
-        row["one_of"] = args.K
-        rows.append(row)
+        for i, response in enumerate(world.responses(world.after_prompt(tokens))):
+            row = {"prompt": world.prompt_as_given, "response": response, "log_phi": log_phi[i]}
+            if o is not None:
+                row["condition"] = world.tokenizer.decode(o[i])
+            row["one_of"] = args.K
+            rows.append(row)
     return rows
 
 
@@ -2503,7 +2507,7 @@ def run_each(args, prompts, out):
     for place, prompt in enumerate(prompts, 1):
         folder = out / f"prompt{place}"
         begun = args.resume and (folder / "config.json").exists()
-        say(f"prompt {place} of {len(prompts)}: {prompt[-60:]!r}")
+        say(f"prompt {place} of {len(prompts)}: {words(as_messages(prompt))[-60:]!r}")
         one = replace(args, prompt=prompt, out=str(folder), resume=begun)
         found.append(run_one(one, folder))
     return found

@@ -1575,6 +1575,10 @@ def test_groups_by_hand():
     # Of 2 x 2 comparisons .5 > .1, .5 > .3, .2 > .1 and .2 < .3.
     assert dpl.found_by_spread(shared) == 0.75
     assert math.isnan(dpl.found_by_spread(shared[:1]))
+    # Groups that are all right or all wrong, and responses of one kind, can be drawn.
+    certain = {"all": dpl.Group(3, 3.0, 0.1), "cats": dpl.Group(174, 174.0, 0.1)}
+    certain["dogs"] = dpl.Group(7, 0.0, 0.1)
+    dpl.draw_groups(certain, shared[:1], "")
 
 
 def test_found_by_spread_is_the_rank_sum_statistic():
