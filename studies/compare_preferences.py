@@ -285,7 +285,7 @@ def table(args, outcomes):
     # And what the rows are.
     lines.append("")
     lines.append(
-        f"{setting_of(args)}; responses a prompt: {args.samples}, KL and log-ratios to SFT in nats, "
+        f"{setting_of(args)}; samples a prompt: {args.samples}; KL and log-ratios to SFT in nats; "
         f"mean ± sd over seeds {args.seeds}; the chosen log-ratio ends above 0 under "
         f"{', '.join(risen) or 'no method'}."
     )
