@@ -52,7 +52,7 @@ from common import pack_pairs, tokenize_pairs  # tokenization
 from common import load_pairs, read_rows  # data
 from common import load_model, load_tokenizer  # models
 from common import tiny_reward  # the tiny world
-from common import save_figure, say_claim, verdict, write  # processes
+from common import save_figure, say_claim, verdict, wilson, write  # processes
 
 # isort: on
 
@@ -287,7 +287,7 @@ def table(args, outcomes):
     # And what the rows are.
     lines.append("")
     lines.append(
-        f"{setting_of(args)}; {args.samples} responses a prompt, KL and log-ratios to SFT in nats, "
+        f"{setting_of(args)}; samples a prompt: {args.samples}; KL and log-ratios to SFT in nats; "
         f"mean ± sd over seeds {args.seeds}; the chosen log-ratio ends above 0 under "
         f"{', '.join(risen) or 'no method'}."
     )
@@ -347,7 +347,9 @@ def plot_training(args, outcomes):
     axes[2].axhline(start, color="k", lw=0.8)
     axes[0].set_title("ranking accuracy: is chosen likelier than rejected?", size=9)
     axes[0].set_ylabel("share of held-out pairs")
-    axes[1].set_title("win rate: is a sample better than the start's?", size=9)
+    low, high = wilson(args.watched * len(outcomes) / 2, args.watched * len(outcomes))
+    noise = f"95 % interval of a mean ± {(high - low) / 2:.2f}"
+    axes[1].set_title(f"win rate: is a sample better than the start's?\n({noise})", size=9)
     axes[1].set_ylabel(f"share of {args.watched} prompts, by true reward")
     axes[2].set_title(f"true reward of the samples (line: {start:.2f}, the start)", size=9)
     axes[2].set_ylabel("mean true reward")
