@@ -55,6 +55,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as dsd
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -413,12 +414,9 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
         sums[batch["index"]] = logps.view(len(batch["index"]), -1)
     dist.all_reduce(sums)  # every row was scored by one process, and is zero elsewhere
 
-    def save():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        values = sums.cpu().numpy().tobytes()
-        write(path, hashlib.sha256(values).digest() + values)
-
-    on_rank0(save, path)
+    values = sums.cpu().numpy().tobytes()
+    data = hashlib.sha256(values).digest() + values
+    on_rank0(functools.partial(write_shared, path, data), f"{path}: not written; make room")
     return sums.cpu()
 
 
@@ -2008,7 +2006,7 @@ TINY_GRAMMAR = {
 }
 # Hidden context: the share of readers in each group, and what the monster is worth to them.
 TINY_GROUPS = ((0.75, 1.5), (0.25, -5.5))
-TINY_VERSION = 1  # raise it with every change of what the functions below make
+TINY_VERSION = 2  # raise it with every change of what the functions below make
 
 
 def tiny_text(symbol, rng):
@@ -2136,6 +2134,8 @@ def build_tiny(folder, steps=400):
         optimizer.zero_grad()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    for part in ("data", "model"):
+        write(folder / part / "COMPLETE.json", {"sha256": _hashes(folder / part)})
 
 
 def _train_tokenizer(texts):
@@ -2159,42 +2159,48 @@ def _train_tokenizer(texts):
 
 
 def _is_whole(folder):
-    """Is the tiny world there, with all its rows and its model?"""
-    if not (folder / "model" / "model.safetensors").is_file():
-        return False
-    for name, n in TINY_ROWS.items():
-        path = folder / "data" / name
-        if not path.is_file() or path.read_bytes().count(b"\n") != n:
-            return False
-    return True
+    """Is the tiny world there, and every file as it was written?"""
+    return not any(_damaged_files(folder / part) for part in ("data", "model"))
 
 
 def tiny_folder():
-    """The folder of the tiny world: built on first use, by one process while the others wait."""
+    """The folder of the tiny world: built on first use, by one process while the others wait.
+
+    One that is damaged is built again.  SystemExit: it cannot be written.
+    """
     recipe = repr((TINY_GRAMMAR, TINY_GROUPS, TINY_VERSION))
     folder = CACHE / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if _is_whole(folder):
         return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process lets go
-        if _is_whole(folder):
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)  # damaged
-        print(
-            f"tiny world: training a small model on made-up stories, once, in {folder}", flush=True
-        )
-        partial = Path(f"{folder}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        generators = torch.random.fork_rng(devices=[])
-        with generators, torch.enable_grad(), torch.device("cpu"), removed_on_failure(partial):
-            torch.default_generator.manual_seed(0)
-            build_tiny(partial)
-        torch.set_num_threads(threads)
-        os.replace(partial, folder)
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process lets go
+            if not _is_whole(folder):
+                _build_folder(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk comes as any of them
+        why = str(error).strip().partition("\n")[0][:60]
+        remedy = "make room, or set XDG_CACHE_HOME"
+        raise SystemExit(f"{folder}: tiny world not written ({why}); {remedy}") from None
     return folder
+
+
+def _build_folder(folder):
+    """Make the tiny world in place of what is there, whole or not at all."""
+    if folder.exists():
+        print(f"{folder}: damaged, so it is built again", flush=True)
+        shutil.rmtree(folder)
+    print(f"tiny world: training a small model on made-up stories, once, in {folder}", flush=True)
+    partial = Path(f"{folder}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    generators = torch.random.fork_rng(devices=[])
+    with generators, torch.enable_grad(), torch.device("cpu"), removed_on_failure(partial):
+        torch.default_generator.manual_seed(0)
+        build_tiny(partial)
+        os.replace(partial, folder)
+    torch.set_num_threads(threads)
 
 
 # ---- processes
@@ -2287,7 +2293,8 @@ def on_rank0(function, problem):
             failure = error.code or 0
         except Exception as error:  # a full disk comes as OSError, RuntimeError, SafetensorError
             why = str(error).strip().partition("\n")[0]
-            failure = f"{problem} ({type(error).__name__}: {why})"
+            room = max(0, 190 - len(f"{problem} {type(error).__name__}"))
+            failure = f"{problem} ({type(error).__name__}: {why[:room]})"
     if dist.is_initialized():
         answer = [result, failure]
         dist.broadcast_object_list(answer)
@@ -2300,7 +2307,7 @@ def on_rank0(function, problem):
 
 
 def write(path, data):
-    """Write bytes, or anything else as JSON, whole or not at all.
+    """Write bytes, or anything else as JSON, whole or not at all, into a folder that may be new.
 
     SystemExit if the disk is full, or the folder not ours; nothing is left behind.
     """
@@ -2308,6 +2315,7 @@ def write(path, data):
         data = json.dumps(data, indent=1).encode()
     unfinished = Path(f"{path}.tmp")
     try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             file.write(data)
             file.flush()
@@ -2316,9 +2324,7 @@ def write(path, data):
     except OSError as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        raise SystemExit(
-            f"{path}: not written ({error.strerror}); make room, then --resume"
-        ) from None
+        raise SystemExit(_not_written(path, error)) from None
 
 
 @contextlib.contextmanager
@@ -2335,7 +2341,6 @@ def save_figure(figure, path, dpi=120):
     """Write a PNG into a folder that may be new, whole or not at all.  SystemExit as in `write`."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=dpi)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, picture.getvalue())
 
 
@@ -2348,9 +2353,20 @@ def append_line(path, line):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.truncate(path, size)
-        raise SystemExit(
-            f"{path}: not written ({error.strerror}); make room, then --resume"
-        ) from None
+        raise SystemExit(_not_written(path, error)) from None
+
+
+def _not_written(path, error):
+    """The line for a file that could not be written."""
+    return f"{str(path)[-120:]}: not written ({error.strerror}); make room, then --resume"
+
+
+def write_shared(path, data):
+    """`write` of a file that several runs may make at once, such as one in a cache."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # both would have the same temporary name
+        write(path, data)
 
 
 # option that several methods have: its least and largest value
@@ -2407,9 +2423,11 @@ def check_ranges(args, ranges):
             require(inside, f"{flag} {str(one)[:20]}: must be from {least:g} to {largest:g}")
 
 
-def start_run(args, method):
+def start_run(args, method, also=()):
     """Make args.out (default results/<method>) with its config.json -> its Path.
 
+    also: what runs of this method write beside the usual, as patterns: --overwrite deletes it, too,
+    before the new config.json is there, so that no later --resume takes it for the new run's.
     SystemExit: a flag out of range; a folder that holds a run, without --resume or --overwrite; a
     run to resume that is not there, is finished, or had other flags.
     """
@@ -2424,15 +2442,14 @@ def start_run(args, method):
         require(config.is_file() or not flags.get("resume"), none)
 
         # From here on the folder is this process's; a fresh run needs an empty one.
-        out.mkdir(parents=True, exist_ok=True)
-        _lock(out)
+        hold_folder(out)
         old = json.loads(config.read_bytes()) if config.is_file() else None
         if flags.get("resume"):
             _check_resumable(out, old, {**flags, "method": method})
         elif not _is_empty_folder(out, old):
             holds = f"{out}: holds a run: --resume goes on, --overwrite deletes it"
             require(flags.get("overwrite"), holds)
-            _delete_run(out, old)
+            _delete_run(out, old, also)
         versions = {
             "method": method,
             "python": platform.python_version(),
@@ -2446,27 +2463,64 @@ def start_run(args, method):
     return out
 
 
+def require_free(out, args):
+    """Exit with one line if start_run would refuse the folder, so that no work is done in vain.
+
+    args: with resume and overwrite.
+    """
+    config = out / "config.json"
+    if args.resume:
+        none = f"{out}: no config.json, so no run to resume; start it without --resume"
+        require(config.is_file(), none)
+    if out.is_dir():
+        if out not in _locks:
+            os.close(_try_lock(out, fcntl.LOCK_SH))
+        old = json.loads(config.read_bytes()) if config.is_file() else None
+        if not args.resume and not _is_empty_folder(out, old):
+            holds = f"{out}: holds a run: --resume goes on, --overwrite deletes it"
+            require(args.overwrite, holds)
+            require(old, f"{out}: no config.json, so --overwrite deletes nothing; another --out")
+
+    # The folder, or the nearest one that there is.
+    nearest = out.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    writable = nearest.is_dir() and os.access(nearest, os.W_OK)
+    require(writable, f"{nearest}: not a folder that can be written to; choose another --out")
+
+
+def hold_folder(out):
+    """Make a folder, and keep other processes out of it.  SystemExit: another run is in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    _lock(out)
+
+
 _locks = {}  # run folder: its open file descriptor, which holds the lock
 
 
 def _lock(out):
     """Keep other processes out of a run folder until this one ends, however it ends."""
-    descriptor = os.open(out, os.O_RDONLY)
     if out in _locks:  # this process was here before
         os.close(_locks.pop(out))
+    _locks[out] = _try_lock(out, fcntl.LOCK_EX)
+
+
+def _try_lock(out, kind):
+    """Lock a folder -> its open file descriptor.  SystemExit: another process has locked it."""
+    descriptor = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         in_use = f"{out}: in use by another run; wait for its end, or choose another --out"
         raise SystemExit(in_use) from None
-    _locks[out] = descriptor
+    return descriptor
 
 
 def _is_empty_folder(out, old):
-    """Nothing in it, or the config.json alone of a run that was refused before it began."""
-    names = [path.name for path in out.iterdir()]
-    refused = names == ["config.json"] and old and "world_size" in old
+    """Nothing in it, or the config.json alone of a run that was refused or killed at its start."""
+    names = {path.name for path in out.iterdir()} - {"config.json.tmp"}
+    refused = names == {"config.json"} and old and "world_size" in old
     return not names or refused
 
 
@@ -2488,14 +2542,17 @@ def _check_resumable(out, old, flags):
         raise SystemExit(0)
 
 
-def _delete_run(out, old):
+def _delete_run(out, old, also):
     """Delete what a run writes and nothing else, where a config.json shows that it was one."""
     require(
         old, f"{out}: no config.json, so --overwrite deletes nothing here; choose another --out"
     )
-    (out / "metrics.jsonl").unlink(missing_ok=True)
-    for folder in [*out.glob("step-*"), out / "model", out / "figures"]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for pattern in ("model", "step-*", *also, "figures", "metrics.jsonl"):
+        for path in out.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def log(out, step, /, **values):

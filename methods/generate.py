@@ -24,6 +24,7 @@ the responses and leaves out the last partial batch.  Here responses keep their 
 the data, and no batch is left out.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -114,7 +115,7 @@ from common import words  # the plain text of a string or of chat messages
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
 from common import DEVICE, check_ranges, progress, require, say, setting, setup  # processes
-from common import save_figure, signals, start_run, stop_requested, write  # processes
+from common import require_free, save_figure, signals, start_run, stop_requested, write  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 # isort: on
 
@@ -452,6 +453,13 @@ def part_path(out, number):
     return out / "parts" / f"{number:06d}.jsonl"
 
 
+def write_part(path, rows):
+    """A batch's responses as lines of JSON, and a last line with their hash."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    seal = {"sha256": hashlib.sha256(lines).hexdigest()}
+    write(path, lines + json.dumps(seal).encode() + b"\n")
+
+
 TOKEN_BYTES = 10**4  # that a token takes in a file: no more
 
 
@@ -473,11 +481,14 @@ def read_part(args, work, out, number):
         size = path.stat().st_size
         if size > most:
             raise Unusable(f"has {size} bytes, too many for {len(batch)} responses")
-        found = read_rows(path)
-    except (OSError, RecursionError, SystemExit):
+        *found, seal = read_rows(path)
+        body = path.read_bytes().rstrip().rpartition(b"\n")[0] + b"\n"
+    except (OSError, RecursionError, ValueError, SystemExit):
         raise Unusable("cannot be read as rows") from None
 
-    # One row for each Item, in this order.
+    # The rows that were written, one for each Item, in this order.
+    if seal.get("sha256") != hashlib.sha256(body).hexdigest():
+        raise Unusable("is not as it was written")
     if len(found) != len(batch):
         raise Unusable(f"has {len(found)} rows, not {len(batch)}")
     for place, (row, wanted) in enumerate(zip(found, known), 1):
@@ -517,11 +528,7 @@ def generate(args, work, out):
         if number >= len(batches) or is_drawn(args, work, out, number):
             continue
         found = draw_batch(args, batches[number], work.rows, filters, work.model, work.tokenizer)
-        try:
-            write_rows(part_path(out, number), found)
-        except OSError as error:
-            problem = f"{part_path(out, number)}: cannot be written ({error.strerror})"
-            raise SystemExit(f"{problem}; make room, then --resume") from None
+        write_part(part_path(out, number), found)
     dist.barrier()
 
     on_rank0(partial(join, args, work, out), f"{out}/responses.jsonl is not written")
@@ -545,11 +552,7 @@ def join(args, work, out):
     shutil.rmtree(out / "parts")
 
 
-def clear(out):
-    """Delete the responses and the verdicts of an earlier run."""
-    (out / "responses.jsonl").unlink(missing_ok=True)
-    (out / "judged.jsonl").unlink(missing_ok=True)
-    shutil.rmtree(out / "parts", ignore_errors=True)
+WRITTEN = ("responses.jsonl", "judged.jsonl", "parts")  # beside what all methods write
 
 
 # Judging.
@@ -563,7 +566,11 @@ def scores(args, questions):
     response is better than the other, 0 for a tie, -1 if it is worse.
     """
     if args.judge_command:
-        return on_rank0(partial(ask, args.judge_command, questions), "--judge-command")
+        remedy = "correct it; the responses are kept, and --resume judges them"
+        if args.responses:
+            remedy = "correct it, or try it by hand"
+        asked = partial(ask, args.judge_command, questions, remedy)
+        return on_rank0(asked, "--judge-command")
     if args.judge == "tiny":
         found = []
         for prompt, response, _ in questions:
@@ -677,10 +684,10 @@ def run_command(command, text, most):
         return process.returncode, answers, complaint
 
 
-def ask(command, questions):
+def ask(command, questions, remedy):
     """The answers of a shell command to (prompt, a, b) questions: 1 for A, 0 for tie, -1 for B.
 
-    SystemExit: it fails, or prints anything but one answer a question.
+    SystemExit: it fails, or prints anything but one answer a question; remedy ends the line.
     """
     # The command is run once: all questions go in, all answers come out.
     lines = []
@@ -690,7 +697,7 @@ def ask(command, questions):
     code, printed, complaint = run_command(command, "".join(lines), most)
     said = repr(complaint.strip()[-60:])[-60:]
     problem = f"--judge-command: exit code {code} {said}"
-    require(code == 0, f"{problem}; try it by hand, then with --responses")
+    require(code == 0, f"{problem}; {remedy}")
 
     # Every answer must be one of three words, and there must be as many as questions.
     answers = [line.strip().lower() for line in printed.splitlines()]
@@ -700,7 +707,7 @@ def ask(command, questions):
             wrong = f"line {number} is {answer[:20]!r}; "
             break
     problem = f"--judge-command: {len(answers)} lines for {len(lines)} questions; {wrong}"
-    problem += "it must print A, B or tie for each, no more"
+    problem += f"it must print A, B or tie for each; {remedy}"
     require(len(answers) == len(lines) and not wrong, problem)
     return [POINTS[answer] for answer in answers]
 
@@ -902,23 +909,6 @@ def check(args):
     sampler(args.temperature, args.top_k, args.top_p, args.min_p)
 
 
-def require_free(args, out):
-    """Exit with one line if start_run would refuse the folder, so that no work is done in vain."""
-    is_run = (out / "config.json").is_file()
-    if args.resume:
-        require(is_run, f"{out}: no config.json, so no run to resume; start it without --resume")
-    elif out.is_dir() and any(out.iterdir()):
-        require(args.overwrite, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
-        require(is_run, f"{out}: no config.json, so --overwrite deletes nothing; another --out")
-
-    # The folder, or the nearest one that there is.
-    nearest = out.absolute()
-    while not nearest.exists():
-        nearest = nearest.parent
-    writable = nearest.is_dir() and os.access(nearest, os.W_OK)
-    require(writable, f"{nearest}: not a folder that can be written to; choose another --out")
-
-
 def is_judged(args):
     """Is there to be a win rate?"""
     return args.judge_command != "" or args.judge != "none"
@@ -933,7 +923,7 @@ def judge_file(args):
     found = None
     if is_judged(args):
         found = compare(args, rows, other_responses(args, rows))
-    start_run(args, "generate")
+    start_run(args, "generate", WRITTEN)
     return found
 
 
@@ -951,10 +941,8 @@ def draw(args, out):
     if is_judged(args):
         others = other_responses(args, expected_rows(work))
 
-    # The run folder; start_run deletes what all methods write, and clear the rest.
-    start_run(args, "generate")
-    if args.overwrite:
-        on_rank0(partial(clear, out), f"{out}: cannot be cleared")
+    # The run folder.
+    start_run(args, "generate", WRITTEN)
     generate(args, work, out)
     return others
 
@@ -964,7 +952,7 @@ def draw_and_judge(args, out):
     path = out / "responses.jsonl"
     others = None
     if args.resume and not args.overwrite and path.exists():
-        start_run(args, "generate")
+        start_run(args, "generate", WRITTEN)
         rows = read_responses(path)
         if is_judged(args):
             others = other_responses(args, rows)
@@ -993,7 +981,7 @@ def main(args):
     setup(args.seed)
     out = Path(args.out or "results/generate")
     problem = f"{out}: cannot hold a run; choose another --out"
-    on_rank0(partial(require_free, args, out), problem)
+    on_rank0(partial(require_free, out, args), problem)
 
     # Responses, from a file or drawn, judged in both orders.
     if args.responses:

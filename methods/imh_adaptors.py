@@ -147,8 +147,9 @@ from common import row_texts, show_example  # tokenization
 from common import load_pairs, read_rows, report, words  # data
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
-from common import check_ranges, on_rank0, progress, require, say, setting  # processes
-from common import save_figure, setup, signals, start_run, stop_requested, write  # processes
+from common import check_ranges, hold_folder, on_rank0, progress, require, say  # processes
+from common import removed_on_failure, save_figure, setting, setup, signals  # processes
+from common import start_run, stop_requested, write  # processes
 # isort: on
 
 
@@ -771,16 +772,30 @@ def turns(paths):
     return own
 
 
+CHUNKS = "chunks.json"  # the names of all chunks of samples, from the start
+
+
+def require_chunks(args, command):
+    """SystemExit: what generate or score writes is not complete; command: which of them.
+
+    A run folder without a list of its chunks, or without samples, is taken as it is.
+    """
+    path = Path(args.out, "samples", CHUNKS)
+    if not path.is_file():
+        return
+    folder = Path(args.out, "samples" if command == "generate" else "scores")
+    try:
+        names = json.loads(path.read_bytes())
+        missing = [name for name in names if not (folder / name).is_file()]
+    except (ValueError, TypeError):
+        raise SystemExit(f"{path}: damaged; generate --resume writes it again") from None
+    problem = f"{folder}: {len(missing)} of {len(names)} chunks are missing; {command} --resume"
+    require(not missing, f"{problem} goes on")
+
+
 def write_chunk(path, rows):
     """Write rows as JSON, whole or not at all, into a folder that may be new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, json.dumps(rows).encode())
-
-
-def remove_chunks(out):
-    """Delete the chunks of an earlier run."""
-    for folder in out.glob("*/"):
-        shutil.rmtree(folder)
 
 
 def generate(args):
@@ -795,10 +810,8 @@ def generate(args):
     problem = f"--max-length {args.max_length}: {args.model:.80} reads {context} tokens; lower it"
     require(args.max_length <= context, problem)
     check_chains(args, 1 if args.pooled else len(prompts))
-    out = start_run(args, "imh_adaptors") / "samples"
+    out = start_run(args, "imh_adaptors", also=("samples", "scores", "imh.json")) / "samples"
     model = load_model(args.model, args.dtype)
-    if args.overwrite:
-        on_rank0(partial(remove_chunks, out), f"{out}: not emptied")
 
     # A chunk is a few prompts under one setting.
     size = max(1, args.batch_size // args.samples)
@@ -806,6 +819,8 @@ def generate(args):
     for i, spec in enumerate(settings):
         for start in range(0, len(prompts), size):
             jobs[out / spec / f"{start:05d}.json"] = (i, start)
+    names = [str(path.relative_to(out)) for path in jobs]
+    on_rank0(partial(write, out / CHUNKS, names), f"{out / CHUNKS}: not written")
 
     for path in progress(turns(list(jobs))):
         if path is not None:
@@ -985,18 +1000,17 @@ def score(args):
     sources = sorted(samples.glob("*/*.json"))
     problem = f"{samples}: no <setting>/<chunk>.json; first run generate with this --out"
     require(sources, problem)
+    on_rank0(partial(require_chunks, args, "generate"), f"{samples}: cannot be read")
     on_rank0(partial(check_samples, sources, len(tokenizer)), f"{samples}: cannot be read")
     judge = load_judge(args.reward, device)
 
     # The scores are a run of their own inside the run folder, with the flags that they were made
     # with.  --resume also begins a score that had not begun.
     out = Path(args.out, "scores")
-    resume = args.resume and out.exists()
-    start_run(replace(args, out=str(out), resume=resume), "imh_adaptors")
+    resume = args.resume and (out / "config.json").is_file()
+    start_run(replace(args, out=str(out), resume=resume), "imh_adaptors", also=("*/",))
     model = load_model(args.model, args.dtype)
     prior = load_model(args.ref_model, args.dtype)
-    if args.overwrite:
-        on_rank0(partial(remove_chunks, out), f"{out}: not emptied")
 
     # A chunk of samples becomes a chunk of scores.
     jobs = {out / source.relative_to(samples): source for source in sources}
@@ -1339,6 +1353,7 @@ def exact(args, prompts=8, support=512, draws=64, settings=None):
     prior = load_model(args.ref_model)
 
     def work():
+        hold_folder(Path(args.out))
         worlds = listed_worlds(args, tokenizer, prior, chosen, support)
         return exact_table(args, tokenizer, worlds, settings, draws)
 
@@ -1370,10 +1385,15 @@ def exact_table(args, tokenizer, worlds, settings, draws):
         worst = max(values.error for values in found[spec])
         print(f"{spec:32}", *(f"{x:8.3f}" for x in means[-1]), f"{worst:8.1e}", flush=True)
 
-    # The draws of all settings take the place of an earlier run's.
-    remove_chunks(Path(args.out, "scores"))
-    for spec, rows in drawn.items():
-        write_chunk(Path(args.out, "scores", spec, "00000.json"), rows)
+    # The draws of all settings, all at once, take the place of an earlier run's.
+    scores = Path(args.out, "scores")
+    partial_scores = Path(args.out, "scores.partial")
+    shutil.rmtree(partial_scores, ignore_errors=True)  # left by a killed process
+    with removed_on_failure(partial_scores):
+        for spec, rows in drawn.items():
+            write_chunk(partial_scores / spec / "00000.json", rows)
+    shutil.rmtree(scores, ignore_errors=True)
+    os.replace(partial_scores, scores)
 
     # What the exact numbers say, with no draw in them.
     means = np.array(means)  # the first four columns: E_q log p, E_q r, E_g log p, E_g r
@@ -1418,6 +1438,7 @@ def read_corpora(args):
         rows = read_released(args.csv, args.beta)
         problem = f"{args.csv}: each setting needs CSVs *_{', *_'.join(RELEASED)}*"
     else:
+        require_chunks(args, "score")
         rows = read_scores(Path(args.out, "scores"))
         problem = f"{args.out}: no scores; first run generate, then score, with this --out"
     require(rows and all(rows.values()), problem)
@@ -1678,7 +1699,6 @@ def imh(args):
         records.append(record)
         print_record(record)
     print(what_is_seen(records))
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     write(Path(args.out, "imh.json"), [asdict(record) for record in records])
     return records
 
@@ -1850,6 +1870,8 @@ def alone(function, args):
     """function(args) by rank 0, while the others wait: if it leaves, they all do."""
 
     def work():
+        if Path(args.out).is_dir():
+            hold_folder(Path(args.out))
         function(args)
 
     on_rank0(work, f"{function.__name__} with --out {args.out}: cannot go on")
@@ -1858,6 +1880,9 @@ def alone(function, args):
 def main(args, command="all"):
     check(args, command)
     setup(args.seed)
+    begun = Path(args.out, "config.json").is_file()
+    if command == "all" and not begun:  # it was killed before generate: --resume begins that
+        args = replace(args, resume=False)
 
     # Generate and score use every process; the rest is light and needs one.
     if command in ("all", "toy"):

@@ -245,10 +245,10 @@ def main(args):
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
-    # After the last step: the model, the figure, and a table of the held-out metrics.
+    # After the last step: the figure, the model, which marks the run as finished, and a table.
     log(out, steps, **evaluate(model, test, args))
-    save_model(model, tokenizer, out / "model")
     history = plot_curves(out, PANELS, f"SFT: {setting(args)}")
+    save_model(model, tokenizer, out / "model")
     print_evaluations(history)
     return history
 

@@ -220,10 +220,10 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 
 import copy
 import importlib.util
+import io
 import json
 import math
 import os
-import shutil
 import signal
 import traceback
 from contextlib import contextmanager
@@ -243,7 +243,8 @@ from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_attributes, tiny_reward  # the tiny world
 from common import Unusable, number  # what others wrote
 from common import check_ranges, load_checkpoint, log, require, say, save_checkpoint  # processes
-from common import save_figure, setup, signals, start_run, stop_requested, write  # processes
+from common import require_free, save_figure, setup, signals, start_run  # processes
+from common import stop_requested, write, write_shared  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 
 # isort: on
@@ -1588,7 +1589,7 @@ def read_or_draw_exact_samples(args, world, out):
     """
     path = exact_path(args, out)
     in_folder = path.resolve() == (out / "exact_samples.pt").resolve()
-    deleted = args.overwrite and in_folder  # by clear(), in a moment
+    deleted = args.overwrite and in_folder  # by start_run, in a moment
     if path.exists() and not deleted:
         return read_exact_samples(path, args, world.V)
     require_writable(path.parent, "--exact-samples")
@@ -1608,10 +1609,9 @@ def save_exact_samples(args, pool, out):
     contents = {"target": target_of(args), "tokens": pool.tokens.cpu(), "o": None}
     if pool.o is not None:
         contents["o"] = pool.o.cpu()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{path}.tmp")
-    torch.save(contents, unfinished)
-    unfinished.replace(path)
+    data = io.BytesIO()
+    torch.save(contents, data)
+    write_shared(path, data.getvalue())
 
 
 def load_exact_samples(args, world, out, device):
@@ -1819,7 +1819,8 @@ def update(args, learner, world, twist, pool, optimizer, step):
 
 def train(args, learner, seed, world, model, pool, out):
     """One learner with one seed -> its twist; evaluations go to out/metrics.jsonl."""
-    out.mkdir(parents=True, exist_ok=True)
+    make = partial(out.mkdir, parents=True, exist_ok=True)
+    on_rank0(make, f"{out}: cannot be made; make room")
 
     # All processes begin with the same twist; then each draws its own particles.
     torch.manual_seed(seed)
@@ -2253,17 +2254,6 @@ def require_writable(folder, flag):
     require(writable, f"{nearest}: not a folder that can be written to; choose another {flag}")
 
 
-def require_free(args, out):
-    """Exit with one line if start_run would refuse the folder, so that no work is done in vain."""
-    is_run = (out / "config.json").is_file()
-    if args.resume:
-        require(is_run, f"{out}: no config.json, so no run to resume; start it without --resume")
-    elif out.is_dir() and any(out.iterdir()):
-        require(args.overwrite, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
-        require(is_run, f"{out}: no config.json, so --overwrite deletes nothing; another --out")
-    require_writable(out, "--out")
-
-
 def memory(device):
     """Bytes of memory of a device; of the processor's, what the machine has."""
     if device.type == "cuda":
@@ -2323,13 +2313,6 @@ def rehearse(args, world, model):
             make_twist(args, "policy", world, model)
 
 
-def clear(out):
-    """Delete what an earlier run of this file has left; start_run deletes the rest."""
-    (out / "exact_samples.pt").unlink(missing_ok=True)
-    for old in out.glob("*-seed*"):
-        shutil.rmtree(old)
-
-
 def write_results(out, records, args):
     """The table and the figure."""
     write_table(out, records)
@@ -2344,7 +2327,7 @@ def prepare(args, out):
     """
     device = setup(args.seed)
     free = f"{out}: cannot hold a run; choose another --out"
-    on_rank0(partial(require_free, args, out), free)
+    on_rank0(partial(require_free, out, args), free)
 
     # The target, and who learns to sample from it.
     model = load_model(args.model, args.dtype)
@@ -2362,14 +2345,10 @@ def main(args):
     check(args)
     out = Path(args.out or "results/twisted_smc")
     world, learners, pool = prepare(args, out)
-    start_run(args, "twisted_smc")
-
-    # What an earlier run has left there goes with it.
-    if args.overwrite:
-        on_rank0(partial(clear, out), f"{out}: cannot be cleared")
+    start_run(args, "twisted_smc", also=("exact_samples.pt", "*-seed*"))
     if pool is not None:
         work = partial(save_exact_samples, args, pool, out)
-        on_rank0(work, f"{exact_path(args, out)}: cannot be written")
+        on_rank0(work, f"{exact_path(args, out)}: cannot be written; make room")
 
     # Train and evaluate every learner, with every seed.
     records = {}
