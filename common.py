@@ -2344,6 +2344,11 @@ def save_figure(figure, path, dpi=120):
     write(path, picture.getvalue())
 
 
+def checksum(values):
+    """A number that tells a row of JSON values from one of which a digit was changed."""
+    return zlib.crc32(json.dumps(values).encode())
+
+
 def append_line(path, line):
     """Add a line to a file, whole or not at all.  SystemExit as in `write`."""
     size = os.path.getsize(path) if os.path.exists(path) else 0

@@ -147,9 +147,9 @@ from common import row_texts, show_example  # tokenization
 from common import load_pairs, read_rows, report, words  # data
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_reward  # the tiny world
-from common import check_ranges, hold_folder, on_rank0, progress, require, say  # processes
-from common import removed_on_failure, save_figure, setting, setup, signals  # processes
-from common import start_run, stop_requested, write  # processes
+from common import check_ranges, checksum, hold_folder, on_rank0, progress  # processes
+from common import removed_on_failure, require, save_figure, say, setting, setup  # processes
+from common import signals, start_run, stop_requested, write  # processes
 # isort: on
 
 
@@ -765,11 +765,32 @@ def turns(paths):
     own = []
     for first in range(0, len(paths), world):
         number = first + dist.get_rank()
-        if number < len(paths) and not paths[number].exists():
+        if number < len(paths) and not is_chunk(paths[number]):
             own.append(paths[number])
         else:
             own.append(None)
     return own
+
+
+def is_chunk(path):
+    """Whether a chunk is there as it was written; a line if it is damaged, and made again."""
+    if not path.exists():
+        return False
+    try:
+        changed = any(is_changed(row) for row in read_rows(path))
+    except SystemExit:
+        changed = True
+    if changed:
+        print(f"{path}: damaged, so it is made again", flush=True)
+    return not changed
+
+
+def chunk_rows(path, remedy):
+    """The rows of a chunk.  SystemExit: it cannot be read; remedy ends the line."""
+    try:
+        return read_rows(path)
+    except SystemExit:
+        raise SystemExit(f"{path}: cannot be read as rows; {remedy}") from None
 
 
 CHUNKS = "chunks.json"  # the names of all chunks of samples, from the start
@@ -794,8 +815,15 @@ def require_chunks(args, command):
 
 
 def write_chunk(path, rows):
-    """Write rows as JSON, whole or not at all, into a folder that may be new."""
-    write(path, json.dumps(rows).encode())
+    """Write rows as JSON, each with its checksum, whole or not at all."""
+    sealed = [{**row, "crc": checksum(row)} for row in rows]
+    write(path, json.dumps(sealed).encode())
+
+
+def is_changed(row):
+    """Whether a row is not as write_chunk wrote it; its checksum is taken out, if it has one."""
+    crc = row.pop("crc", None)
+    return crc is not None and crc != checksum(row)
 
 
 def generate(args):
@@ -908,16 +936,19 @@ def summed_logps(model, batch, vocabulary):
 def read_samples(path, vocabulary):
     """The rows of one sample file, by prompt: {prompt ids: rows}.  SystemExit: unusable rows."""
     groups = {}
-    for number, row in enumerate(read_rows(path)):
+    remedy = "delete the file, generate --resume"
+    for number, row in enumerate(chunk_rows(path, remedy)):
         why = why_no_sample(row, vocabulary)
-        require(not why, f"{path}: row {number}: {why}; delete the file, generate --resume")
+        require(not why, f"{path}: row {number}: {why}; {remedy}")
         groups.setdefault(tuple(row["prompt_ids"]), []).append(row)
-    require(groups, f"{path}: no rows; delete the file, generate --resume")
+    require(groups, f"{path}: no rows; {remedy}")
     return groups
 
 
 def why_no_sample(row, vocabulary):
     """What is wrong with a row of a sample file, or "" if nothing is."""
+    if is_changed(row):
+        return "not as it was written"
     for name in ("prompt", "prompt_ids", "ids", "log_q", "log_kept", "text"):
         if name not in row:
             return f"no {name}"
@@ -1453,7 +1484,7 @@ def read_scores(folder):
     found = {}
     for path in sorted(folder.glob("*/*.json")):
         leave_if_stopped()
-        rows = read_rows(path)
+        rows = chunk_rows(path, "score it again")
         for number, row in enumerate(rows):
             why = why_no_scores(row)
             require(not why, f"{path}: row {number}: {why}; score it again")
@@ -1463,6 +1494,8 @@ def read_scores(folder):
 
 def why_no_scores(row):
     """What is wrong with a row of a score file, or "" if nothing is."""
+    if is_changed(row):
+        return "not as it was written"
     if not isinstance(row.get("prompt"), str | list):
         return "no prompt"
     for name in NUMBERS:

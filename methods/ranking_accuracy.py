@@ -83,7 +83,6 @@ import functools
 import hashlib
 import json
 import math
-import zlib
 from collections import defaultdict
 from itertools import combinations
 
@@ -99,8 +98,9 @@ from common import encode_rows, pack_pairs, show_example  # tokenization
 from common import as_dialogue, hub_rows, load_pairs, number, read_rows, report  # data
 from common import Unusable, is_empty, require_text, without_tags  # data
 from common import load_model, load_tokenizer, model_folder  # models
-from common import append_line, check_ranges, on_rank0, progress, require, setup  # processes
-from common import save_figure, signals, start_run, stop_requested, write  # processes
+from common import append_line, check_ranges, checksum, on_rank0, progress  # processes
+from common import require, save_figure, setup, signals  # processes
+from common import start_run, stop_requested, write  # processes
 # isort: on
 
 # ---- the paper: accuracies, ideals, thresholds
@@ -607,11 +607,6 @@ def append_records(path, records):
             lines.append(json.dumps({**values, "crc": checksum(values)}))
     if lines:
         append_line(path, "\n".join(lines))
-
-
-def checksum(values):
-    """What tells a record from one of which a digit was changed."""
-    return zlib.crc32(json.dumps(values).encode())
 
 
 def leave_if_stopped():

@@ -242,7 +242,8 @@ from common import encode_prompt, head_logits, show_example  # tokenization, log
 from common import load_model, load_tokenizer, model_folder  # models
 from common import tiny_attributes, tiny_reward  # the tiny world
 from common import Unusable, number  # what others wrote
-from common import check_ranges, load_checkpoint, log, require, say, save_checkpoint  # processes
+from common import check_ranges, checksum, load_checkpoint, log, require  # processes
+from common import say, save_checkpoint  # processes
 from common import require_free, save_figure, setup, signals, start_run  # processes
 from common import stop_requested, write, write_shared  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
@@ -1543,6 +1544,14 @@ def are_ids(tokens, n, V):
     return bool(((tokens >= 0) & (tokens < V)).all())
 
 
+def samples_checksum(saved):
+    """A number that tells the contents of a file of exact samples from changed ones."""
+    lists = [saved["tokens"].tolist()]
+    if saved["o"] is not None:
+        lists.append(saved["o"].tolist())
+    return checksum(lists)
+
+
 def read_exact_samples(path, args, V):
     """Exact samples that an earlier run has written; exits if they are of another target.
 
@@ -1568,6 +1577,7 @@ def read_exact_samples(path, args, V):
         whole = whole and are_ids(o, args.c, V) and len(o) == len(tokens)
     else:
         whole = whole and o is None
+    whole = whole and saved.get("crc") in (None, samples_checksum(saved))
     require(whole, f"{problem}: its tokens are damaged; delete it, or name another")
     few = f"{path}: holds {len(tokens)} exact samples, fewer than --exact {args.exact}; delete it"
     require(len(tokens) >= args.exact, few)
@@ -1609,6 +1619,7 @@ def save_exact_samples(args, pool, out):
     contents = {"target": target_of(args), "tokens": pool.tokens.cpu(), "o": None}
     if pool.o is not None:
         contents["o"] = pool.o.cpu()
+    contents["crc"] = samples_checksum(contents)
     data = io.BytesIO()
     torch.save(contents, data)
     write_shared(path, data.getvalue())
