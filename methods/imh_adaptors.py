@@ -186,7 +186,7 @@ def parse_adaptor(spec, vocabulary=math.inf):
         for part in spec.split(","):
             keyword = SAMPLING_TYPES.get(part, part)
             name, _, number = keyword.partition("=")
-            require(NUMBER.fullmatch(number), f"adaptor {spec!r}: {remedy}")
+            require(NUMBER.fullmatch(number), f"adaptor {spec!r:.50}: {remedy}")
             values[name] = float(number)
 
     # What changes nothing is left out, so that {} is the model itself.
@@ -201,7 +201,7 @@ def parse_adaptor(spec, vocabulary=math.inf):
 def check_adaptor(name, value, vocabulary):
     """Refuse a name that is no adaptor's, and a value that keeps nothing or means nothing."""
     known = name == "temperature" or name in ORDER
-    require(known, f"adaptor: no {name!r}: use temperature, {', '.join(ORDER)}")
+    require(known, f"adaptor: no {name!r:.50}: use temperature, {', '.join(ORDER)}")
 
     # The values that mean something: a temperature, a number of tokens, or a probability.
     if name == "temperature":
@@ -615,6 +615,7 @@ def load_prompts(args, tokenizer):
     prompts = []
     dropped = defaultdict(list)
     known = set()
+    repeated = 0
     longest = min(args.max_prompt_length, args.max_length - 1)  # a prompt leaves room for a token
     context = tokenizer.model_max_length
     too_long = f"--max-length {args.max_length}: the model reads {context} tokens; lower it"
@@ -630,10 +631,13 @@ def load_prompts(args, tokenizer):
             dropped[found].append(number)
         elif len(found.prompt_ids) > longest:
             dropped[f"more than {longest} tokens (--max-prompt-length)"].append(number)
-        elif tuple(found.prompt_ids) not in known:  # each once, in the order of the data
+        elif tuple(found.prompt_ids) in known:  # each once, in the order of the data
+            repeated += 1
+        else:
             known.add(tuple(found.prompt_ids))
             prompts.append((found.prompt_ids, row["prompt"]))
-    report(f"{args.data}: different prompts", len(prompts), dropped)
+    note = f"; repeated {repeated}"
+    report(f"{args.data}: different prompts", len(prompts), dropped, note)
 
     # A random choice, sorted so that prompts of about equal length share a chunk.
     order = np.random.default_rng(args.seed).permutation(len(prompts))

@@ -615,6 +615,9 @@ def leave_if_stopped():
         raise SystemExit(143)
 
 
+LESS_MEMORY = "for less memory lower --tokens-per-microbatch"
+
+
 def score(name, items, out, args):
     """All responses under model `name` -> {item: its Records}; none depends on its batch.
 
@@ -622,8 +625,9 @@ def score(name, items, out, args):
     scored is kept.
     """
     path = records_path(name, items, out, args)
-    read = functools.partial(read_records, path, items)
-    done = on_rank0(read, f"{path}: cannot be read, delete it")
+    done = on_rank0(
+        functools.partial(read_records, path, items), f"{path}: cannot be read, delete it"
+    )
     tokenizer = load_tokenizer(name)
     limit = args.max_length
     if limit == 0 or limit > tokenizer.model_max_length:
@@ -660,8 +664,8 @@ def score(name, items, out, args):
         on_rank0(write_block, f"{path}: cannot be written")
         if stop_requested():
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
-        problem = f"{name[-60:]}: {failure}; what is scored is kept: --resume goes on; for memory, "
-        require(not failure, f"{problem}lower --tokens-per-microbatch")
+        # What is scored is kept.
+        require(not failure, f"{name[-60:]}: {failure}; --resume goes on; {LESS_MEMORY}")
 
     # In bfloat16 the responses that are nearly tied are scored again, exactly.
     scored = complete_items(name, items, done, dropped)
