@@ -1295,7 +1295,7 @@ def load_pairs(name, split, pairs=True):
     layout = _layout(rows[0])
     kept, dropped = [], collections.defaultdict(list)
     for place, row in enumerate(rows, 1):
-        columns = ", ".join(map(str, row))
+        columns = ", ".join(map(str, row))[:60]
         no_pair = pairs and layout is pair_rows and "rejected" not in row
         require(not no_pair, f"{name}: {split} row {place} has no 'rejected', only {columns}")
         try:
@@ -1445,7 +1445,7 @@ def read_rows(path):
         if extension == "csv":
             return _csv_rows(text)
     except (OSError, EOFError, zlib.error, ValueError, Warning) as error:
-        why = str(error).strip().splitlines()[0]
+        why = str(error).strip().partition("\n")[0][:80]
         raise SystemExit(f"{path}: cannot be read: {why}") from None
     return _json_rows(path, text)
 
@@ -1502,7 +1502,7 @@ def _json_rows(path, text):
             place = number + error.lineno  # a list: 0 + its line; JSON lines: the number + 1
             raise SystemExit(f"{path}:{place}: not JSON rows: {error.msg}") from None
         except (ValueError, RecursionError) as error:  # a number too long, lists too deep
-            raise SystemExit(f"{path}: cannot be read: {error}") from None
+            raise SystemExit(f"{path}: cannot be read: {str(error)[:80]}") from None
         if isinstance(found, dict):
             found = [found]
         is_rows = isinstance(found, list) and all(isinstance(row, dict) for row in found)
@@ -1709,9 +1709,8 @@ def report(what, kept, dropped, note=""):
     line = f"{what}: kept {kept}, dropped {sum(map(len, dropped.values()))}"
     if reasons:
         line += f" ({'; '.join(reasons)})"
-    line += note
-    require(kept, f"{line}; no row is left")
-    say(line)
+    require(kept, f"{line[:180]}; no row is left")
+    say(line + note)
 
 
 def subset(rows, n, seed):

@@ -326,7 +326,7 @@ def judged(rows, lists, name):
             one.tools = row.get("tools")
             found.append(one)
         except KeyError as key:
-            columns = ", ".join(map(str, row))
+            columns = ", ".join(map(str, row))[:60]
             raise SystemExit(f"{name}: row {place} has no {key}, only {columns}") from None
         except Unusable as reason:
             found.append(reason)
