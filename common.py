@@ -1296,8 +1296,10 @@ def load_pairs(name, split, pairs=True):
     kept, dropped = [], collections.defaultdict(list)
     for place, row in enumerate(rows, 1):
         columns = ", ".join(map(str, row))[:60]
-        no_pair = pairs and layout is pair_rows and "rejected" not in row
-        require(not no_pair, f"{name}: {split} row {place} has no 'rejected', only {columns}")
+        lacks = ""
+        if pairs and layout is pair_rows:
+            lacks = _missing_answer(row)
+        require(not lacks, f"{name}: {split} row {place} has no {lacks!r}, only {columns}")
         try:
             found = layout(row)
         except KeyError as key:
@@ -1317,6 +1319,15 @@ def load_pairs(name, split, pairs=True):
                 kept.append(one)
     report(f"{name} {split}", len(kept), dropped, note)
     return kept
+
+
+def _missing_answer(row):
+    """The answer that a row lacks to be a pair, or "": a list of responses is no pair."""
+    if "rejected" not in row:
+        return "rejected"
+    if not {"chosen", "completion", "messages"} & set(row):
+        return "chosen"
+    return ""
 
 
 def _source_rows(name, split):

@@ -923,7 +923,7 @@ def judge_file(args):
     found = None
     if is_judged(args):
         found = compare(args, rows, other_responses(args, rows))
-    start_run(args, "generate", WRITTEN)
+    start_run(args, "generate")
     return found
 
 
@@ -952,7 +952,7 @@ def draw_and_judge(args, out):
     path = out / "responses.jsonl"
     others = None
     if args.resume and not args.overwrite and path.exists():
-        start_run(args, "generate", WRITTEN)
+        start_run(args, "generate")
         rows = read_responses(path)
         if is_judged(args):
             others = other_responses(args, rows)

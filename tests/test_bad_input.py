@@ -157,6 +157,22 @@ def rows_in(path, split="test"):
     return rows, int(numbers[0]), int(numbers[1])
 
 
+def test_a_list_of_responses_is_no_pair(tmp_path):
+    """A pair that has lost its chosen response is not trained on the list that it also has."""
+    path = tmp_path / "test.jsonl"
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "responses": ["b", "a"]}
+    path.write_text(json.dumps(row) + "\n")
+    (found,) = common.load_pairs(str(path), "test")
+    assert (found["chosen"], found["rejected"]) == ("a", "b")
+    del row["chosen"]
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit) as refused:
+        common.load_pairs(str(path), "test")
+    assert "row 1 has no 'chosen'" in one_line(refused.value)
+    (found,) = common.load_pairs(str(path), "test", pairs=False)
+    assert found["responses"] == ["b", "a"]
+
+
 texts = st.text(st.characters(codec=None), max_size=12)
 leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), texts)
 messages = st.lists(

@@ -26,8 +26,8 @@ DATA = Path(os.environ.get("REAL_DATA", ROOT.parent / "shared" / "data"))
 DATA = DATA / "relabeled_hh_rlhf" / "both" / "test.jsonl.gz"
 MODEL = Path(os.environ.get("REAL_MODELS", ROOT.parent / "shared" / "models")) / "stories260K"
 COPIES = 200
-WHOLE_COPIES = 10  # of all rows; the others have ROWS of them
-ROWS = 400
+WHOLE_COPIES = 5  # of all rows; the others have ROWS of them
+ROWS = 200
 pytestmark = pytest.mark.skipif(
     not (DATA.is_file() and MODEL.is_dir()), reason="no real pairs, or no real model here"
 )
