@@ -238,6 +238,8 @@ def same_content(path):
         for name in ("resume", "overwrite", "out"):
             config.pop(name, None)
         return config
+    if path.name.startswith("records-"):  # in the order in which they were scored
+        return sorted(path.read_text().splitlines())
     return path.read_bytes()
 
 
@@ -676,6 +678,56 @@ def test_damaged_parts_are_made_again_or_refused(
         assert_same_files(folder, parent)
     record_property("faults", DAMAGES)
     print(name, seen)
+
+
+# ---- a judge, or a model, that fails half-way
+
+
+def test_a_failing_judge_command_keeps_the_responses(bench, tmp_path, record_property):
+    """The line says how to go on; --resume judges what was sampled, and samples nothing again."""
+    for number, command in enumerate(("exit 3", "echo A", "yes C | head -n 20")):
+        parent = tmp_path / str(number)
+        bench.begin("generate", parent)
+        failed = bench.run("generate", parent, more={"judge_command": command})
+        assert failed.code == 1 and "--resume judges them" in failed.line()
+        responses = parent / "run" / "responses.jsonl"
+        before = responses.read_bytes()
+        goes_on = {"judge_command": "sed s/.*/tie/", "resume": True}
+        ended = bench.run("generate", parent, more=goes_on)
+        assert ended.code == 0 and responses.read_bytes() == before
+        judged = (parent / "run" / "judged.jsonl").read_text().splitlines()
+        assert [json.loads(line)["outcome"] for line in judged] == [0] * 20
+        assert not [event for event in ended.events if "parts" in event]
+        record_property("faults", 1)
+
+
+FAIL = """
+calls = []
+score = module.score_batch
+def score_batch(model, batch):
+    calls.append(0)
+    if len(calls) == %d:
+        raise RuntimeError("out of memory")
+    return score(model, batch)
+module.score_batch = score_batch
+"""
+
+
+@pytest.mark.parametrize("at", [1, 2, 7])
+def test_a_failure_half_way_keeps_what_is_scored(at, bench, tmp_path, record_property):
+    """Of two models: all micro-batches up to the one that fails are in the records."""
+    name = "ranking_accuracy"
+    before = FAIL % at
+    failed = bench.run(name, tmp_path, before=before)
+    assert failed.code == 1
+    line = failed.line()
+    assert "out of memory" in line and "--resume goes on" in line
+    lines = 0
+    for path in (tmp_path / "run").glob("records-*.jsonl"):
+        lines += len(path.read_text().splitlines())
+    assert (lines > 0) == (at > 1)
+    bench.finish(name, tmp_path)
+    record_property("faults", 1)
 
 
 # ---- what the runs of DPO hold to
