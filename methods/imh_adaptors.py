@@ -951,8 +951,6 @@ def read_samples(path, vocabulary):
 
 def why_no_sample(row, vocabulary):
     """What is wrong with a row of a sample file, or "" if nothing is."""
-    if is_changed(row):
-        return "not as it was written"
     for name in ("prompt", "prompt_ids", "ids", "log_q", "log_kept", "text"):
         if name not in row:
             return f"no {name}"
@@ -967,7 +965,7 @@ def why_no_sample(row, vocabulary):
     for name in ("log_q", "log_kept"):
         if not are_numbers(row[name], len(row["ids"])):
             return f"{name} is not a list of {len(row['ids'])} finite numbers"
-    return ""
+    return "not as it was written" if is_changed(row) else ""
 
 
 def are_tokens(ids, vocabulary):
@@ -1498,8 +1496,6 @@ def read_scores(folder):
 
 def why_no_scores(row):
     """What is wrong with a row of a score file, or "" if nothing is."""
-    if is_changed(row):
-        return "not as it was written"
     if not isinstance(row.get("prompt"), str | list):
         return "no prompt"
     for name in NUMBERS:
@@ -1507,7 +1503,7 @@ def why_no_scores(row):
             return f"no {name}"
         if not is_number(row[name]):
             return f"{name} {row[name]!r:.20} is not a finite number"
-    return ""
+    return "not as it was written" if is_changed(row) else ""
 
 
 RELEASED = {  # kind of the authors' file: {our column: theirs}

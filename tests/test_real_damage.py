@@ -40,7 +40,7 @@ READERS = {
     "dpo_gamma": ({"gamma": (1.0,)}, "start_run"),
     "dpl": ({"max_length": 256}, "new_reward_model"),
     "dpl evaluate": ({"checkpoints": ("x",), "max_length": 256}, "load_reward_model"),
-    "generate": ({"judge": "none"}, "load_model"),
+    "generate": ({"judge": "none", "max_prompt_length": 256}, "load_model"),
     "ranking_accuracy": ({}, "start_run"),
     "imh_adaptors": ({"reward": "implicit"}, "start_run"),
 }
