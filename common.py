@@ -61,6 +61,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 import transformers
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from torch.distributed.checkpoint import state_dict as dsd
 from torch.distributed.fsdp import (
     MixedPrecisionPolicy,
@@ -420,12 +421,9 @@ def reference_logps(name, tokenizer, rows, dtype, tokens_per_microbatch=8192):
         sums[batch["index"]] = logps.view(len(batch["index"]), -1)
     dist.all_reduce(sums)  # every row was scored by one process, and is zero elsewhere
 
-    def save():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        values = sums.cpu().numpy().tobytes()
-        write(path, hashlib.sha256(values).digest() + values)
-
-    on_rank0(save, path)
+    values = sums.cpu().numpy().tobytes()
+    data = hashlib.sha256(values).digest() + values
+    on_rank0(functools.partial(write_shared, path, data), f"{path}: not written; make room")
     return sums.cpu()
 
 
@@ -1327,9 +1325,11 @@ def _pairs_of(rows, name, split, pairs, note):
     layout = _layout(rows[0])
     kept, dropped = [], collections.defaultdict(list)
     for place, row in enumerate(rows, 1):
-        columns = ", ".join(map(str, row))
-        no_pair = pairs and layout is pair_rows and "rejected" not in row
-        require(not no_pair, f"{name}: {split} row {place} has no 'rejected', only {columns}")
+        columns = ", ".join(map(str, row))[:60]
+        lacks = ""
+        if pairs and layout is pair_rows:
+            lacks = _missing_answer(row)
+        require(not lacks, f"{name}: {split} row {place} has no {lacks!r}, only {columns}")
         try:
             found = layout(row)
         except KeyError as key:
@@ -1495,6 +1495,15 @@ def show_samples(path, rows):
     say(f"{len(rows)} samples: {path}")
 
 
+def _missing_answer(row):
+    """The answer that a row lacks to be a pair, or "": a list of responses is no pair."""
+    if "rejected" not in row:
+        return "rejected"
+    if not {"chosen", "completion", "messages"} & set(row):
+        return "chosen"
+    return ""
+
+
 def _source_rows(name, split):
     """The rows of one split as they stand in their source, and a note for the line."""
     rows, note = _read_source(name, split)
@@ -1638,7 +1647,7 @@ def read_rows(path):
         if extension == "csv":
             return _csv_rows(text)
     except (OSError, EOFError, zlib.error, ValueError, Warning) as error:
-        why = str(error).strip().splitlines()[0]
+        why = str(error).strip().partition("\n")[0][:80]
         raise SystemExit(f"{path}: cannot be read: {why}") from None
     return _json_rows(path, text)
 
@@ -1695,7 +1704,7 @@ def _json_rows(path, text):
             place = number + error.lineno  # a list: 0 + its line; JSON lines: the number + 1
             raise SystemExit(f"{path}:{place}: not JSON rows: {error.msg}") from None
         except (ValueError, RecursionError) as error:  # a number too long, lists too deep
-            raise SystemExit(f"{path}: cannot be read: {error}") from None
+            raise SystemExit(f"{path}: cannot be read: {str(error)[:80]}") from None
         if isinstance(found, dict):
             found = [found]
         is_rows = isinstance(found, list) and all(isinstance(row, dict) for row in found)
@@ -2011,9 +2020,8 @@ def report(what, kept, dropped, note=""):
     line = f"{what}: kept {kept}, dropped {sum(map(len, dropped.values()))}"
     if reasons:
         line += f" ({'; '.join(reasons)})"
-    line += note
-    require(kept, f"{line}; no row is left")
-    say(line)
+    require(kept, f"{line[:180]}; no row is left")
+    say(line + note)
 
 
 def subset(rows, n, seed):
@@ -2615,7 +2623,7 @@ TINY_GRAMMAR = {
 }
 # Hidden context: the share of readers in each group, and what the monster is worth to them.
 TINY_GROUPS = ((0.75, 1.5), (0.25, -5.5))
-TINY_VERSION = 1  # raise it with every change of what the functions below make
+TINY_VERSION = 2  # raise it with every change of what the functions below make
 
 
 TINY_PROMPT = re.compile(r"\n\nHuman: Tell me a story about a \w+ in a \w+\.\n\nAssistant:")
@@ -2751,6 +2759,8 @@ def build_tiny(folder, steps=400):
         optimizer.zero_grad()
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
+    for part in ("data", "model"):
+        write(folder / part / "COMPLETE.json", {"sha256": _hashes(folder / part)})
 
 
 def _train_tokenizer(texts):
@@ -2774,41 +2784,29 @@ def _train_tokenizer(texts):
 
 
 def _is_whole(folder):
-    """Is the tiny world there, with all its rows and its model?"""
-    if not (folder / "model" / "model.safetensors").is_file():
-        return False
-    for name, n in TINY_ROWS.items():
-        path = folder / "data" / name
-        if not path.is_file() or path.read_bytes().count(b"\n") != n:
-            return False
-    return True
+    """Is the tiny world there, and every file as it was written?"""
+    return not any(_damaged_files(folder / part) for part in ("data", "model"))
 
 
 def tiny_folder():
-    """The folder of the tiny world: built on first use, by one process while the others wait."""
+    """The folder of the tiny world: built on first use, by one process while the others wait.
+
+    One that is damaged is built again.  SystemExit: it cannot be written.
+    """
     recipe = repr((TINY_GRAMMAR, TINY_GROUPS, TINY_VERSION))
     folder = CACHE / f"tiny-{hashlib.sha256(recipe.encode()).hexdigest()[:16]}"
     if _is_whole(folder):
         return folder
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process lets go
-        if _is_whole(folder):
-            return folder
-        shutil.rmtree(folder, ignore_errors=True)  # damaged
-        print(
-            f"tiny world: training a small model on made-up stories, once, in {folder}", flush=True
-        )
-        partial = Path(f"{folder}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        generators = torch.random.fork_rng(devices=[])
-        with generators, torch.enable_grad(), torch.device("cpu"), removed_on_failure(partial):
-            torch.default_generator.manual_seed(0)
-            build_tiny(partial)
-        torch.set_num_threads(threads)
-        os.replace(partial, folder)
+    try:
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # a killed process lets go
+            if not _is_whole(folder):
+                _build_folder(folder)
+    except (OSError, RuntimeError, SafetensorError) as error:  # a full disk comes as any of them
+        why = str(error).strip().partition("\n")[0][:60]
+        remedy = "make room, or set XDG_CACHE_HOME"
+        raise SystemExit(f"{folder}: tiny world not written ({why}); {remedy}") from None
     return folder
 
 
@@ -2827,6 +2825,24 @@ def untrained_folder():
     shutil.rmtree(folder, ignore_errors=True)  # damaged
     os.replace(partial, folder)
     return folder
+
+
+def _build_folder(folder):
+    """Make the tiny world in place of what is there, whole or not at all."""
+    if folder.exists():
+        print(f"{folder}: damaged, so it is built again", flush=True)
+        shutil.rmtree(folder)
+    print(f"tiny world: training a small model on made-up stories, once, in {folder}", flush=True)
+    partial = Path(f"{folder}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    generators = torch.random.fork_rng(devices=[])
+    with generators, torch.enable_grad(), torch.device("cpu"), removed_on_failure(partial):
+        torch.default_generator.manual_seed(0)
+        build_tiny(partial)
+        os.replace(partial, folder)
+    torch.set_num_threads(threads)
 
 
 # ---- processes
@@ -2941,7 +2957,8 @@ def on_rank0(function, problem):
             failure = error.code or 0
         except Exception as error:  # a full disk comes as OSError, RuntimeError, SafetensorError
             why = str(error).strip().partition("\n")[0]
-            failure = f"{problem} ({type(error).__name__}: {why})"
+            room = max(0, 190 - len(f"{problem} {type(error).__name__}"))
+            failure = f"{problem} ({type(error).__name__}: {why[:room]})"
     if dist.is_initialized():
         answer = [result, failure]
         dist.broadcast_object_list(answer)
@@ -2954,7 +2971,7 @@ def on_rank0(function, problem):
 
 
 def write(path, data):
-    """Write bytes, or anything else as JSON, whole or not at all.
+    """Write bytes, or anything else as JSON, whole or not at all, into a folder that may be new.
 
     SystemExit if the disk is full, or the folder not ours; nothing is left behind.
     """
@@ -2962,6 +2979,7 @@ def write(path, data):
         data = json.dumps(data, indent=1).encode()
     unfinished = Path(f"{path}.tmp")
     try:
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             file.write(data)
             file.flush()
@@ -2970,9 +2988,7 @@ def write(path, data):
     except OSError as error:
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        raise SystemExit(
-            f"{path}: not written ({error.strerror}); make room, then --resume"
-        ) from None
+        raise SystemExit(_not_written(path, error)) from None
 
 
 @contextlib.contextmanager
@@ -2989,8 +3005,12 @@ def save_figure(figure, path, dpi=120):
     """Write a PNG into a folder that may be new, whole or not at all.  SystemExit as in `write`."""
     picture = io.BytesIO()
     figure.savefig(picture, dpi=dpi)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write(path, picture.getvalue())
+
+
+def checksum(values):
+    """A number that tells a row of JSON values from one of which a digit was changed."""
+    return zlib.crc32(json.dumps(values).encode())
 
 
 def append_line(path, line):
@@ -3002,9 +3022,20 @@ def append_line(path, line):
     except OSError as error:
         with contextlib.suppress(OSError):
             os.truncate(path, size)
-        raise SystemExit(
-            f"{path}: not written ({error.strerror}); make room, then --resume"
-        ) from None
+        raise SystemExit(_not_written(path, error)) from None
+
+
+def _not_written(path, error):
+    """The line for a file that could not be written."""
+    return f"{str(path)[-120:]}: not written ({error.strerror}); make room, then --resume"
+
+
+def write_shared(path, data):
+    """`write` of a file that several runs may make at once, such as one in a cache."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.parent / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # both would have the same temporary name
+        write(path, data)
 
 
 # option that several methods have: its least and largest value
@@ -3061,9 +3092,11 @@ def check_ranges(args, ranges):
             require(inside, f"{flag} {str(one)[:20]}: must be from {least:g} to {largest:g}")
 
 
-def start_run(args, method):
+def start_run(args, method, also=()):
     """Make args.out (default results/<method>) with its config.json -> its Path.
 
+    also: what runs of this method write beside the usual, as patterns: --overwrite deletes it, too,
+    before the new config.json is there, so that no later --resume takes it for the new run's.
     SystemExit: a flag out of range; a folder that holds a run, without --resume or --overwrite; a
     run to resume that is not there, is finished, or had other flags.
     """
@@ -3074,16 +3107,13 @@ def start_run(args, method):
 
     def prepare():
         # From here on the folder is this process's; a fresh run needs an empty one.
-        if out.is_dir():
-            _lock(out)
         require_free(args, out)
-        out.mkdir(parents=True, exist_ok=True)
-        _lock(out)
+        hold_folder(out)
         old = _config_of(out)
         if flags.get("resume"):
             _check_resumable(out, old, {**flags, "method": method})
         elif not _is_empty_folder(out):
-            _delete_run(out)
+            _delete_run(out, also)
         versions = {
             "method": method,
             "python": platform.python_version(),
@@ -3098,17 +3128,29 @@ def start_run(args, method):
 
 
 def require_free(args, out):
-    """SystemExit unless a run of these flags may begin in the folder `out`, or go on there."""
+    """SystemExit if start_run would refuse the folder `out`, so that no work is done in vain.
+
+    args: with resume and overwrite.
+    """
     is_run = (out / "config.json").is_file()
-    if getattr(args, "resume", False):
-        none = f"{out}: no config.json, so there is no run to resume; start it without --resume"
-        require(is_run, none)
-    elif out.is_dir() and not _is_empty_folder(out):
-        overwrite = getattr(args, "overwrite", False)
-        require(overwrite, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
-        foreign = f"{out}: no config.json, so --overwrite deletes nothing here"
-        require(is_run, f"{foreign}; choose another --out")
+    resume = getattr(args, "resume", False)
+    none = f"{out}: no config.json, so there is no run to resume; start it without --resume"
+    require(is_run or not resume, none)
+    if out.is_dir():
+        if out not in _locks:
+            os.close(_try_lock(out, fcntl.LOCK_SH))
+        if not resume and not _is_empty_folder(out):
+            overwrite = getattr(args, "overwrite", False)
+            require(overwrite, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
+            foreign = f"{out}: no config.json, so --overwrite deletes nothing here"
+            require(is_run, f"{foreign}; choose another --out")
     require_writable(out, "--out")
+
+
+def hold_folder(out):
+    """Make a folder, and keep other processes out of it.  SystemExit: another run is in it."""
+    out.mkdir(parents=True, exist_ok=True)
+    _lock(out)
 
 
 _locks = {}  # run folder: its open file descriptor, which holds the lock
@@ -3116,16 +3158,21 @@ _locks = {}  # run folder: its open file descriptor, which holds the lock
 
 def _lock(out):
     """Keep other processes out of a run folder until this one ends, however it ends."""
-    descriptor = os.open(out, os.O_RDONLY)
     if out in _locks:  # this process was here before
         os.close(_locks.pop(out))
+    _locks[out] = _try_lock(out, fcntl.LOCK_EX)
+
+
+def _try_lock(out, kind):
+    """Lock a folder -> its open file descriptor.  SystemExit: another process has locked it."""
+    descriptor = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
         in_use = f"{out}: in use by another run; wait for its end, or choose another --out"
         raise SystemExit(in_use) from None
-    _locks[out] = descriptor
+    return descriptor
 
 
 def _config_of(out):
@@ -3135,9 +3182,9 @@ def _config_of(out):
 
 
 def _is_empty_folder(out):
-    """Nothing in it, or the config.json alone of a run that was refused before it began."""
-    names = [path.name for path in out.iterdir()]
-    if names == ["config.json"]:
+    """Nothing in it, or the config.json alone of a run that was refused or killed at its start."""
+    names = {path.name for path in out.iterdir()} - {"config.json.tmp"}
+    if names == {"config.json"}:
         return "world_size" in (_config_of(out) or {})
     return not names
 
@@ -3160,12 +3207,14 @@ def _check_resumable(out, old, flags):
         raise SystemExit(0)
 
 
-def _delete_run(out):
+def _delete_run(out, also):
     """Delete what a run writes and nothing else."""
-    for name in ("metrics.jsonl", "claim.txt"):
-        (out / name).unlink(missing_ok=True)
-    for folder in [*out.glob("step-*"), out / "model", out / "figures"]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for pattern in ("model", "step-*", *also, "figures", "metrics.jsonl", "claim.txt"):
+        for path in out.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 def log(out, step, /, **values):
@@ -3479,12 +3528,8 @@ def say_claim(paper, shown, out):
     rank, _ = rank_and_world()
     if rank > 0:
         return
-    # Where the files are: those that this run has written.
-    places = [str(out / "figures")]
-    for name in ("metrics.jsonl", "model"):
-        if (out / name).exists():
-            places.append(str(out / name))
-    lines = [f"paper: {paper}", f"here:  {shown}", f"files: {', '.join(places)}"]
+    where = f"{out / 'figures'}, and all else in {out}"
+    lines = [f"paper: {paper}", f"here:  {shown}", f"files: {where}"]
     text = "\n".join(lines)
     print(text, flush=True)
     write(out / "claim.txt", text.encode() + b"\n")

@@ -190,7 +190,8 @@ from common import words  # the plain text of a string or of chat messages
 from common import clip_gradients, load_model, load_tokenizer, model_folder, save_model  # models
 from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
 from common import load_checkpoint, on_rank0, require, save_checkpoint, setup  # processes
-from common import check_ranges, start_run, stop_requested, stop_unless_finite, write  # processes
+from common import check_ranges, require_free, start_run, stop_requested  # processes
+from common import stop_unless_finite, write  # processes
 from common import log, merge, progress, save_figure, say, setting, speed  # logging
 from common import say_claim, verdict, wilson  # how a run ends
 # isort: on
@@ -1822,7 +1823,7 @@ def hidden_context(args):
     problem = f"--max-length {args.max_length}: too short for some of the responses; raise it"
     require(len(encoded) == len(rows), problem)
     load_model(args.model, args.dtype)  # one that cannot be read is refused before the run folder
-    out = start_run(args, "dpl")
+    out = start_run(args, "dpl", also=(*SHOWN, "curves.json"))
 
     # What the readers think of the responses.
     readers = ask_readers(rows)
@@ -1836,7 +1837,7 @@ def hidden_context(args):
         folder = out / reward_type
         finished = args.resume and (folder / "model").is_dir()
         if not finished:
-            begun = args.resume and folder.is_dir()
+            begun = args.resume and (folder / "config.json").is_file()
             fit(replace(args, type=reward_type, out=str(folder), resume=begun), pairs)
 
         # Score the held-out responses.
@@ -1952,9 +1953,7 @@ def check_training(args):
         require(importlib.util.find_spec("peft"), "--lora: needs peft: pip install peft")
 
     # start_run will refuse this folder, too, but only after data and model have been read.
-    out = Path(args.out or default)
-    taken = out.is_dir() and any(out.iterdir()) and not args.resume and not args.overwrite
-    require(not taken, f"{out}: holds a run: --resume goes on, --overwrite deletes it")
+    require_free(args, Path(args.out or default))
 
 
 def check_synthetic(args):

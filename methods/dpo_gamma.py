@@ -215,8 +215,8 @@ def claim(record, n, data):
     )
 
 
-def show(record, n, args, out):
-    """The figure, the table and the claim of a run whose last record is of n held-out pairs.
+def finish(model, tokenizer, record, n, args, out):
+    """The figure, table, claim and model of a run whose last record is of n held-out pairs.
 
     Returns the records of its metrics.jsonl.
     """
@@ -227,6 +227,7 @@ def show(record, n, args, out):
     history = plot_curves(out, PANELS, caption, REFERENCES)
     print_evaluations(history)
     say_claim(paper, shown, out)
+    save_model(model, tokenizer, out / "model")
     return history
 
 
@@ -315,15 +316,14 @@ def train_one(args):
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
-    # After the last step: the model, the figure, a table of the held-out metrics, and the claim.
+    # After the last step: figure, table, claim, and the model, which marks the run as finished.
     last = log(
         out,
         steps,
         **evaluate(model, test, ref_test, args),
         eval_distance=squared_distance(model, first_weights),
     )
-    save_model(model, tokenizer, out / "model")
-    return show(last, len(test), args, out)
+    return finish(model, tokenizer, last, len(test), args, out)
 
 
 def runs_of_sweep(args):

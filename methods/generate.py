@@ -25,6 +25,7 @@ the responses and leaves out the last partial batch.  Here responses keep their 
 the data, and no batch is left out.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -460,6 +461,13 @@ def part_path(out, number):
     return out / "parts" / f"{number:06d}.jsonl"
 
 
+def write_part(path, rows):
+    """A batch's responses as lines of JSON, and a last line with their hash."""
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    seal = {"sha256": hashlib.sha256(lines).hexdigest()}
+    write(path, lines + json.dumps(seal).encode() + b"\n")
+
+
 TOKEN_BYTES = 10**4  # that a token takes in a file: no more
 
 
@@ -481,11 +489,14 @@ def read_part(args, work, out, number):
         size = path.stat().st_size
         if size > most:
             raise Unusable(f"has {size} bytes, too many for {len(batch)} responses")
-        found = read_rows(path)
-    except (OSError, RecursionError, SystemExit):
+        *found, seal = read_rows(path)
+        body = path.read_bytes().rstrip().rpartition(b"\n")[0] + b"\n"
+    except (OSError, RecursionError, ValueError, SystemExit):
         raise Unusable("cannot be read as rows") from None
 
-    # One row for each Item, in this order.
+    # The rows that were written, one for each Item, in this order.
+    if seal.get("sha256") != hashlib.sha256(body).hexdigest():
+        raise Unusable("is not as it was written")
     if len(found) != len(batch):
         raise Unusable(f"has {len(found)} rows, not {len(batch)}")
     for place, (row, wanted) in enumerate(zip(found, known), 1):
@@ -525,11 +536,7 @@ def generate(args, work, out):
         if number >= len(batches) or is_drawn(args, work, out, number):
             continue
         found = draw_batch(args, batches[number], work.rows, filters, work.model, work.tokenizer)
-        try:
-            write_rows(part_path(out, number), found)
-        except OSError as error:
-            problem = f"{part_path(out, number)}: cannot be written ({error.strerror})"
-            raise SystemExit(f"{problem}; make room, then --resume") from None
+        write_part(part_path(out, number), found)
     dist.barrier()
 
     on_rank0(partial(join, args, work, out), f"{out}/responses.jsonl is not written")
@@ -553,11 +560,7 @@ def join(args, work, out):
     shutil.rmtree(out / "parts")
 
 
-def clear(out):
-    """Delete the responses and the verdicts of an earlier run."""
-    (out / "responses.jsonl").unlink(missing_ok=True)
-    (out / "judged.jsonl").unlink(missing_ok=True)
-    shutil.rmtree(out / "parts", ignore_errors=True)
+WRITTEN = ("responses.jsonl", "judged.jsonl", "parts")  # beside what all methods write
 
 
 # Judging.
@@ -571,7 +574,11 @@ def scores(args, questions):
     response is better than the other, 0 for a tie, -1 if it is worse.
     """
     if args.judge_command:
-        return on_rank0(partial(ask, args.judge_command, questions), "--judge-command")
+        remedy = "correct it; the responses are kept, and --resume judges them"
+        if args.responses:
+            remedy = "correct it, or try it by hand"
+        asked = partial(ask, args.judge_command, questions, remedy)
+        return on_rank0(asked, "--judge-command")
     if args.judge == "tiny":
         found = []
         for prompt, response, _ in questions:
@@ -712,10 +719,10 @@ def run_command(command, text, most):
         return process.returncode, answers, complaint
 
 
-def ask(command, questions):
+def ask(command, questions, remedy):
     """The answers of a shell command to (prompt, a, b) questions: 1 for A, 0 for tie, -1 for B.
 
-    SystemExit: it fails, or prints anything but one answer a question.
+    SystemExit: it fails, or prints anything but one answer a question; remedy ends the line.
     """
     # The command is run once: all questions go in, all answers come out.
     lines = []
@@ -725,7 +732,7 @@ def ask(command, questions):
     code, printed, complaint = run_command(command, "".join(lines), most)
     said = repr(complaint.strip()[-60:])[-60:]
     problem = f"--judge-command: exit code {code} {said}"
-    require(code == 0, f"{problem}; try it by hand, then with --responses")
+    require(code == 0, f"{problem}; {remedy}")
 
     # Every answer must be one of three words, and there must be as many as questions.
     answers = [line.strip().lower() for line in printed.splitlines()]
@@ -735,7 +742,7 @@ def ask(command, questions):
             wrong = f"line {number} is {answer[:20]!r}; "
             break
     problem = f"--judge-command: {len(answers)} lines for {len(lines)} questions; {wrong}"
-    problem += "it must print A, B or tie for each, no more"
+    problem += f"it must print A, B or tie for each; {remedy}"
     require(len(answers) == len(lines) and not wrong, problem)
     return [POINTS[answer] for answer in answers]
 
@@ -894,10 +901,8 @@ def draw(args, prompts, out):
     work = prepare(args, prompts)
     others = other_responses(args, expected_rows(work))
 
-    # The run folder; start_run deletes what all methods write, and clear the rest.
-    start_run(args, "generate")
-    if args.overwrite:
-        on_rank0(partial(clear, out), f"{out}: cannot be cleared")
+    # The run folder.
+    start_run(args, "generate", WRITTEN)
     generate(args, work, out)
     return others
 

@@ -36,6 +36,7 @@ every adaptor without a top-k of its own gets top-k 50 (here: top_p090,top_k=50)
 
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -165,8 +166,8 @@ from common import show_example  # tokenization
 from common import is_number, load_prompts, read_rows, report, show_samples, words  # data
 from common import load_model, load_tokenizer, load_score, OwnScore  # models, and what rates
 from common import are_tiny_prompts, tiny_reward  # the tiny world
-from common import check_ranges, leave_if_stopped, memory, on_rank0, progress  # processes
-from common import require, say, setting  # processes
+from common import check_ranges, checksum, hold_folder, leave_if_stopped, memory  # processes
+from common import on_rank0, progress, removed_on_failure, require, say, setting  # processes
 from common import save_figure, setup, start_run, stop_requested, write  # processes
 from common import say_claim, verdict  # how a run ends
 # isort: on
@@ -205,7 +206,7 @@ def parse_adaptor(spec, vocabulary=math.inf):
         for part in spec.split(","):
             keyword = SAMPLING_TYPES.get(part, part)
             name, _, number = keyword.partition("=")
-            require(NUMBER.fullmatch(number), f"adaptor {spec!r}: {remedy}")
+            require(NUMBER.fullmatch(number), f"adaptor {spec!r:.50}: {remedy}")
             values[name] = float(number)
 
     # What changes nothing is left out, so that {} is the model itself.
@@ -220,7 +221,7 @@ def parse_adaptor(spec, vocabulary=math.inf):
 def check_adaptor(name, value, vocabulary):
     """Refuse a name that is no adaptor's, and a value that keeps nothing or means nothing."""
     known = name == "temperature" or name in ORDER
-    require(known, f"adaptor: no {name!r}: use temperature, {', '.join(ORDER)}")
+    require(known, f"adaptor: no {name!r:.50}: use temperature, {', '.join(ORDER)}")
 
     # The values that mean something: a temperature, a number of tokens, or a probability.
     if name == "temperature":
@@ -663,6 +664,7 @@ def draw_prompts(args, tokenizer):
     prompts = []
     dropped = defaultdict(list)
     known = set()
+    repeated = 0
     longest = min(args.max_prompt_length, args.max_length - 1)  # a prompt leaves room for a token
     context = tokenizer.model_max_length
     too_long = f"--max-length {args.max_length}: the model reads {context} tokens; lower it"
@@ -678,11 +680,14 @@ def draw_prompts(args, tokenizer):
             dropped[found].append(number)
         elif len(found.prompt_ids) > longest:
             dropped[f"more than {longest} tokens (--max-prompt-length)"].append(number)
-        elif tuple(found.prompt_ids) not in known:  # each once, in the order of the data
+        elif tuple(found.prompt_ids) in known:  # each once, in the order of the data
+            repeated += 1
+        else:
             known.add(tuple(found.prompt_ids))
             prompts.append((found.prompt_ids, row["prompt"]))
+    note = f"; repeated {repeated}"
     source = args.prompt[:40] or args.data
-    report(f"{source}: different prompts", len(prompts), dropped)
+    report(f"{source}: different prompts", len(prompts), dropped, note)
 
     # A random choice, sorted so that prompts of about equal length share a chunk.
     order = np.random.default_rng(args.seed).permutation(len(prompts))
@@ -807,23 +812,66 @@ def turns(paths):
     own = []
     for first in range(0, len(paths), world):
         number = first + dist.get_rank()
-        if number < len(paths) and not paths[number].exists():
+        if number < len(paths) and not is_chunk(paths[number]):
             own.append(paths[number])
         else:
             own.append(None)
     return own
 
 
+def is_chunk(path):
+    """Whether a chunk is there as it was written; a line if it is damaged, and made again."""
+    if not path.exists():
+        return False
+    try:
+        changed = any(is_changed(row) for row in read_rows(path))
+    except SystemExit:
+        changed = True
+    if changed:
+        print(f"{path}: damaged, so it is made again", flush=True)
+    return not changed
+
+
+def chunk_rows(path, remedy):
+    """The rows of a chunk.  SystemExit: it cannot be read; remedy ends the line."""
+    try:
+        return read_rows(path)
+    except SystemExit:
+        raise SystemExit(f"{path}: cannot be read as rows; {remedy}") from None
+
+
+WRITTEN = ("samples", "samples.jsonl", "scores", "imh.json")  # beside what all methods write
+CHUNKS = "chunks.json"  # the names of all chunks of samples, from the start
+
+
+def require_chunks(args, command):
+    """SystemExit: what generate or score writes is not complete; command: which of them.
+
+    A run folder without a list of its chunks, or without samples, is taken as it is.
+    """
+    path = Path(args.out, "samples", CHUNKS)
+    if not path.is_file():
+        return
+    folder = Path(args.out, "samples" if command == "generate" else "scores")
+    try:
+        names = json.loads(path.read_bytes())
+        missing = [name for name in names if not (folder / name).is_file()]
+    except (ValueError, TypeError):
+        raise SystemExit(f"{path}: damaged; generate --resume writes it again") from None
+    problem = f"{folder}: {len(missing)} of {len(names)} chunks are missing; {command} --resume"
+    require(not missing, f"{problem} goes on")
+
+
 def write_chunk(path, rows):
-    """Write rows as JSON, whole or not at all, into a folder that may be new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write(path, json.dumps(rows).encode())
+    """Write rows as JSON, each with its checksum, whole or not at all."""
+    sealed = [{**row, "crc": checksum(row)} for row in rows]
+    write(path, json.dumps(sealed).encode())
 
 
-def remove_chunks(out):
-    """Delete the chunks of an earlier run."""
-    for folder in out.glob("*/"):
-        shutil.rmtree(folder)
+def is_changed(row):
+    """Whether a row is not as write_chunk wrote it; its checksum is taken out, if it has one."""
+    crc = row.pop("crc", None)
+    return crc is not None and crc != checksum(row)
 
 
 def generate(args, to_score=False):
@@ -844,10 +892,8 @@ def generate(args, to_score=False):
     check_chains(args, 1 if args.pooled else len(prompts))
     if to_score:
         check_reward(args, prompts)
-    out = start_run(args, "imh_adaptors") / "samples"
+    out = start_run(args, "imh_adaptors", also=WRITTEN) / "samples"
     model = load_model(args.model, args.dtype)
-    if args.overwrite:
-        on_rank0(partial(remove_chunks, out), f"{out}: not emptied")
 
     # A chunk is a few prompts under one setting.
     size = max(1, args.batch_size // args.samples)
@@ -855,6 +901,8 @@ def generate(args, to_score=False):
     for i, spec in enumerate(settings):
         for start in range(0, len(prompts), size):
             jobs[out / spec / f"{start:05d}.json"] = (i, start)
+    names = [str(path.relative_to(out)) for path in jobs]
+    on_rank0(partial(write, out / CHUNKS, names), f"{out / CHUNKS}: not written")
 
     for path in progress(turns(list(jobs))):
         if path is not None:
@@ -958,11 +1006,12 @@ def summed_logps(model, batch, vocabulary):
 def read_samples(path, vocabulary):
     """The rows of one sample file, by prompt: {prompt ids: rows}.  SystemExit: unusable rows."""
     groups = {}
-    for number, row in enumerate(read_rows(path)):
+    remedy = "delete the file, generate --resume"
+    for number, row in enumerate(chunk_rows(path, remedy)):
         why = why_no_sample(row, vocabulary)
-        require(not why, f"{path}: row {number}: {why}; delete the file, generate --resume")
+        require(not why, f"{path}: row {number}: {why}; {remedy}")
         groups.setdefault(tuple(row["prompt_ids"]), []).append(row)
-    require(groups, f"{path}: no rows; delete the file, generate --resume")
+    require(groups, f"{path}: no rows; {remedy}")
     return groups
 
 
@@ -982,7 +1031,7 @@ def why_no_sample(row, vocabulary):
     for name in ("log_q", "log_kept"):
         if not are_numbers(row[name], len(row["ids"])):
             return f"{name} is not a list of {len(row['ids'])} finite numbers"
-    return ""
+    return "not as it was written" if is_changed(row) else ""
 
 
 def are_tokens(ids, vocabulary):
@@ -1052,18 +1101,17 @@ def score(args):
     sources = sorted(samples.glob("*/*.json"))
     problem = f"{samples}: no <setting>/<chunk>.json; first run generate with this --out"
     require(sources, problem)
+    on_rank0(partial(require_chunks, args, "generate"), f"{samples}: cannot be read")
     on_rank0(partial(check_samples, args, sources, len(tokenizer)), f"{samples}: cannot be read")
     rate = load_reward(args)
 
     # The scores are a run of their own inside the run folder, with the flags that they were made
     # with.  --resume also begins a score that had not begun.
     out = Path(args.out, "scores")
-    resume = args.resume and out.exists()
-    start_run(replace(args, out=str(out), resume=resume), "imh_adaptors")
+    resume = args.resume and (out / "config.json").is_file()
+    start_run(replace(args, out=str(out), resume=resume), "imh_adaptors", also=("*/",))
     model = load_model(args.model, args.dtype)
     prior = load_model(args.ref_model, args.dtype)
-    if args.overwrite:
-        on_rank0(partial(remove_chunks, out), f"{out}: not emptied")
 
     # A chunk of samples becomes a chunk of scores.
     jobs = {out / source.relative_to(samples): source for source in sources}
@@ -1444,6 +1492,7 @@ def exact(args, prompts=8, support=512, draws=64, settings=None):
     prior = load_model(args.ref_model)
 
     def work():
+        hold_folder(Path(args.out))
         worlds = listed_worlds(args, tokenizer, prior, chosen, support)
         return exact_table(args, tokenizer, worlds, settings, draws)
 
@@ -1475,10 +1524,15 @@ def exact_table(args, tokenizer, worlds, settings, draws):
         worst = max(values.error for values in found[spec])
         print(f"{spec:32}", *(f"{x:8.3f}" for x in means[-1]), f"{worst:8.1e}", flush=True)
 
-    # The draws of all settings take the place of an earlier run's.
-    remove_chunks(Path(args.out, "scores"))
-    for spec, rows in drawn.items():
-        write_chunk(Path(args.out, "scores", spec, "00000.json"), rows)
+    # The draws of all settings, all at once, take the place of an earlier run's.
+    scores = Path(args.out, "scores")
+    partial_scores = Path(args.out, "scores.partial")
+    shutil.rmtree(partial_scores, ignore_errors=True)  # left by a killed process
+    with removed_on_failure(partial_scores):
+        for spec, rows in drawn.items():
+            write_chunk(partial_scores / spec / "00000.json", rows)
+    shutil.rmtree(scores, ignore_errors=True)
+    os.replace(partial_scores, scores)
 
     # What the exact numbers say, with no draw in them.
     means = np.array(means)  # the first four columns: E_q log p, E_q r, E_g log p, E_g r
@@ -1523,6 +1577,7 @@ def read_corpora(args):
         rows = read_released(args.csv, args.beta)
         problem = f"{args.csv}: each setting needs CSVs *_{', *_'.join(RELEASED)}*"
     else:
+        require_chunks(args, "score")
         rows = read_scores(Path(args.out, "scores"))
         problem = f"{args.out}: no scores; first run generate, then score, with this --out"
     require(rows and all(rows.values()), problem)
@@ -1537,7 +1592,7 @@ def read_scores(folder):
     found = {}
     for path in sorted(folder.glob("*/*.json")):
         leave_if_stopped()
-        rows = read_rows(path)
+        rows = chunk_rows(path, "score it again")
         for number, row in enumerate(rows):
             why = why_no_scores(row)
             require(not why, f"{path}: row {number}: {why}; score it again")
@@ -1554,7 +1609,7 @@ def why_no_scores(row):
             return f"no {name}"
         if not is_number(row[name]):
             return f"{name} {row[name]!r:.20} is not a finite number"
-    return ""
+    return "not as it was written" if is_changed(row) else ""
 
 
 RELEASED = {  # kind of the authors' file: {our column: theirs}
@@ -1785,7 +1840,6 @@ def imh(args):
         records.append(record)
         print_record(record)
     print(what_is_seen(records))
-    Path(args.out).mkdir(parents=True, exist_ok=True)
     write(Path(args.out, "imh.json"), [asdict(record) for record in records])
     return records
 
@@ -2087,6 +2141,8 @@ def alone(function, args):
     """function(args) by rank 0, while the others wait: if it leaves, they all do."""
 
     def work():
+        if Path(args.out).is_dir():
+            hold_folder(Path(args.out))
         function(args)
 
     on_rank0(work, f"{function.__name__} with --out {args.out}: cannot go on")
@@ -2095,6 +2151,9 @@ def alone(function, args):
 def main(args, command="all"):
     check(args, command)
     setup(args.seed)
+    begun = Path(args.out, "config.json").is_file()
+    if command == "all" and not begun:  # it was killed before generate: --resume begins that
+        args = replace(args, resume=False)
 
     # A toy, and a p_+ that is Eq. 1 to the last digit; all runs it where the reward is known.
     if command == "toy":

@@ -101,8 +101,9 @@ from common import encode_rows, pack_pairs, show_example  # tokenization
 from common import Unusable, as_dialogue, load_judged, report, without_tags  # data
 from common import is_empty, is_number, number, require_text, words  # data
 from common import load_model, load_tokenizer, model_folder  # models
-from common import check_ranges, leave_if_stopped, on_rank0, progress, require, setup  # processes
-from common import save_figure, start_run, stop_requested, write  # processes
+from common import append_line, check_ranges, checksum, leave_if_stopped, on_rank0  # processes
+from common import progress, require, save_figure, setup, start_run  # processes
+from common import stop_requested, write  # processes
 from common import say_claim, verdict, wilson  # how a run ends
 # isort: on
 
@@ -448,7 +449,10 @@ def read_records(path, items):
     records = {}
     for place, line in enumerate(lines, 1):
         values = json_object(line)
+        crc = values.pop("crc", None) if values else None
         why = why_no_record(values, items)
+        if not why and crc not in (None, checksum(values)):
+            why = "not as it was written"
         require(not why, f"{path}:{place}: damaged, delete it: {why}")
         record = Record(**values)
         records[record.item, record.response] = record
@@ -497,10 +501,16 @@ def is_count(value):
 
 def append_records(path, records):
     """A line for each record, after those that are there; none if its log-prob is not finite."""
-    with open(path, "a") as file:
-        for record in records:
-            if math.isfinite(record.logp):
-                file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+    lines = []
+    for record in records:
+        if math.isfinite(record.logp):
+            values = dataclasses.asdict(record)
+            lines.append(json.dumps({**values, "crc": checksum(values)}))
+    if lines:
+        append_line(path, "\n".join(lines))
+
+
+LESS_MEMORY = "for less memory lower --tokens-per-microbatch"
 
 
 def score(name, items, out, args):
@@ -510,8 +520,9 @@ def score(name, items, out, args):
     scored is kept.
     """
     path = records_path(name, items, out, args)
-    read = functools.partial(read_records, path, items)
-    done = on_rank0(read, f"{path}: cannot be read, delete it")
+    done = on_rank0(
+        functools.partial(read_records, path, items), f"{path}: cannot be read, delete it"
+    )
     tokenizer = load_tokenizer(name)
     limit = args.max_length
     if limit == 0 or limit > tokenizer.model_max_length:
@@ -540,7 +551,7 @@ def score(name, items, out, args):
             model = load_model(name, args.dtype)
 
         # Every process scores its share; rank 0 writes what is new.
-        new = score_rows(model, rows, args)
+        new, failure = score_rows(model, rows, args)
         new = {at: record for at, record in new.items() if at not in done}
         done.update(new)
         in_order = [new[at] for at in sorted(new)]
@@ -548,6 +559,8 @@ def score(name, items, out, args):
         on_rank0(write_block, f"{path}: cannot be written")
         if stop_requested():
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
+        # What is scored is kept.
+        require(not failure, f"{name[-60:]}: {failure}; --resume goes on; {LESS_MEMORY}")
 
     # In bfloat16 the responses that are nearly tied are scored again, exactly.
     scored = complete_items(name, items, done, dropped)
@@ -562,38 +575,51 @@ def score(name, items, out, args):
 
 
 def score_rows(model, rows, args):
-    """Packed rows, each process its share -> {(item, response): Record} of all of them.
+    """Packed rows, each process its share -> {(item, response): Record} of all of them, failure
 
-    After a signal: of the micro-batches up to here, of which every process has equally many.
+    After a signal: of the micro-batches up to here, of which every process has equally many.  If
+    one of them fails: of all that were scored, and failure says why; else it is "".
     """
     world = dist.get_world_size()
     while len(rows) < world:
         rows = rows + rows[:1]  # every process needs one
 
-    # Sum the log-probs of each response of this process's micro-batches.
+    # This process's micro-batches.  After a failure it only keeps the others company.
     mine = {}
+    failure = ""
     for batch in pack_pairs(rows, args.tokens_per_microbatch, dist.get_rank(), world):
-        logps = token_logps(model, batch).double()
-        owner = batch["owner"].to(logps.device)
-        sums = logps.new_zeros(batch["responses"]).index_add(0, owner, logps).tolist()
-        counts = batch["counts"].tolist()
-        r = 0  # of the batch's responses
-        for row in batch["rows"]:
-            prompt_tokens = len(row["prompt_ids"])
-            for j, cut in row["at"]:
-                record = Record(row["item"], j, sums[r], counts[r], prompt_tokens, cut)
-                mine[row["item"], j] = record
-                r += 1
+        if not failure:
+            try:
+                mine.update(score_batch(model, batch))
+            except Exception as error:  # out of memory, most likely
+                failure = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:50]}"
         if stop_requested():
             break
 
     # Every process gets the records of all.
     parts = [None] * world
-    dist.all_gather_object(parts, mine)
+    dist.all_gather_object(parts, (mine, failure))
     scored = {}
-    for part in parts:
+    for part, why in parts:
         scored.update(part)
-    return scored
+        failure = failure or why
+    return scored, failure
+
+
+def score_batch(model, batch):
+    """The summed log-probs of a packed batch's responses -> {(item, response): Record}"""
+    logps = token_logps(model, batch).double()
+    owner = batch["owner"].to(logps.device)
+    sums = logps.new_zeros(batch["responses"]).index_add(0, owner, logps).tolist()
+    counts = batch["counts"].tolist()
+    found = {}
+    r = 0  # of the batch's responses
+    for row in batch["rows"]:
+        prompt_tokens = len(row["prompt_ids"])
+        for j, cut in row["at"]:
+            found[row["item"], j] = Record(row["item"], j, sums[r], counts[r], prompt_tokens, cut)
+            r += 1
+    return found
 
 
 def complete_items(name, items, done, dropped):
@@ -1286,7 +1312,8 @@ def main(args):
         measure_all = functools.partial(compare, data, scored, items[data], args)
         lines += on_rank0(measure_all, f"{data}: cannot be measured")
 
-    on_rank0(functools.partial(write_results, out, lines), f"{out}: cannot be written")
+        # The table and the figures of the data sets up to here.
+        on_rank0(functools.partial(write_results, out, lines), f"{out}: cannot be written")
     say_claim(*claim_of(lines), out)
     return lines
 

@@ -183,8 +183,8 @@ def claim(record, n, data):
     return paper, share_shown(sentence, data, record["eval_likelier"] * n, n)
 
 
-def show(record, n, args, out):
-    """The figure, the table and the claim of a run whose last record is of n held-out examples.
+def finish(model, tokenizer, record, n, args, out):
+    """The figure, table, claim and model of a run whose last record is of n held-out examples.
 
     Returns the records of its metrics.jsonl.
     """
@@ -192,6 +192,7 @@ def show(record, n, args, out):
     history = plot_curves(out, PANELS, f"{shown}\nSFT: {setting(args)}")
     print_evaluations(history)
     say_claim(paper, shown, out)
+    save_model(model, tokenizer, out / "model")
     return history
 
 
@@ -276,10 +277,9 @@ def main(args):
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 
-    # After the last step: the model, the figure, a table of the held-out metrics, and the claim.
+    # After the last step: figure, table, claim, and the model, which marks the run as finished.
     last = log(out, steps, **evaluate(model, test, start_logps, args))
-    save_model(model, tokenizer, out / "model")
-    return show(last, len(test), args, out)
+    return finish(model, tokenizer, last, len(test), args, out)
 
 
 if __name__ == "__main__":

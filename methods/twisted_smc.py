@@ -265,8 +265,8 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
     args = tyro.cli(Args, default=default, description=__doc__ + EXAMPLE)
 
 import copy
+import io
 import math
-import shutil
 import signal
 from contextlib import contextmanager
 from functools import partial
@@ -285,9 +285,11 @@ from common import as_messages, load_prompts, show_samples, words  # data
 from common import load_model, load_tokenizer, load_score, model_folder  # models, and what rates
 from common import are_tiny_prompts, tiny_attributes, tiny_reward  # the tiny world
 from common import Unusable, number  # what others wrote
-from common import check_ranges, load_checkpoint, log, require, say, save_checkpoint  # processes
+from common import check_ranges, checksum, load_checkpoint, log, require  # processes
+from common import say, save_checkpoint  # processes
 from common import memory, require_free, require_writable  # processes
-from common import save_figure, setup, signals, start_run, stop_requested, write  # processes
+from common import save_figure, setup, signals, start_run  # processes
+from common import stop_requested, write, write_shared  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
 from common import say_claim, verdict  # how a run ends
 
@@ -1529,6 +1531,14 @@ def are_ids(tokens, n, V):
     return bool(((tokens >= 0) & (tokens < V)).all())
 
 
+def samples_checksum(saved):
+    """A number that tells the contents of a file of exact samples from changed ones."""
+    lists = [saved["tokens"].tolist()]
+    if saved["o"] is not None:
+        lists.append(saved["o"].tolist())
+    return checksum(lists)
+
+
 def read_exact_samples(path, args, V):
     """Exact samples that an earlier run has written; exits if they are of another target.
 
@@ -1554,6 +1564,7 @@ def read_exact_samples(path, args, V):
         whole = whole and are_ids(o, args.c, V) and len(o) == len(tokens)
     else:
         whole = whole and o is None
+    whole = whole and saved.get("crc") in (None, samples_checksum(saved))
     require(whole, f"{problem}: its tokens are damaged; delete it, or name another")
     few = f"{path}: holds {len(tokens)} exact samples, fewer than --exact {args.exact}; delete it"
     require(len(tokens) >= args.exact, few)
@@ -1575,7 +1586,7 @@ def read_or_draw_exact_samples(args, world, out):
     """
     path = exact_path(args, out)
     in_folder = path.resolve() == (out / "exact_samples.pt").resolve()
-    deleted = args.overwrite and in_folder  # by clear(), in a moment
+    deleted = args.overwrite and in_folder  # by start_run, in a moment
     if path.exists() and not deleted:
         return read_exact_samples(path, args, world.V)
     require_writable(path.parent, "--exact-samples")
@@ -1595,10 +1606,10 @@ def save_exact_samples(args, pool, out):
     contents = {"target": target_of(args), "tokens": pool.tokens.cpu(), "o": None}
     if pool.o is not None:
         contents["o"] = pool.o.cpu()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(f"{path}.tmp")
-    torch.save(contents, unfinished)
-    unfinished.replace(path)
+    contents["crc"] = samples_checksum(contents)
+    data = io.BytesIO()
+    torch.save(contents, data)
+    write_shared(path, data.getvalue())
 
 
 def load_exact_samples(args, world, out, device):
@@ -1810,7 +1821,8 @@ def update(args, learner, world, twist, pool, optimizer, step):
 
 def train(args, learner, seed, world, model, pool, out):
     """One learner with one seed -> its twist; evaluations go to out/metrics.jsonl."""
-    out.mkdir(parents=True, exist_ok=True)
+    make = partial(out.mkdir, parents=True, exist_ok=True)
+    on_rank0(make, f"{out}: cannot be made; make room")
 
     # All processes begin with the same twist; then each draws its own particles.
     torch.manual_seed(seed)
@@ -2438,13 +2450,6 @@ def rehearse(args, world, model):
             make_twist(args, "policy", world, model)
 
 
-def clear(out):
-    """Delete what an earlier run of this file has left; start_run deletes the rest."""
-    (out / "exact_samples.pt").unlink(missing_ok=True)
-    for old in out.glob("*-seed*"):
-        shutil.rmtree(old)
-
-
 def write_results(out, records, args):
     """The table and the figure."""
     write_table(out, records)
@@ -2590,14 +2595,10 @@ def main(args, earlier=""):
 def run_one(args, out):
     """Train and evaluate after one prompt -> {(learner, seed): its evaluations}"""
     world, learners, pool = prepare(args, out)
-    start_run(args, "twisted_smc")
-
-    # What an earlier run has left there goes with it.
-    if args.overwrite:
-        on_rank0(partial(clear, out), f"{out}: cannot be cleared")
+    start_run(args, "twisted_smc", also=("exact_samples.pt", "*-seed*"))
     if pool is not None:
         work = partial(save_exact_samples, args, pool, out)
-        on_rank0(work, f"{exact_path(args, out)}: cannot be written")
+        on_rank0(work, f"{exact_path(args, out)}: cannot be written; make room")
 
     # Train and evaluate every learner, with every seed.
     records = {}

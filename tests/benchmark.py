@@ -12,6 +12,7 @@ programs on the machine disturb them less.
 """
 
 import gc
+import os
 import signal
 import statistics
 import subprocess
@@ -33,6 +34,7 @@ from transformers import (
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "methods")]
+import dpo
 import twisted_smc
 from dpl import add_head, base_loss
 from dpo import dpo_loss
@@ -40,11 +42,17 @@ from generate import respond
 from imh_adaptors import adaptor_logps, imh_chain, sample
 
 from common import (
+    _why_unusable,
+    check_ranges,
     decode_step,
+    is_empty,
+    load_pairs,
     load_tokenizer,
     pack_pairs,
     prefill,
+    read_rows,
     reorder,
+    require_text,
     response_hiddens,
     response_logps,
     sample_tokens,
@@ -134,6 +142,7 @@ def naive_logps(model, rows):
 
 def shard_bf16(model):
     """bf16 compute on fp32 weights, as load_model does for training in bfloat16."""
+    model.compute_dtype = torch.bfloat16  # for the tolerance of the packing probe
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     mesh = dist.init_device_mesh("cpu", (1,))
     for unit in [*model.base_model.layers, model]:
@@ -533,6 +542,42 @@ def tokenise(n=4043, rounds=3):
         f"tokenise   {n} pairs of HH's lengths: {ratio(seconds, 'naive', 'ours')}  "
         f"{n * rounds / sum(seconds['ours']):6.0f} rows/s  "
         f"{agree(results, 'naive', 'ours', 'numbers of tokens')}",
+        flush=True,
+    )
+
+
+def validation(rounds=5):
+    """What the checks of rows and flags cost, as a share of reading and tokenising real pairs."""
+    data = Path(os.environ.get("REAL_DATA", ROOT.parent / "shared" / "data"))
+    path = data / "relabeled_hh_rlhf" / "both" / "test.jsonl.gz"
+    if not path.is_file():
+        print(f"validation   skipped: no {path}; set REAL_DATA")
+        return
+    tokenizer = load_tokenizer("tiny")
+    tokenizer.model_max_length = 10**6  # no model reads these rows
+    raw = read_rows(path)
+    loads, checks = [], []
+    for _ in range(rounds):
+        start = time.process_time()
+        rows = load_pairs(str(path), "test")
+        tokenize_pairs(rows, tokenizer, what=None)
+        loads.append(time.process_time() - start)
+
+        # Once more the checks of load_pairs alone: of the answers as they come, then of each row.
+        start = time.process_time()
+        for row in raw:
+            for answer in (row["chosen"], row["rejected"]):
+                require_text(answer)
+                is_empty(answer)
+        for row in rows:
+            _why_unusable(row)
+        check_ranges(dpo.Args(), dpo.RANGES)
+        checks.append(time.process_time() - start)
+    load = statistics.median(loads)
+    check = statistics.median(checks)
+    print(
+        f"validation   {len(raw)} real pairs: {1000 * check:.0f} ms of {load:.2f} s of reading and "
+        f"tokenising, {check / load:.2%}",
         flush=True,
     )
 
@@ -939,6 +984,7 @@ BENCHMARKS = {
     "dpl_step": dpl_step,
     "score": score,
     "tokenise": tokenise,
+    "validation": validation,
     "generate": generate,
     "smc": smc,
     "ctl_update": ctl_update,

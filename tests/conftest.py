@@ -155,3 +155,25 @@ def run_all(jobs, folder, timeout=600):
     (folder / "jobs.json").write_text(json.dumps(listed))
     run(ROOT / "tests/drive.py", folder / "jobs.json", folder / "done.json", timeout=timeout)
     return json.loads((folder / "done.json").read_text())
+
+
+COUNTED = {  # property of a test: what its numbers add up to
+    "faults": "faults injected: kills, signals, full disks, two at once, damage",
+    "table cases": "bad values of the options' table, each refused in one line",
+    "random examples": "random inputs: data, tokenisation, packing, adaptors, flags",
+    "damaged real inputs": "damaged copies of the real pairs, each through every reading command",
+}
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The numbers that tests have recorded, added up; "nothing lost" if no test has failed."""
+    totals = dict.fromkeys(COUNTED, 0)
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name in totals:
+                totals[name] += value
+    failed = terminalreporter.getreports("failed") or terminalreporter.getreports("error")
+    for name, total in totals.items():
+        if total:
+            verdict = "" if failed else "; nothing lost"
+            terminalreporter.write_line(f"{total} {COUNTED[name]}{verdict}")

@@ -5,15 +5,20 @@ its range, NaN, infinity, an empty list.  Then files that are not what they shou
 ones (hypothesis): rows in are rows kept and rows counted, never a traceback.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import io
 import json
 import math
 import random
+import re
 import string
 import sys
 
 import pytest
+import torch
+import tyro
 from conftest import ROOT
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -32,6 +37,8 @@ COMMANDS = {
     "imh_adaptors": ("imh_adaptors", "Args", {}),
     "dpl train": ("dpl", "Args", {}),
     "dpl synthetic": ("dpl", "SyntheticArgs", {}),
+    "dpl score": ("dpl", "ScoreArgs", {}),
+    "dpl summarize": ("dpl", "SummarizeArgs", {}),
 }
 
 
@@ -99,8 +106,8 @@ def one_line(error):
 
 
 def test_the_table_is_large():
-    print(f"{len(CASES)} bad values of {len(COMMANDS)} commands")
     assert len(CASES) >= 300
+    assert {command for command, _, _ in CASES} == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -110,7 +117,7 @@ def test_every_number_has_a_range(command):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_numbers_out_of_range(command, tmp_path, monkeypatch):
+def test_numbers_out_of_range(command, tmp_path, monkeypatch, record_property):
     module = module_of(command)
     _, kind, needs = COMMANDS[command]
     monkeypatch.chdir(tmp_path)
@@ -128,7 +135,8 @@ def test_numbers_out_of_range(command, tmp_path, monkeypatch):
         assert "--" + name.replace("_", "-") in line, (name, bad, line)
         assert not list(tmp_path.iterdir()), (name, bad)
         tried += 1
-    assert tried >= 20
+    assert tried == sum(owner == command for owner, _, _ in CASES) > 0
+    record_property("table cases", tried)
 
 
 # ---- files of rows
@@ -142,12 +150,27 @@ def rows_in(path, split="test"):
     try:
         rows = common.load_pairs(str(path), split, pairs=False)
     except SystemExit as error:
-        assert isinstance(error.code, str) and "\n" not in error.code
-        return error.code
+        return one_line(error)
     finally:
         monkey.undo()
     numbers = said[-1].split("kept ")[1].split(" (")[0].split(";")[0].split(", dropped ")
     return rows, int(numbers[0]), int(numbers[1])
+
+
+def test_a_list_of_responses_is_no_pair(tmp_path):
+    """A pair that has lost its chosen response is not trained on the list that it also has."""
+    path = tmp_path / "test.jsonl"
+    row = {"prompt": "q", "chosen": "a", "rejected": "b", "responses": ["b", "a"]}
+    path.write_text(json.dumps(row) + "\n")
+    (found,) = common.load_pairs(str(path), "test")
+    assert (found["chosen"], found["rejected"]) == ("a", "b")
+    del row["chosen"]
+    path.write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit) as refused:
+        common.load_pairs(str(path), "test")
+    assert "row 1 has no 'chosen'" in one_line(refused.value)
+    (found,) = common.load_pairs(str(path), "test", pairs=False)
+    assert found["responses"] == ["b", "a"]
 
 
 texts = st.text(st.characters(codec=None), max_size=12)
@@ -184,8 +207,17 @@ good_row = {"prompt": "q", "chosen": "a", "rejected": "b"}
 
 
 def examples(request, n):
-    """The number of random examples: n, or 25 times as many with --deep."""
-    return n * (25 if request.config.getoption("--deep") else 1)
+    """The number of random examples: n, or 25 times as many with --deep; it is recorded."""
+    if request.config.getoption("--deep"):
+        n = 25 * n
+    request.node.user_properties.append(("random examples", n))
+    return n
+
+
+def random_settings(n):
+    """Settings of hypothesis for n examples, the same in every run."""
+    checks = list(HealthCheck)
+    return settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=checks)
 
 
 @pytest.mark.parametrize("kind", ["pairs", "shp", "tldr"])
@@ -195,12 +227,7 @@ def test_random_rows(kind, tmp_path, request):
     path = tmp_path / "test.jsonl"
     fast = words_tokenizer()
 
-    @settings(
-        max_examples=examples(request, 400),
-        deadline=None,
-        derandomize=True,
-        suppress_health_check=list(HealthCheck),
-    )
+    @random_settings(examples(request, 400))
     @given(st.lists(layouts[kind], min_size=1, max_size=5))
     def check(rows):
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -251,7 +278,7 @@ def test_random_bytes(tmp_path, request):
         (tmp_path / name).write_bytes(damaged)
         found = rows_in(tmp_path / name)
         if isinstance(found, str):
-            assert len(found) <= 300
+            assert len(found) <= 200
             outcomes["line"] += 1
         else:
             assert len(found[0]) == found[1]
@@ -263,7 +290,7 @@ def test_random_bytes(tmp_path, request):
 def test_random_packs(request):
     """Any lengths, any budget, any number of processes: every token once, in a row of its own."""
 
-    @settings(max_examples=examples(request, 200), deadline=None, derandomize=True)
+    @random_settings(examples(request, 200))
     @given(
         st.lists(st.lists(st.integers(1, 40), min_size=2, max_size=4), min_size=1, max_size=12),
         st.integers(1, 100),
@@ -285,6 +312,204 @@ def test_random_packs(request):
         assert total == sum(sum(row) for row in lengths)
 
     check()
+
+
+def numbers_of(line):
+    """How many rows a line of `report` has kept, dropped and, if it says so, seen before."""
+    kept, dropped = re.search(r": kept (\d+), dropped (\d+)", line).groups()
+    repeated = re.search(r"; repeated (\d+)", line)
+    return int(kept), int(dropped), int(repeated[1]) if repeated else 0
+
+
+def test_random_lengths(request):
+    """Rows of any texts and any limits: kept and counted, and no row is longer than it may be."""
+    fast = words_tokenizer()
+    short_texts = st.text(st.sampled_from("ab \n"), max_size=30)
+    row = st.fixed_dictionaries({"prompt": short_texts, "chosen": short_texts})
+
+    @random_settings(examples(request, 100))
+    @given(st.lists(row, min_size=1, max_size=6), st.integers(-1, 40), st.integers(-1, 40))
+    def check(rows, max_length, max_prompt_length):
+        said = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(common, "say", said.append)
+            try:
+                kept = common.tokenize_pairs(rows, fast, max_length, max_prompt_length)
+            except SystemExit as error:
+                assert "no row is left" in one_line(error) or "max_prompt_length" in error.code
+                return
+        said_kept, dropped, _ = numbers_of(said[0])
+        assert len(kept) == said_kept and said_kept + dropped == len(rows)
+        for one in kept:
+            assert len(one["prompt_ids"]) + max(map(len, one["responses"])) <= max_length
+
+    check()
+
+
+# ---- adaptors
+
+pieces = st.one_of(
+    st.sampled_from(["top_k50", "top_p090", "greedy", "ancestral", "temperature=2", "top_p=.5"]),
+    st.builds(
+        "{}={}".format,
+        st.sampled_from(["top_k", "top_p", "min_p", "typical_p", "eta_cutoff", "temperature", ""]),
+        st.one_of(st.floats(), st.integers(-9, 10**6), st.text(max_size=4)),
+    ),
+    st.text(st.characters(codec=None), max_size=200),
+)
+
+
+def test_random_sampling_types(request):
+    """Any text is an adaptor, or is refused in a line; what is an adaptor has numbers in range."""
+    imh = module_of("imh_adaptors")
+
+    @random_settings(examples(request, 200))
+    @given(st.lists(pieces, min_size=1, max_size=3))
+    def check(parts):
+        try:
+            adaptor = imh.parse_adaptor(",".join(parts), 50)
+        except SystemExit as error:
+            assert "adaptor" in one_line(error)
+            return
+        assert set(adaptor) <= {*imh.ORDER, "temperature"}
+        assert all(value > 0 for value in adaptor.values())
+        assert imh.parse_adaptor(adaptor, 50) == adaptor
+
+    check()
+
+
+LOGITS = st.one_of(
+    st.floats(-1e4, 1e4, width=32),
+    st.sampled_from([-math.inf, math.inf, math.nan, 0.0, -0.0, 1.0, 88.0, -1e30, 3e38]),
+)
+
+
+def test_random_scores(request):
+    """Scores with -inf, NaN, ties, flat or peaked: a law over tokens that have mass, or a line."""
+    imh = module_of("imh_adaptors")
+    adaptors = st.lists(
+        st.sampled_from(
+            ["top_k=3", "top_p=0.9", "typical_p=0.5", "eta_cutoff=0.01", "min_p=0.2"]
+            + ["temperature=0.01", "temperature=100", "top_k=0", "top_p=1e-9"]
+        ),
+        min_size=1,
+        max_size=3,
+    )
+    rows = st.one_of(
+        st.lists(LOGITS, min_size=6, max_size=6),
+        st.sampled_from([0.0, -5.0]).map(lambda value: [value] * 6),  # flat
+        st.integers(0, 5).map(lambda i: [1e4 * (j == i) for j in range(6)]),  # peaked
+    )
+
+    @random_settings(examples(request, 200))
+    @given(rows, adaptors, st.floats(0, 1, exclude_max=True))
+    def check(scores, parts, u):
+        logits = torch.tensor([scores])
+        try:
+            log_q, log_kept = imh.adapt(logits, ",".join(parts))
+        except SystemExit as error:
+            # Refused are scores that are no law: NaN, +inf, or nothing but -inf.
+            assert "keeps nothing" in one_line(error)
+            assert not logits.softmax(-1).isfinite().all() or "temperature" in ",".join(parts)
+            return
+        assert log_q.logsumexp(-1).abs() < 1e-5 and log_kept.isfinite().all()
+        assert (log_q[logits == -math.inf] == -math.inf).all()
+        token, log_p = common.sample_tokens(log_q, torch.tensor([u]))
+        assert log_p.isfinite() and log_q[0, token] > -math.inf
+
+    check()
+
+
+def test_random_chains(request):
+    """Log-weights with -inf and ties, flat or peaked: every state is a draw that was proposed."""
+    imh = module_of("imh_adaptors")
+    weights = st.one_of(st.floats(-1e6, 1e6), st.sampled_from([-math.inf, 0.0, 0.0, 1e300]))
+
+    @random_settings(examples(request, 100))
+    @given(st.lists(weights, min_size=2, max_size=12), st.integers(0, 99))
+    def check(log_w, seed):
+        generator = torch.Generator().manual_seed(seed)
+        log_w = torch.tensor(log_w, dtype=torch.float64)
+        log_u = torch.rand(len(log_w), dtype=torch.float64, generator=generator).log()
+        held = imh.imh_chain(log_w, log_u).tolist()
+        expected = [0]
+        for i in range(1, len(log_w)):  # Eq. 5, a step at a time
+            now = log_w[expected[-1]]
+            ratio = log_w[i] - now if log_w[i] != now else torch.tensor(0.0)
+            expected.append(i if log_u[i] < ratio else expected[-1])
+        assert held == expected
+
+    check()
+
+
+# ---- flags
+
+values = st.one_of(
+    st.integers(-3, 10**7).map(str),
+    st.floats().map(str),
+    st.sampled_from(
+        ["", "nan", "-inf", "1e400", "True", "tiny", "none", "0x1", "-", "--", "9" * 30]
+    ),
+    st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=300),
+)
+
+
+def entry(command):
+    """What a command line is read with: the default of tyro, and the check that follows."""
+    module = module_of(command)
+    _, kind, _ = COMMANDS[command]
+    if command.startswith("dpl"):
+        default = getattr(module, kind)()
+    else:
+        default = module.PRESETS["tiny"]
+    return module, default
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_random_flags(command, tmp_path, request, monkeypatch):
+    """Random values of random options: tyro's exit code 2, or a line, or options in range."""
+    monkeypatch.chdir(tmp_path)
+    module, default = entry(command)
+    names = [field.name for field in dataclasses.fields(default)]
+    option = st.tuples(st.sampled_from(names), st.lists(values, max_size=2))
+    ranges = ranges_of(module)
+    outcomes = {"tyro": 0, "line": 0, "taken": 0}
+
+    @random_settings(examples(request, 40))
+    @given(st.lists(option, min_size=1, max_size=3))
+    def check(options):
+        words = []
+        for name, found in options:
+            words += ["--" + name.replace("_", "-"), *found]
+        try:
+            with (
+                contextlib.redirect_stdout(io.StringIO()),
+                contextlib.redirect_stderr(io.StringIO()),
+            ):
+                args = tyro.cli(type(default), default=default, args=words)
+        except SystemExit as error:
+            assert error.code in (0, 2)  # 0: --help
+            outcomes["tyro"] += 1
+            return
+        try:
+            if command == "imh_adaptors":
+                module.check(args, "all")
+            else:
+                module.check(args)
+        except SystemExit as error:
+            one_line(error)
+            outcomes["line"] += 1
+            return
+        for name in names:
+            value = getattr(args, name)
+            if name in ranges and is_number(value):
+                for one in value if isinstance(value, tuple) else (value,):
+                    assert ranges[name][0] <= one <= ranges[name][1], (name, one)
+        outcomes["taken"] += 1
+
+    check()
+    assert not list(tmp_path.iterdir())
+    assert outcomes["tyro"] + outcomes["line"] > 0
 
 
 # ---- run folders
@@ -346,11 +571,12 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_a_tiny_world_with_half_its_rows_is_not_whole(tmp_path):
-    (tmp_path / "data").mkdir()
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_text("")
-    for name, n in common.TINY_ROWS.items():
-        (tmp_path / "data" / name).write_text("{}\n" * n)
+    for part, name in (("data", "train.jsonl"), ("model", "model.safetensors")):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / name).write_text("{}\n" * 2000)
+        manifest = {"sha256": common._hashes(tmp_path / part)}
+        assert not common._is_whole(tmp_path)
+        common.write(tmp_path / part / "COMPLETE.json", manifest)
     assert common._is_whole(tmp_path)
     (tmp_path / "data" / "train.jsonl").write_text("{}\n" * 1000)
     assert not common._is_whole(tmp_path)

@@ -393,7 +393,7 @@ def test_a_claim_is_three_lines(tmp_path, capsys):
     assert text.splitlines() == [
         "paper: it works.",
         "here:  holds: it works on tiny (0.6 [0.5, 0.7])",
-        f"files: {tmp_path}/figures, {tmp_path}/metrics.jsonl",
+        f"files: {tmp_path}/figures, and all else in {tmp_path}",
     ]
     assert (tmp_path / "claim.txt").read_text() == text
 
