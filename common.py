@@ -3519,17 +3519,15 @@ def share_shown(sentence, data, hits, n, border=0.5):
 
 
 def say_claim(paper, shown, out):
-    """Print how a run ends, and write it to out/claim.txt: three lines, on rank 0.
+    """Print how a run ends, in three lines, on rank 0; out/claim.txt has the first two.
 
     paper: what the paper says.  shown: what this run shows: a verdict, a colon, a sentence that
-    names the data, and the number with its 95 % interval in brackets.  The last line is made here:
-    where the files are.  SystemExit as in `write`.
+    names the data, and the number with its 95 % interval in brackets.  The last line says where
+    the files are.  SystemExit as in `write`.
     """
     rank, _ = rank_and_world()
     if rank > 0:
         return
-    where = f"{out / 'figures'}, and all else in {out}"
-    lines = [f"paper: {paper}", f"here:  {shown}", f"files: {where}"]
-    text = "\n".join(lines)
-    print(text, flush=True)
-    write(out / "claim.txt", text.encode() + b"\n")
+    text = f"paper: {paper}\nhere:  {shown}\n"
+    print(f"{text}files: {out / 'figures'}, and all else in {out}", flush=True)
+    write(out / "claim.txt", text.encode())

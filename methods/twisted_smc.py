@@ -287,7 +287,7 @@ from common import are_tiny_prompts, tiny_attributes, tiny_reward  # the tiny wo
 from common import Unusable, number  # what others wrote
 from common import check_ranges, checksum, load_checkpoint, log, require  # processes
 from common import say, save_checkpoint  # processes
-from common import memory, require_free, require_writable  # processes
+from common import memory, progress, require_free, require_writable  # processes
 from common import save_figure, setup, signals, start_run  # processes
 from common import stop_requested, write, write_shared  # processes
 from common import on_rank0  # calls a function once; where it fails, all processes end with a line
@@ -1829,7 +1829,7 @@ def train(args, learner, seed, world, model, pool, out):
     twist = make_twist(args, learner, world, model)
     torch.manual_seed(1000 * seed + dist.get_rank())
     updates = 0  # "none" and "policy" are only evaluated
-    step = 0
+    begun = 0  # this run starts here: 0, or the checkpoint that it resumes
     optimizer = None
     if learner in LEARNERS:
         updates = args.max_steps
@@ -1839,14 +1839,13 @@ def train(args, learner, seed, world, model, pool, out):
             rate = LR[args.rates][learner]
         optimizer = torch.optim.Adam(weights, lr=rate)
         if args.resume:
-            step, _ = load_checkpoint(out, twist, optimizer)
+            begun, _ = load_checkpoint(out, twist, optimizer)
     else:
         # Evaluated anew, even where a run is resumed.
         forget = partial((out / "metrics.jsonl").unlink, missing_ok=True)
         on_rank0(forget, f"{out}: cannot be written to")
-    begun = step  # this run starts here: 0, or the checkpoint that it resumes
 
-    while True:
+    for step in progress(range(begun, max(begun, updates) + 1)):
         # When asked to stop, save and leave between two updates.
         if stop_requested() and step < updates:
             if step > begun:
@@ -1858,10 +1857,9 @@ def train(args, learner, seed, world, model, pool, out):
             if step > begun:
                 save_checkpoint(out, step, twist, optimizer)
             evaluate_and_log(args, world, twist, pool, out, step)
-        if step >= updates:
-            return twist
-        update(args, learner, world, twist, pool, optimizer, step)
-        step += 1
+        if step < updates:
+            update(args, learner, world, twist, pool, optimizer, step)
+    return twist
 
 
 # ---- Texts, table and figure

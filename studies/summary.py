@@ -43,7 +43,7 @@ class Run:
 def read_run(folder, claim):
     """The Run of a claim.txt; None if it is not one."""
     lines = claim.read_text().splitlines()
-    found = re.fullmatch(r"here:  ([\w ]+): (.*) \((.*)\)", lines[1]) if len(lines) == 3 else None
+    found = re.fullmatch(r"here:  ([\w ]+): (.*) \((.*)\)", lines[1]) if len(lines) == 2 else None
     if found is None:
         return None
     log = claim.parent / "log.txt"

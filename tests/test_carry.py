@@ -74,10 +74,10 @@ def carried(blank, tmp_path_factory):
     -> {file: (its folder, what the run in folder/out printed)}
     """
     own = tmp_path_factory.mktemp("potential") / "own.py"
-    # phi is 1 for texts that begin with a token of the lower half, and e^-4 for others.
+    # phi is 1 for texts that begin with a letter of the first half or a sign, and e^-4 for others.
     own.write_text(
-        "def lower(tokens, texts):\n"
-        "    return -4.0 * (tokens[:, 0] >= 200)\n\n\n"
+        "def lower(prompts, responses):\n"
+        "    return [-4.0 * (response[:1] >= 'm') for response in responses]\n\n\n"
         "lower.log_bound = 0.0\n"
     )
     folders = {}

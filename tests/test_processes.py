@@ -395,7 +395,7 @@ def test_a_claim_is_three_lines(tmp_path, capsys):
         "here:  holds: it works on tiny (0.6 [0.5, 0.7])",
         f"files: {tmp_path}/figures, and all else in {tmp_path}",
     ]
-    assert (tmp_path / "claim.txt").read_text() == text
+    assert (tmp_path / "claim.txt").read_text() == text[: text.index("files: ")]
 
 
 def test_a_verdict_needs_an_interval_on_one_side():

@@ -1414,7 +1414,7 @@ def test_the_gap_is_that_of_the_pairs(world, tmp_path):
         assert line.gap[1] <= line.gap[0] <= line.gap[2]
     assert [line.preferences for line in lines] == [False, True]
     shown = (tmp_path / "run" / "claim.txt").read_text().splitlines()
-    assert len(shown) == 3 and "R* - R (" in shown[1]
+    assert len(shown) == 2 and "R* - R (" in shown[1]
     assert ra.claim_of(lines[:1])[1].count(ra.short_name(lines[0])) == 1  # no policy: itself
 
 

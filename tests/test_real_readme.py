@@ -56,4 +56,4 @@ if DATA.exists() and MODEL.exists():
             steps = len([r for r in records(folder / "results" / name) if "loss" in r])
             assert f" in {steps} steps of " in line and steps >= 20
             claim = (folder / "results" / name / "claim.txt").read_text().splitlines()
-            assert [one.partition(":")[0] for one in claim] == ["paper", "here", "files"]
+            assert [one.partition(":")[0] for one in claim] == ["paper", "here"]

@@ -1255,7 +1255,9 @@ def test_policy_is_evaluated_with_both_bounds(folder, tmp_path):
     texts = tokenizer.batch_decode(
         torch.cat([torch.tensor(prompt).expand(V * V, -1), pairs], 1), skip_special_tokens=True
     )
-    log_phi = -0.1 * torch.tensor([len(x) for x in texts], dtype=torch.float64).view(V, V)
+    start = tokenizer.decode(prompt, skip_special_tokens=True)  # a potential sees what follows it
+    lengths = [len(text.removeprefix(start)) for text in texts]
+    log_phi = -0.1 * torch.tensor(lengths, dtype=torch.float64).view(V, V)
     log_Z = (log_p + log_phi).logsumexp((0, 1))
     sigma, w = log_p + log_phi - log_Z, log_p + log_phi - log_q
     # F_q and G_q are means over 1600 and 800 independent values
