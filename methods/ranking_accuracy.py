@@ -474,7 +474,7 @@ def why_no_record(values, items):
         return "not a JSON object"
     names = [field.name for field in dataclasses.fields(Record)]
     if set(values) != set(names):
-        return f"its names must be {', '.join(names)}"
+        return "its names are not those of a record"
 
     # The numbers of an item and a response that are there.
     if not is_count(values["item"]) or values["item"] >= len(items):
