@@ -760,7 +760,7 @@ RECORD = dict(item=1, response=1, logp=-2.5, tokens=3, prompt_tokens=2, cut=Fals
         (dict(tokens=True), "tokens True"),
         (dict(prompt_tokens=0), "prompt_tokens 0"),
         (dict(cut=0), "cut 0 is neither true nor false"),
-        (dict(extra=1), "its names must be item, response"),
+        (dict(extra=1), "its names are not those of a record"),
         ("", "not a JSON object"),
         ("[1, 2]", "not a JSON object"),
         ("nonsense", "not a JSON object"),
