@@ -1,7 +1,10 @@
 """studies/compare_preferences.py: its claim, its win rates, and what stands for an evaluation."""
 
 import math
+import os
 import re
+import shutil
+import subprocess
 import sys
 
 import numpy as np
@@ -11,6 +14,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "studies"))
 import compare_preferences as study  # noqa: E402
+import summary  # noqa: E402
 
 
 def test_the_claim_follows_the_runs():
@@ -56,3 +60,60 @@ def test_every_method_has_a_module():
     with pytest.raises(ValueError, match="unknown method"):
         study.module_and_options("SFT")
     assert math.isnan(study.correlation([1, 1], [1, 2]))
+
+
+def test_the_summary_has_every_claim_and_figure(tmp_path, capsys):
+    claims = {"dpo": "holds", "sweep/gamma-0": "does not hold"}
+    for name, verdict in claims.items():
+        folder = tmp_path / name
+        (folder / "figures").mkdir(parents=True)
+        (folder / "figures" / "a.png").write_bytes(b"")
+        shown = f"{verdict}: on x < y it works (0.6 [0.5, 0.7] of 9)"
+        (folder / "claim.txt").write_text(f"paper: P\nhere:  {shown}\n")
+        (folder / "log.txt").write_text("a table\n12 s\n")
+    (tmp_path / "claim.txt").write_text("no claim")
+    summary.main(summary.Args(str(tmp_path)))
+    rows = [line for line in capsys.readouterr().out.splitlines() if "0.6 [0.5, 0.7] of 9" in line]
+    assert [row.split("  ")[0] for row in rows] == list(claims)
+    assert all(row.endswith(" 12 s") and claims[row.split("  ")[0]] in row for row in rows)
+    page = (tmp_path / "index.html").read_text()
+    for name in claims:
+        assert f"<img src='{name}/figures/a.png' alt='on x &lt; y it works (0.6" in page
+    with pytest.raises(SystemExit, match="no finished runs; bash run_all.sh makes them"):
+        summary.main(summary.Args(str(tmp_path / "dpo" / "figures")))
+
+
+def test_run_all_goes_on_where_it_was_stopped(tmp_path):
+    """With a python that notes what it is to run, and fails for one method the first time."""
+    shutil.copy(ROOT / "run_all.sh", tmp_path)
+    stub = tmp_path / "python"
+    stub.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/notes\necho "here:  holds: x (1)"\n')
+    stub.write_text(stub.read_text() + f'case "$1" in */dpo.py) [ -f {tmp_path}/ok ];; esac\n')
+    stub.chmod(0o755)
+
+    def run_all(*names):
+        (tmp_path / "notes").write_text("")
+        done = subprocess.run(
+            ["bash", str(tmp_path / "run_all.sh"), *names],
+            env={**os.environ, "PYTHON": str(stub)},
+            capture_output=True,
+            text=True,
+        )
+        ran = re.findall(r"^methods/(\w+)\.py", (tmp_path / "notes").read_text(), re.M)
+        return done, sorted(ran)
+
+    # The first time DPO fails, and what needs it is not begun; then what is left is run.
+    done, ran = run_all()
+    assert done.returncode == 1 and "dpo: FAILED, results/dpo.log" in done.stdout
+    assert ran == ["dpl", "dpo", "dpo_gamma", "ranking_accuracy"]
+    (tmp_path / "ok").touch()
+    done, ran = run_all()
+    assert done.returncode == 0 and "dpl: done before" in done.stdout
+    assert ran == ["cal_dpo", "dpo", "generate", "imh_adaptors", "sft", "twisted_smc"]
+    assert re.search(r"^sft: \d+ s; holds: x \(1\)$", done.stdout, re.M)
+    assert len(done.stdout.splitlines()) < 48  # two screens
+
+    # Some, again; and none that is not there.
+    assert run_all("dpl", "sft")[1] == ["dpl", "sft"]
+    done, ran = run_all("sgd")
+    assert done.returncode == 1 and ran == [] and done.stdout.startswith("no sgd: choose from dpl")
