@@ -3495,7 +3495,9 @@ def wilson(hits, n, z=1.959964):
     """
     centre = hits + z * z / 2
     half = z * math.sqrt(hits * (n - hits) / n + z * z / 4)
-    return (centre - half) / (n + z * z), (centre + half) / (n + z * z)
+    share = hits / n
+    low, high = (centre - half) / (n + z * z), (centre + half) / (n + z * z)
+    return min(low, share), max(high, share)  # at 0 and 1 rounding could leave the share out
 
 
 def verdict(low, high, border=0.0):

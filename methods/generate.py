@@ -823,11 +823,11 @@ def print_table(summary, title, comparisons):
 def claim(summary, args):
     """What the paper says, and what the comparisons of this run show -> two lines"""
     paper = "answers of a model trained on preferences win over the data's own (DPO, Sec. 6)"
-    model = args.model if not args.responses else args.responses
+    model = args.model if not args.responses else "the file"
     other = "the data's chosen ones" if args.against == "chosen" else args.against
     sentence = f"responses of {model} win over {other}"
     hits = summary.win_rate * summary.prompts
-    return paper, share_shown(sentence, args.data, hits, summary.prompts)
+    return paper, share_shown(sentence, args.responses or args.data, hits, summary.prompts)
 
 
 def draw_scores(rows, summary, caption, path):

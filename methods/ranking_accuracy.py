@@ -1139,7 +1139,8 @@ def plot_ranking(out, lines):
         for name, color, at, form, ideal in forms:
             bar = f"{name}*: min, median, max over --betas"
             low, high = form.interval
-            error = [[form.accuracy - low], [high - form.accuracy]]
+            # At 0 and 1 rounding could make an end of the interval negative.
+            error = [[max(0, form.accuracy - low)], [max(0, high - form.accuracy)]]
             ends = [min(ideal), np.median(ideal), max(ideal)]
             axis.plot(ends, [at] * 3, "|-", color=color, alpha=0.5, label=bar)
             meaning = "likelihood" if name == "R" else "likelihood per token"

@@ -1,7 +1,7 @@
 """SFT, DPO, Cal-DPO and DPO^gamma from one start, judged by the true reward of the tiny world.
 
     python studies/compare_preferences.py            ten minutes of one core
-    python studies/compare_preferences.py --quick    two minutes: one seed, half of the updates
+    python studies/compare_preferences.py --quick    two minutes: one seed, a third of the updates
 
 A number in the table is the mean ± standard deviation of three seeds. Finished runs are kept.
 Writes results/compare/ (with --quick results/compare-quick/): the runs, table.md, and in figures/
@@ -31,7 +31,7 @@ class Args:
     prompts: int = 0  # only this many test prompts, the first ones; 0: all
     watched: int = 128  # test prompts, one response each, whose rewards are seen over training
     max_steps: int = 0  # optimiser steps of each run; 0: an epoch
-    quick: bool = False  # one seed, 30 steps, one response a prompt: two minutes
+    quick: bool = False  # one seed, 20 steps, one response a prompt: two minutes
     out: str = ""  # folder of the runs, the table and the figures; empty: results/compare[-quick]
 
 
@@ -262,7 +262,7 @@ def setting_of(args):
     """What every caption says."""
     text = "the built-in tiny world, not the papers' setting"
     if args.quick:
-        text += "; --quick: one seed, 30 steps"
+        text += "; --quick: one seed, 20 steps"
     return text
 
 
@@ -408,7 +408,7 @@ def main(args):
         args.seeds = args.seeds[:1]
         args.samples = 1
         args.watched = 64
-        args.max_steps = 30
+        args.max_steps = 20
     args.out = args.out or ("results/compare-quick" if args.quick else "results/compare")
     outcomes = []
     for seed in args.seeds:
