@@ -76,18 +76,21 @@ def score_pairs(options):
 
 
 def plot_threshold(axis, pairs, options):
-    """Fig. 3: the loss of each pair against c; blue pairs are ranked right."""
+    """Fig. 3: the loss of each pair against c."""
     # A point for each pair.
     c = pairs["eval_c"].cpu()
     loss = pairs["eval_loss"].cpu()
     right = pairs["eval_ranking_accuracy"].cpu()
-    axis.scatter(c, loss, s=9, c=right, cmap="coolwarm_r", vmin=0, vmax=1)
+    for label, color, group in (("right", "C0", right > 0.5), ("wrong", "C3", right <= 0.5)):
+        axis.scatter(c[group], loss[group], s=9, color=color, label=f"ranked {label}")
 
     # The line of Theorem 4.1: the loss at which a pair's two responses are equally likely.
     c = c.sort().values
     threshold = loss_threshold(c, options.beta, options.gamma[0])
-    axis.plot(c, threshold, "k--")
-    axis.set_title(f"gamma {options.gamma[0]:g}")
+    axis.plot(c, threshold, "k--", label="Theorem 4.1: right below it")
+    below = (loss <= loss_threshold(pairs["eval_c"].cpu(), options.beta, options.gamma[0])).float()
+    agree = ((below == right).float().mean()).item()
+    axis.set_title(f"gamma {options.gamma[0]:g}: {agree:.0%} of pairs as the theorem says", size=9)
     axis.set_xlabel("c = log pi_ref(y_l)/pi_ref(y_w), nats")
     axis.set_ylabel("loss, nats")
 
@@ -99,6 +102,9 @@ def plot_distance(axis, folders):
         distance = [record["eval_distance"] for record in held_out]
         accuracy = [record["eval_ranking_accuracy"] for record in held_out]
         axis.plot(distance, accuracy, "o-", label=f"gamma {gamma_of(folder):g}")
+    axis.set_title("does more training rank more pairs right?", size=9)
+    axis.set_ylim(0, 1)
+    axis.axhline(0.5, color="0.4", ls="--", lw=1, label="chance")
     axis.set_xlabel("squared distance of the weights from their start")
     axis.set_ylabel("ranking accuracy")
     axis.legend()
@@ -117,10 +123,11 @@ def main(args):
         options = read_options(folder)
         plot_threshold(axis, score_pairs(options), options)
     plot_distance(axes[-1], folders)
+    axes[0].legend(fontsize=8, loc="upper right")
 
     # The caption names the setting, which all runs of a sweep share.
     options = read_options(folders[0])
-    title = "DPO^gamma (Chen et al.), blue: ranked right"
+    title = "DPO^gamma, as Fig. 3 and 4 of Chen et al."
     figure.suptitle(f"{title}, beta {options.beta}, {setting(options)}", size=9)
     save_figure(figure, sweep / "figures" / "ranking.png")
     say(f"figure: {sweep / 'figures' / 'ranking.png'}")
