@@ -275,6 +275,8 @@ def check_method(command, ran):
     assert not outcome["traceback"], shown
     if "--lora" in command and importlib.util.find_spec("peft") is None:
         assert outcome["code"] == 1 and "peft" in outcome["message"], shown
+    elif '"role"' in command:  # the blank model has no template for a chat
+        assert outcome["code"] == 1 and "no chat template" in outcome["message"], shown
     elif command in plan.at_the_hub:
         assert outcome["code"] == 1, shown
         missing = "hub" in outcome["message"] or "No such file" in outcome["message"]

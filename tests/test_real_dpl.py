@@ -63,7 +63,7 @@ if all(path.exists() for path in FILES):
             assert found.r_squared == pytest.approx(R2[name], abs=1e-9)
         printed = capsys.readouterr().out
         assert "98/187  0.5241  ties 7; ties half: 0.5053 [0.4343, 0.5762]" in printed
-        assert "25/187  0.1337  [0.0922, 0.1899]" in printed
+        assert "25/187  0.1337  ties 0; ties half: 0.1337 [0.0922, 0.1899]" in printed
 
     def scored(path):
         return {one.name: one for one in dpl.read_outputs(path)}
