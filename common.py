@@ -1325,7 +1325,7 @@ def _pairs_of(rows, name, split, pairs, note):
     layout = _layout(rows[0])
     kept, dropped = [], collections.defaultdict(list)
     for place, row in enumerate(rows, 1):
-        columns = ", ".join(map(str, row))[:60]
+        columns = _columns(row)
         lacks = ""
         if pairs and layout is pair_rows:
             lacks = _missing_answer(row)
@@ -1381,7 +1381,7 @@ def load_judged(name, split, lists=False):
         try:
             found.append(to_judged(row))
         except KeyError as key:
-            columns = ", ".join(map(str, row))
+            columns = _columns(row)
             raise SystemExit(f"{name}: row {place} has no {key}, only {columns}") from None
         except Unusable as reason:
             found.append(reason)
@@ -1394,7 +1394,7 @@ def _require_columns(name, rows, columns):
     """SystemExit: a row that lacks one of the columns."""
     for place, row in enumerate(rows, 1):
         for column in columns:
-            only = ", ".join(map(str, row))
+            only = _columns(row)
             require(column in row, f"{name}: row {place} has no {column!r}, only {only}")
 
 
@@ -1493,6 +1493,11 @@ def show_samples(path, rows):
         prompt = words(row["prompt"])
         say(f"sample: {prompt[-60:]!r} ||| {row['response'][:120]!r}")
     say(f"{len(rows)} samples: {path}")
+
+
+def _columns(row):
+    """The names of a row's columns for a message: on one line, whatever a damaged file has there."""
+    return " ".join(", ".join(map(str, row)).split())[:60]
 
 
 def _missing_answer(row):

@@ -688,3 +688,11 @@ def test_a_test_file_of_its_own(tmp_path):
     ]
     assert sizes("") == [57, 3]
     assert sizes(str(held)) == [60, 40]
+
+
+def test_a_column_with_a_newline_in_its_name_is_one_line(tmp_path):
+    (tmp_path / "test.csv").write_text('rompt,"chosen\nx",rejected\n1,2,3\n')
+    with pytest.raises(
+        SystemExit, match=r"^.*row 1 has no 'chosen', only rompt, chosen x, rejected$"
+    ):
+        load_pairs(str(tmp_path / "test.csv"), "test")
