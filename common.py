@@ -1496,7 +1496,7 @@ def show_samples(path, rows):
 
 
 def _columns(row):
-    """The names of a row's columns for a message: on one line, whatever a damaged file has there."""
+    """The names of a row's columns for a message: one line, whatever a damaged file has there."""
     return " ".join(", ".join(map(str, row)).split())[:60]
 
 
