@@ -111,6 +111,8 @@ class Server:
         self.starts += 1
         folder = Path(self.folder.name, str(self.starts))
         folder.mkdir()
+        for name in ("out", "err"):
+            (folder / name).touch()
         argv = [str(one) for one in argv]
         environment = {**os.environ, **environment}
         request = {"argv": argv, "processes": processes, "cwd": str(cwd)}
@@ -218,7 +220,7 @@ def become(request):
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
     for number, name in ((1, "out"), (2, "err")):
-        opened = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        opened = os.open(folder / name, os.O_WRONLY | os.O_APPEND)
         os.dup2(opened, number)
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
