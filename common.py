@@ -1299,8 +1299,8 @@ def load_pairs(name, split, pairs=True):
     """Rows {"prompt", "chosen", "rejected", the source's other columns} of split "train" or "test".
 
     name: tiny, a key of HUB, a hub id, a .json/.jsonl/.csv/.parquet file (or .gz), or a folder of
-    train.* and test.* files.  A file alone is divided: its last 5 % of rows are "test", the rest
-    "train"; below 20 rows, or if it is named test*, it is whole for both.  Values are strings or
+    train.* and test.* files.  A file alone is divided: its last 5 % of rows are "test", and of a
+    small one 10, or a fifth; below 20 rows, or if it is named test*, it is whole for both.  Values are strings or
     lists of {"role", "content"}.  pairs=False also admits rows without rejected (SFT) and rows with
     "responses" alone.  Unusable rows are dropped and counted.
     SystemExit: no such file, not JSON, missing column, hub not reachable, no row left.
@@ -1525,7 +1525,10 @@ def _missing_answer(row):
 def _source_rows(name, split):
     """The rows of one split as they stand in their source, and a note for the line."""
     rows, note = _read_source(name, split)
-    require(rows, f"{name}: no {split} rows; a folder needs {split}.jsonl, .json, .csv or .parquet")
+    remedy = "put some into it"
+    if Path(name).expanduser().is_dir():
+        remedy = f"a folder needs {split}.jsonl, .json, .csv or .parquet"
+    require(rows, f"{name}: no {split} rows; {remedy}")
     return rows, note
 
 
@@ -1548,8 +1551,8 @@ def _read_source(name, split):
 
     # A file alone holds both splits.
     rows = read_rows(path)
-    held = len(rows) // 20
-    if held == 0 or path.name.startswith("test") or split == "all":
+    held = max(len(rows) // 20, min(10, len(rows) // 5))
+    if len(rows) < 20 or path.name.startswith("test") or split == "all":
         return rows, ""
     note = f"; the last {held} of the file's {len(rows)} rows are its test split"
     if split == "test":

@@ -1233,8 +1233,8 @@ def test_entropy_of_a_batch_on_two_processes(blank, tmp_path):
     command = [ROOT / "methods/dpl.py", "train", "--model", blank / "model"]
     command += ["--data", blank / "pairs.jsonl", "--batch-size", "8", "--max-steps", "4"]
     command += ["--type", "categorical", "--entropy", "batch", "--entropy-coeff", "0.5"]
-    command += ["--head-lr", "0.1", "--schedule", "constant"]
-    command += ["--lr", "1e-6"]  # Adam makes steps of lr of what is 0 but for rounding
+    # Adam makes steps of a rate of what is 0 but for rounding, so the rates are small.
+    command += ["--head-lr", "0.01", "--lr", "1e-6", "--schedule", "constant"]
     run(*command, "--out", tmp_path / "one")
     run(*command, "--out", tmp_path / "two", processes=2)
     for line, other in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):

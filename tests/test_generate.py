@@ -220,7 +220,7 @@ def lines(path):
 def test_run_writes_responses_verdicts_and_figure(options, tmp_path):
     summary = main(Args(**options, samples=2, out=str(tmp_path / "a")))
     rows, data = lines(tmp_path / "a" / "responses.jsonl"), lines(ROOT / options["data"])
-    data = data[-(len(data) // 20) :]  # the test split of a file alone
+    data = data[-(len(data) // 5) :]  # the test split of a file alone that is so short
     assert [(row["row"], row["sample"]) for row in rows] == [
         (i, k) for i in range(len(data)) for k in (0, 1)
     ]
@@ -743,7 +743,7 @@ def test_prompts_alone_are_read_whole_in_every_form(tmp_path):
     path.write_text('{"prompt": "p"}\n' * 40)
     assert len(common.load_prompts(str(path))) == 40
     path.write_text('{"prompt": "p", "chosen": "c"}\n' * 40)
-    assert len(common.load_prompts(str(path))) == 2
+    assert len(common.load_prompts(str(path))) == 8
 
 
 def test_a_prompt_is_text_as_it_stands_unless_it_is_json_of_messages():
@@ -813,7 +813,7 @@ def test_an_own_judge_compares_with_the_chosen_responses(options, own, tmp_path)
     for row in lines(tmp_path / "o/judged.jsonl"):
         shorter = len(row["chosen"]) - len(row["response"])
         assert row["outcome"] == np.sign(shorter)
-    assert summary.wins + summary.ties + summary.losses == 2
+    assert summary.wins + summary.ties + summary.losses == 9  # of the 48, a fifth
 
 
 @pytest.mark.parametrize(
