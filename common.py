@@ -1300,9 +1300,9 @@ def load_pairs(name, split, pairs=True):
 
     name: tiny, a key of HUB, a hub id, a .json/.jsonl/.csv/.parquet file (or .gz), or a folder of
     train.* and test.* files.  A file alone is divided: its last 5 % of rows are "test", and of a
-    small one 10, or a fifth; below 20 rows, or if it is named test*, it is whole for both.  Values are strings or
-    lists of {"role", "content"}.  pairs=False also admits rows without rejected (SFT) and rows with
-    "responses" alone.  Unusable rows are dropped and counted.
+    small one 10, or a fifth; below 20 rows, or if it is named test*, it is whole for both.  Values
+    are strings or lists of {"role", "content"}.  pairs=False also admits rows without rejected
+    (SFT) and rows with "responses" alone.  Unusable rows are dropped and counted.
     SystemExit: no such file, not JSON, missing column, hub not reachable, no row left.
     """
     rows, note = _source_rows(name, split)

@@ -1326,12 +1326,12 @@ def draw_toy(folder, columns, panels):
     # The two distributions and the reward, string by string.
     bars = []
     for title, values in columns.items():
-        ylabel = "probability"
-        if title.startswith("r"):
+        name = title.split()[0].strip(",")  # p_+ and p have axes of their own: their peaks differ
+        ylabel = f"probability {name}"
+        if name == "r":
             ylabel = "r (nats)"
         points = np.stack([np.arange(1000), values], 1)
-        name = title.split()[0].strip(",")  # p_+ and p have axes of their own: their peaks differ
-        bars.append(Panel(title, "number of the string", f"{name} {ylabel}", {"": points}))
+        bars.append(Panel(title, "number of the string", ylabel, {"": points}))
     name = "toy-distributions.png"
     seen = "The aligned model prefers a few strings, whatever the prior thinks of them"
     scatter(folder / name, bars, f"{seen}\nAs {name} {caption}")
@@ -1339,7 +1339,8 @@ def draw_toy(folder, columns, panels):
     # Each string's reward against its log p: values, where the other panels show means.
     strings = replace(panels["strings"], xlabel="log p (nats)", ylabel="r (nats)")
     name = "toy-string-correlation.png"
-    scatter(folder / name, [strings], f"Strings, not corpora\nAs {name} {caption}")
+    seen = "Single strings: the likelier ones earn more.  The trade-off is one of corpora"
+    scatter(folder / name, [strings], f"{seen}\nAs {name} {caption}")
 
     # The same means over corpora.
     corpora = [panel for key, panel in panels.items() if key != "strings"]
@@ -1884,10 +1885,10 @@ def what_is_seen(records):
     local, _ = correlations(before[:, LOG_P], before[:, REWARD])
     chain, _ = correlations(after[:, LOG_P], after[:, REWARD])
     seen = f"Seen here: typical corpora of one setting correlate {typical:+.2f} on average\n"
-    seen += f"[{low:+.2f}, {high:+.2f}], "
-    seen += (
-        f"the means of the {len(records)} settings {local:+.2f} as drawn and {chain:+.2f} after IMH"
-    )
+    seen += f"[{low:+.2f}, {high:+.2f}]"
+    if math.isfinite(local) and math.isfinite(chain):  # of several settings, which differ
+        seen += f", the means of the {len(records)} settings {local:+.2f} as drawn"
+        seen += f" and {chain:+.2f} after IMH"
     if verdict(-high, -low) == "holds":
         return f"{seen}:\nreward is paid for in likelihood, as the paper finds."
     return f"{seen}:\nnot the paper's trade-off, which needs p_+ to be Eq. 1 for this very reward."
@@ -1986,8 +1987,12 @@ def draw_reward(args, records, corpora, column, ylabel, name):
     """One figure of four panels, under the name of the authors' figure."""
     leave_if_stopped()
     panels = reward_panels(records, corpora, column, ylabel, args.beta)
-    caption = f"{what_is_seen(records)}\n{setting(args)}, beta {args.beta:g}; IMH to the target "
-    caption += f"{records[0].target}; as {name} of the authors' repository"
+    seen = what_is_seen(records)
+    if column == IMPLICIT:
+        seen = "The implicit reward beta log p_+ / p is the one for which p_+ is Eq. 1:\n"
+        seen += "typical corpora lie near its line, whatever the reward of correlations.png does"
+    caption = f"{seen}\n{setting(args)}, beta {args.beta:g};\n"
+    caption += f"IMH to the target {records[0].target}; as {name} of the authors' repository"
     scatter(Path(args.out, "figures", name), panels, caption)
     titles = [panel.title.replace("\n", " ") for panel in panels]
     print(f"{name}: {'; '.join(titles)}")

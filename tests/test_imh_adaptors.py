@@ -953,6 +953,9 @@ def test_what_is_seen_says_so_where_it_is_the_opposite(default_run):
         local = [-x.local[0], *x.local[1:]]
         turned.append(imh.replace(x, r_typ=-x.r_typ, local=local))
     assert "not the paper's trade-off" in imh.what_is_seen(turned)
+    assert "the means of the" in imh.what_is_seen(turned)
+    one = imh.what_is_seen(turned[:1])  # of one setting there is no correlation between settings
+    assert "nan" not in one and "the means of the" not in one
 
 
 def test_log_Z_two_ways(models, tmp_path):
