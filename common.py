@@ -47,6 +47,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 import traceback
 import types
 import warnings
@@ -86,6 +87,11 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+try:  # of torch 2.10 and later
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
 CUDA = torch.cuda.is_available()
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
 DEVICE = torch.device("cuda", LOCAL_RANK) if CUDA else torch.device("cpu")
@@ -101,8 +107,9 @@ transformers.logging.set_verbosity_error()  # load_model itself refuses missing 
 # states that predict a response token are multiplied with the output matrix, which for small models
 # costs more than the body; the logits are kept once, and backward overwrites them with their
 # gradient.  Log-softmax is fp32 and sums are fp64: a bf16 softmax is off by seven nats over 512
-# tokens, more than most DPO margins.  Every model is probed at first use: where the packed row is
-# not exact, responses are scored in padded rows, which is the definition.
+# tokens, more than most DPO margins.  Every model is probed at first use: on a GPU a layer attends
+# in one varlen call, elsewhere piece by piece; where the packed row is not exact, responses are
+# scored in padded rows, which is the definition.
 
 LOGITS_BYTES = 2**30  # logits up to here are kept for backward, beyond it made again
 CHUNK = 512  # rows of logits that are made at a time where they are not kept
@@ -110,7 +117,17 @@ SCORING_VERSION = 1  # in the key of cached log-probs: raise it when scoring cha
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, segments=None, scaling=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    segments=None,
+    table=None,
+    windows=None,
+    scaling=None,
+    sliding_window=None,
+    **kwargs,
 ):
     """Causal attention inside each [prompt | response] of a packed row.
 
@@ -118,16 +135,26 @@ def packed_attention(
 
     segments lists each row's lengths: (prompt, response 1, response 2, ...).  It travels as a
     keyword through the model, not in a global, since gradient checkpointing recomputes a layer when
-    another batch may have been packed.
-    Without it: the library's attention.  No row is longer than a sliding window (see `packs`).
+    another batch may have been packed.  table: the same as a VarlenTable, for one call a layer.
+    windows: a list to which every layer adds its window.
+    Without segments and table: the library's attention.
     """
-    if segments is None:
+    if windows is not None:
+        windows.append(sliding_window)
+    if segments is None and table is None:
+        kwargs["sliding_window"] = sliding_window
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise ValueError("capped attention scores and attention sinks are not written here")
+    if table is None:
+        return _piecewise_attention(query, key, value, segments, scaling), None
+    return _varlen_attention(query, key, value, table, scaling, sliding_window), None
 
+
+def _piecewise_attention(query, key, value, segments, scaling):
+    """Packed attention with a call for each response.  No row is longer than a sliding window."""
     # The pieces of each row: prompt + first response, second response, ...  One split for all of
     # them, since slicing would make every backward write a zero tensor as long as the row.
     sizes = []
@@ -153,18 +180,238 @@ def packed_attention(
             k = torch.cat([k_prompt, keys[piece]], dim=2)
             v = torch.cat([v_prompt, values[piece]], dim=2)
             out.append(attend(queries[piece], k, v, attn_mask=mask))
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    return torch.cat(out, dim=2).transpose(1, 2)
 
 
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def _row_blocks(x):
-    """Split x into blocks of rows: 8 on a CPU, so that a block's logits stay in the core's cache
-    while log-softmax, gather and exp each read them; on a GPU one block.
+# On a GPU every new shape of a call costs a plan, and every call a launch: 130 new shapes and 6,000
+# launches a step.  The varlen kernel takes all pieces of a layer at once, by cumulative lengths.
+
+VARLEN = CUDA and varlen_attn is not None  # is its table part of a packed batch?
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # of compute; others attend piece by piece
+ROUNDED = 1024  # tokens of a packed row are rounded up to a multiple, with a piece of padding,
+ROUNDED_KEYS = 2048  # and so are keys,
+ROUNDED_PIECES = 64  # pieces
+ROUNDED_LENGTH = 512  # and the longest piece, so that a compiled layer sees few shapes
+
+
+@dataclasses.dataclass
+class VarlenTable:
+    """Where each query of a packed row finds its keys, for one attention call a layer."""
+
+    padding: int  # tokens of padding after the packed row
+    gather: torch.Tensor  # (keys,) the packed position of each key
+    own: torch.Tensor  # (N,) where each packed position stands among the keys
+    again: torch.Tensor  # (repetitions,) the packed positions that are repeated
+    again_at: torch.Tensor  # (repetitions,) where they stand among the keys
+    often: bool  # is one of them repeated more than once?
+    queries: torch.Tensor  # (pieces + 1,) cumulative lengths of the pieces, int32
+    keys: torch.Tensor  # (pieces + 1,) the same of their keys
+    longest_query: int
+    longest_key: int
+
+
+def round_up(n, multiple):
+    """The least multiple of `multiple` that is n or more."""
+    return math.ceil(n / multiple) * multiple
+
+
+def varlen_table(segments):
+    """The VarlenTable of rows of lengths (prompt, response 1, response 2, ...), on the CPU.
+
+    The packed row is cut into [prompt, response 1] [response 2] [response 3] ...  The first piece
+    has its own keys.  Every other one needs the prompt's keys once more, in front of its own:
+
+        prompt, response 1 | prompt, response 2 | prompt, response 3 | ...
     """
-    return x.split(8 if x.device.type == "cpu" else max(1, len(x)))
+    gather = []
+    own = []
+    again = []
+    again_at = []
+    queries = [0]
+    keys = [0]
+    start = 0
+    tokens = sum(map(sum, segments))
+    padding = round_up(tokens, ROUNDED) - tokens
+
+    for prompt, *responses in [*segments, (padding, 0)]:
+        prompt_positions = range(start, start + prompt)
+        for i, n in enumerate(responses):
+            if i == 0:
+                piece = range(start, start + prompt + n)  # the prompt and its first response
+            else:
+                again += prompt_positions
+                again_at += range(len(gather), len(gather) + prompt)
+                gather += prompt_positions
+                piece = range(start, start + n)
+            own += range(len(gather), len(gather) + len(piece))
+            gather += piece
+            queries.append(queries[-1] + len(piece))
+            keys.append(len(gather))
+            start = piece.stop
+    longest_query = round_up(int(np.diff(queries).max()), ROUNDED_LENGTH)
+    longest_key = round_up(int(np.diff(keys).max()), ROUNDED_LENGTH)
+
+    # Keys beyond the last cumulative length are never read, and pieces of length 0 do nothing.
+    gather = torch.tensor(_filled(gather, 0, ROUNDED_KEYS))
+    queries = torch.tensor(_filled(queries, queries[-1], ROUNDED_PIECES), dtype=torch.int32)
+    keys = torch.tensor(_filled(keys, keys[-1], ROUNDED_PIECES), dtype=torch.int32)
+    own = torch.tensor(own)
+    again = torch.tensor(again, dtype=torch.long)
+    again_at = torch.tensor(again_at, dtype=torch.long)
+    often = max(map(len, segments)) > 3
+    lengths = (queries, keys, longest_query, longest_key)
+    return VarlenTable(padding, gather, own, again, again_at, often, *lengths)
+
+
+def _filled(values, value, multiple):
+    """The list, and behind it `value` as often as its length needs to be a multiple."""
+    further = round_up(len(values), multiple) - len(values)
+    return values + [value] * further
+
+
+# The gradient of index_select would be index_add, which is slow in bf16 on a GPU.  But every key
+# stands once among the keys, and those of a prompt once more for each further response: of two
+# responses the gradient is a selection and one addition.
+
+
+@torch.library.custom_op("packed::take_keys", mutates_args=())
+def take_keys(
+    x: torch.Tensor,
+    gather: torch.Tensor,
+    own: torch.Tensor,
+    again: torch.Tensor,
+    again_at: torch.Tensor,
+    often: bool,
+) -> torch.Tensor:
+    """Rows of x (N, heads, d) in the order of the keys -> (keys, heads, d)"""
+    return x.index_select(0, gather)
+
+
+@take_keys.register_fake
+def _(x, gather, own, again, again_at, often):
+    return x.new_empty((gather.shape[0], *x.shape[1:]))
+
+
+@torch.library.custom_op("packed::give_back", mutates_args=())
+def give_back(
+    grad: torch.Tensor,
+    own: torch.Tensor,
+    again: torch.Tensor,
+    again_at: torch.Tensor,
+    often: bool,
+) -> torch.Tensor:
+    """The gradient of take_keys: (keys, heads, d) -> (N, heads, d)"""
+    out = grad.index_select(0, own)
+    repeated = grad.index_select(0, again_at)
+    if often:  # a position stands in `again` several times: added in fp32 at least
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        return out.to(dtype).index_add_(0, again, repeated.to(dtype)).to(grad.dtype)
+    out[again] = out[again] + repeated
+    return out
+
+
+@give_back.register_fake
+def _(grad, own, again, again_at, often):
+    return grad.new_empty((own.shape[0], *grad.shape[1:]))
+
+
+def _keep_table(ctx, inputs, output):
+    _, _, own, again, again_at, ctx.often = inputs
+    ctx.save_for_backward(own, again, again_at)
+
+
+def _backward_of_take(ctx, grad):
+    d_x = give_back(grad.contiguous(), *ctx.saved_tensors, ctx.often)
+    return d_x, None, None, None, None, None
+
+
+take_keys.register_autograd(_backward_of_take, setup_context=_keep_table)
+
+
+def _varlen_attention(query, key, value, table, scaling, window):
+    """Packed attention in one call.  (1, heads, N, d) each -> (1, N, heads, d)
+
+    window: how many keys a query sees, its own included; None: all before it.
+    """
+    where = (table.gather, table.own, table.again, table.again_at, table.often)
+    q = query[0].transpose(0, 1).contiguous()
+    k = take_keys(key[0].transpose(0, 1).contiguous(), *where)
+    v = take_keys(value[0].transpose(0, 1).contiguous(), *where)
+
+    # Causal, with the last query at the last key; several heads may share their keys.
+    options = {"scale": scaling, "window_size": (-1, 0)}
+    if window is not None:
+        options["window_size"] = (window - 1, 0)
+    if query.shape[1] != key.shape[1]:
+        options["enable_gqa"] = True
+    lengths = (table.queries, table.keys, table.longest_query, table.longest_key)
+    return varlen_attn(q, k, v, *lengths, **options)[None]
+
+
+def _on_device(batch, device):
+    """The packed batch with its tensors on the device, copied once, at first use."""
+    if device.type == "cpu":
+        return batch
+    if "on_device" not in batch:
+        moved = {}
+        for name, value in batch.items():
+            moved[name] = to_device(value, device) if torch.is_tensor(value) else value
+        if "table" in batch:
+            fields = {}
+            for name, value in vars(batch["table"]).items():
+                fields[name] = to_device(value, device) if torch.is_tensor(value) else value
+            moved["table"] = VarlenTable(**fields)
+        batch["on_device"] = moved
+    return batch["on_device"]
+
+
+# What walks the vocabulary.  On a CPU it goes by blocks of 8 rows, so that a block's logits stay in
+# the core's cache while log-softmax, gather and exp each read them.  On a GPU two functions take
+# all rows at once; compile_layers compiles them, and their fp32 copies of the logits are gone.
+
+
+def _log_softmax_at(logits, targets):
+    """log softmax(logits)[target], and the log of the normaliser.
+
+    (M, V), (M,) -> (M,), (M,), both fp32
+    """
+    logits = logits.float()
+    log_norms = logits.logsumexp(-1)
+    return logits.gather(1, targets[:, None])[:, 0] - log_norms, log_norms
+
+
+def _logits_gradient(logits, log_norms, grad):
+    """-grad softmax(logits), to which grad at the target is still to be added.
+
+    (M, V), (M,), (M,) -> (M, V) in the dtype of the logits
+    """
+    p = (logits.float() - log_norms[:, None]).exp()
+    return (-grad[:, None] * p).to(logits.dtype)
+
+
+def _log_softmax_in_blocks(logits, targets):
+    """_log_softmax_at on a CPU."""
+    logps = torch.empty(len(logits))
+    log_norms = torch.empty(len(logits))
+    # The blocks of logps and log_norms are views: copy_ fills the results.
+    blocks = zip(logits.split(8), targets.split(8), logps.split(8), log_norms.split(8))
+    for z, target, logp, log_norm in blocks:
+        log_p = torch.log_softmax(z, -1, dtype=torch.float32)
+        logp.copy_(log_p.gather(1, target[:, None])[:, 0])
+        log_norm.copy_(z[:, 0].float() - log_p[:, 0])  # = z_v - log p_v for every v
+    return logps, log_norms
+
+
+def _logits_gradient_in_blocks(logits, log_norms, grad):
+    """_logits_gradient on a CPU; it overwrites the logits."""
+    blocks = zip(logits.split(8), log_norms[:, None].split(8), grad[:, None].split(8))
+    for z, log_norm, g in blocks:
+        z.copy_((z.float() - log_norm).exp_().mul_(-g))  # in bf16 z - log_norm loses percents
+    return logits
 
 
 class HeadLogps(torch.autograd.Function):
@@ -187,22 +434,15 @@ class HeadLogps(torch.autograd.Function):
         logps = torch.empty(len(hidden), device=hidden.device)
         log_norms = torch.empty(len(hidden), device=hidden.device)
         logits = None
-        # One matrix product a chunk; what walks the vocabulary goes block by block.
+        # One matrix product a chunk, one pass over its logits.
         for start in range(0, len(hidden), ctx.rows):
             chunk = slice(start, start + ctx.rows)
             logits = None  # the last chunk's memory is free before this one's is taken
             logits = F.linear(hidden[chunk], weight, bias)
-            # The blocks of logps and log_norms are views: copy_ fills the results.
-            blocks = zip(
-                _row_blocks(logits),
-                _row_blocks(targets[chunk]),
-                _row_blocks(logps[chunk]),
-                _row_blocks(log_norms[chunk]),
-            )
-            for z, target, logp, log_norm in blocks:
-                log_p = torch.log_softmax(z, -1, dtype=torch.float32)
-                logp.copy_(log_p.gather(1, target[:, None])[:, 0])
-                log_norm.copy_(z[:, 0].float() - log_p[:, 0])  # = z_v - log p_v for every v
+            if logits.is_cuda:
+                logps[chunk], log_norms[chunk] = _log_softmax_at(logits, targets[chunk])
+            else:
+                logps[chunk], log_norms[chunk] = _log_softmax_in_blocks(logits, targets[chunk])
         ctx.kept = logits if keep else None
         ctx.save_for_backward(hidden, weight, bias, targets, log_norms)
         return logps
@@ -226,15 +466,14 @@ class HeadLogps(torch.autograd.Function):
             if logits is None:
                 logits = F.linear(hidden[chunk], weight, bias)
 
-            # The logits become their gradient in place: -g softmax, then + g at the target.
+            # The logits become their gradient: -g softmax, then + g at the target.
             g = grad[chunk]
-            log_norm = log_norms[chunk]
-            blocks = zip(
-                _row_blocks(logits), _row_blocks(log_norm[:, None]), _row_blocks(g[:, None])
-            )
-            for z, log_n, g_z in blocks:
-                z.copy_((z.float() - log_n).exp_().mul_(-g_z))  # in bf16 z - log_n loses percents
-            logits[torch.arange(len(g)), targets[chunk]] += g.to(logits.dtype)
+            if logits.is_cuda:
+                logits = _logits_gradient(logits, log_norms[chunk], g)
+            else:
+                logits = _logits_gradient_in_blocks(logits, log_norms[chunk], g)
+            at = torch.arange(len(g), device=g.device)
+            logits[at, targets[chunk]] += g.to(logits.dtype)
 
             d_hidden[chunk] = logits @ weight
             if d_weight is None:
@@ -269,8 +508,9 @@ def response_logps(model, batch):
     returned in fp32.
     """
     logps = token_logps(model, batch)
-    owner = batch["owner"].to(logps.device)
-    counts = batch["counts"].to(logps.device)
+    moved = _on_device(batch, logps.device)
+    owner = moved["owner"]
+    counts = moved["counts"]
     sums = logps.new_zeros(len(counts), dtype=torch.float64).index_add(0, owner, logps.double())
     return sums.float(), counts
 
@@ -284,28 +524,44 @@ def response_hiddens(model, batch):
     fits = packs(model, batch)
     require(fits, f"{name}: rows cannot be packed; choose a GPT-NeoX, Llama or GPT-2 model")
     hiddens = model._packed_hiddens(batch)
-    return hiddens.index_select(0, batch["last_at"].to(hiddens.device))
+    return hiddens.index_select(0, _on_device(batch, hiddens.device)["last_at"])
 
 
-def _packed_hiddens(model, batch):
-    """Final-norm hidden states of the packed row.  -> (N, d)"""
-    device = model.device
+def _packed_hiddens(model, batch, windows=None):
+    """Final-norm hidden states of the packed row, and of its padding if it has any.  -> (N, d)
+
+    windows: see packed_attention.
+    """
+    moved = _on_device(batch, model.device)
+    ids = moved["input_ids"]
+    positions = moved["position_ids"]
+    if model.varlen:
+        table = moved["table"]
+        ids = F.pad(ids, (0, table.padding))
+        positions = F.pad(positions, (0, table.padding))
+        pieces = {"table": table}
+    else:
+        pieces = {"segments": batch["segments"]}
+    if windows is not None:
+        pieces["windows"] = windows
     output = model.base_model(
-        input_ids=batch["input_ids"].to(device),
-        position_ids=batch["position_ids"].to(device),
-        attention_mask=torch.zeros(1, 1, 1, 1, device=device),  # 4-D: the library builds no other
-        segments=batch["segments"],
+        input_ids=ids,
+        position_ids=positions,
+        # A 4-D mask is taken as it is: the library builds no other.
+        attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
         use_cache=False,
+        **pieces,
     )
     return output.last_hidden_state[0]
 
 
-def _packed_token_logps(model, batch):
+def _packed_token_logps(model, batch, windows=None):
     """Log-probs of the response tokens from the packed row.  -> (M,)"""
-    hidden = _packed_hiddens(model, batch)
+    hidden = _packed_hiddens(model, batch, windows)
     head = model.get_output_embeddings()
-    hidden = hidden.index_select(0, batch["score_at"].to(hidden.device))
-    return HeadLogps.apply(hidden, head.weight, head.bias, batch["targets"].to(hidden.device))
+    moved = _on_device(batch, hidden.device)
+    hidden = hidden.index_select(0, moved["score_at"])
+    return HeadLogps.apply(hidden, head.weight, head.bias, moved["targets"])
 
 
 def _padded_token_logps(model, batch):
@@ -330,18 +586,19 @@ def _padded_token_logps(model, batch):
 def packs(model, batch):
     """Is the packed row exact for this model and batch?
 
-    The model is probed once, at first use; and no row may reach beyond a sliding window, which
-    packed attention does not cut.
+    The model is probed once, at first use.  Attention piece by piece cuts no sliding window, so no
+    row may reach beyond one; the varlen call cuts those of which the layers tell it.
     """
     if not hasattr(model, "packs"):
         _probe_packing(model)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     longest = max(prompt + max(responses) for prompt, *responses in batch["segments"])
-    return model.packs and (window is None or longest <= window)
+    cut = model.varlen and window in model.windows
+    return model.packs and (window is None or longest <= window or cut)
 
 
 def _probe_packing(model):
-    """Set model.packs, with a line if it is False.
+    """Set model.packs, with a line if it is False, model.varlen and model.windows.
 
     The functions above become methods of the model, called through the root module, where FSDP
     gathers the parameters.
@@ -349,18 +606,33 @@ def _probe_packing(model):
     for function in (_packed_hiddens, _packed_token_logps, _padded_token_logps):
         setattr(model, function.__name__, types.MethodType(function, model))
         register_fsdp_forward_method(model, function.__name__)
+
+    # One attention call a layer where the kernel takes this model, else a call for each piece.
+    name = type(model).__name__
+    model.varlen = VARLEN and _compute_dtype(model) in VARLEN_DTYPES
     problem = _packing_problem(model)
+    if problem and model.varlen:
+        why = problem
+        model.varlen = False
+        problem = _packing_problem(model)
+        if not problem:
+            say(f"{name}: attention is computed piece by piece, because one call fails: {why}")
     model.packs = not problem
     if problem:
-        name = type(model).__name__
         say(f"{name}: responses are scored in padded rows, because packing fails: {problem}")
+
+
+def _compute_dtype(model):
+    """In which dtype a model computes; under FSDP that is not the dtype of its weights."""
+    return getattr(model, "compute_dtype", model.dtype)
 
 
 @torch.no_grad()
 def _packing_problem(model):
     """Why the packed row is wrong for this model, from three short rows; "" if it is exact.
 
-    If it is exact, the model stays on packed attention.
+    If it is exact, the model stays on packed attention.  Sets model.windows: what its layers say of
+    sliding windows.
 
     Wrong it is, for example, for position biases outside the library's attention interface (BLOOM),
     recurrent layers (Mamba) and logits scaled or capped after the head (Gemma 2, Cohere).
@@ -377,16 +649,19 @@ def _packing_problem(model):
     one = {"prompt_ids": ids[34:36], "responses": [ids[36:40]]}
     batch = _pack([two, more, one], range(3))
     expected = model._padded_token_logps(batch)
-    compute_dtype = getattr(model, "compute_dtype", model.dtype)  # FSDP: not that of the weights
-    tolerance = 1e-4 if compute_dtype == torch.float32 else 5e-2
+    tolerance = 5e-2 if _compute_dtype(model) in (torch.bfloat16, torch.float16) else 1e-4
 
     # The packed row must give what the padded rows gave.
     implementation = model.config._attn_implementation
+    windows = []
     try:
         model.set_attn_implementation("packed")
-        found = model._packed_token_logps(batch)
+        found = model._packed_token_logps(batch, windows)
+        model.windows = set(windows)
         worst = (found - expected).abs().max().item()
         problem = "" if worst <= tolerance else f"a log-prob differs by {worst:.1e}"
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         problem = str(error).splitlines()[0]
     if problem:
@@ -1260,6 +1535,8 @@ def _pack(rows, index):
     batch["owner"] = torch.tensor(owner)  # (M,) its response, 0 to R - 1
     batch["counts"] = torch.tensor(counts)  # (R,) tokens of each response
     batch["last_at"] = torch.tensor(last_at)  # (R,) position of its last token
+    if VARLEN:
+        batch["table"] = varlen_table(segments)  # for one attention call a layer
     return batch
 
 
@@ -2316,11 +2593,14 @@ def save_model(model, tokenizer, path):
 
 
 def clip_gradients(model, max_norm):
-    """Scale the gradient down to norm `max_norm` if it is longer -> the norm it had."""
+    """Scale the gradient down to norm `max_norm` if it is longer -> the norm it had, fp64.
+
+    The norm is a tensor on the device, so that the program need not wait for it.
+    """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    return norm.item()
+    return norm.double()
 
 
 # What rates responses: your own function, or a reward model.  All have one form: called with a
@@ -2867,6 +3147,8 @@ def setup(seed, timeout=1800):
     if not dist.is_initialized():
         if CUDA:
             torch.cuda.set_device(DEVICE)
+            # It plans .1 s for every new shape, and here almost every shape is new.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         alone = {}
         if "RANK" not in os.environ:
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
@@ -2878,6 +3160,13 @@ def setup(seed, timeout=1800):
         signal.signal(number, _note_signal)
     torch.manual_seed(seed)
     return DEVICE
+
+
+def to_device(tensor, device):
+    """The tensor on the device; from pinned memory, so that the program does not wait for a GPU."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _note_signal(number, _):
@@ -3229,11 +3518,14 @@ def log(out, step, /, **values):
     printed.
     """
     # A mean over all ranks is a sum of sums over a sum of counts.
-    sums_and_counts = []
+    sums = []
+    counts = []
     for value in values.values():
-        items = torch.as_tensor(value, dtype=torch.float64, device=DEVICE).detach()
-        sums_and_counts.append(torch.stack([items.sum(), items.new_tensor(items.numel())]))
-    totals = torch.stack(sums_and_counts).cpu()  # one copy from the device for all values
+        items = torch.as_tensor(value, dtype=torch.float64).detach()
+        sums.append(to_device(items.sum(), DEVICE))
+        counts.append(items.numel())
+    on_cpu = torch.stack(sums).cpu()  # one copy from the device for all values
+    totals = torch.stack([on_cpu, torch.tensor(counts, dtype=torch.float64)], dim=1)
     dist.all_reduce(totals)
     means = (totals[:, 0] / totals[:, 1]).tolist()
     line = {"step": step}
@@ -3260,11 +3552,14 @@ def merge(parts, prefix=""):
     return merged
 
 
-def speed(rows, seconds):
-    """Rows and real tokens per second, and peak memory.
+def speed(rows, started):
+    """Rows and real tokens per second since the time `started`, and peak memory.
 
-    A prompt counts once per response, padding never.
+    A prompt counts once per response, padding never.  Waits for a GPU, as `log` does.
     """
+    if CUDA:
+        torch.cuda.synchronize()
+    seconds = time.time() - started
     # What the rows hold, whatever the layout in which they were computed.
     tokens = 0
     for row in rows:
@@ -3282,7 +3577,7 @@ def speed(rows, seconds):
 
 
 def stop_unless_finite(grad_norm, step, rows, out):
-    """Leave before a non-finite gradient reaches the weights; the norm is global: all leave."""
+    """Leave before anything is saved of a gradient that is not finite; all ranks have its norm."""
     if math.isfinite(grad_norm):
         return
     found = checkpoints(out)

@@ -113,7 +113,7 @@ from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, load_split, plan_steps, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, save_model  # models
 from common import check_ranges, log, merge, progress, setup  # processes
-from common import speed, start_run  # processes
+from common import speed, start_run, to_device  # processes
 from common import require  # a condition, else a line and exit code 1
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
 from common import plot_curves, print_evaluations, say_claim, setting, share_shown  # processes
@@ -149,7 +149,7 @@ def pair_losses(model, batch, reference, args):
     # The responses of a batch are chosen, rejected, chosen, rejected, ...
     policy = response_logps(model, batch)[0].view(-1, 2)
     chosen_logps, rejected_logps = policy.unbind(1)
-    reference = reference[batch["index"]].to(policy.device)
+    reference = to_device(reference[batch["index"]], policy.device)
     ref_chosen_logps, ref_rejected_logps = reference.unbind(1)
 
     # The loss, and the metrics that all preference methods have.
@@ -296,8 +296,7 @@ def train_one(args):
             (losses.sum() * dist.get_world_size() / len(rows)).backward()
             metrics.append(pairs)
         grad_norm = clip_gradients(model, args.max_grad_norm)
-        stop_unless_finite(grad_norm, step, rows, out)
-        clipped += grad_norm > args.max_grad_norm
+        clipped += (grad_norm > args.max_grad_norm).double()
 
         # The learning rate warms up linearly, then it is constant.
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
@@ -307,12 +306,13 @@ def train_one(args):
         # Log: means over all processes, of values from before the update.
         status = {"grad_norm": grad_norm, "clipped_steps": clipped / (step + 1)}
         status["lr"] = optimizer.param_groups[0]["lr"]
-        log(out, step, **merge(metrics), **status, **speed(rows, time.time() - started))
+        last = log(out, step, **merge(metrics), **status, **speed(rows, started))
+        stop_unless_finite(last["grad_norm"], step, rows, out)
 
         # Save: a checkpoint when it is due, and when the run is asked to stop.
         stop = stop_requested()
         if stop or (args.save_every > 0 and (step + 1) % save_steps == 0):
-            save_checkpoint(out, step + 1, model, optimizer, clipped=clipped)
+            save_checkpoint(out, step + 1, model, optimizer, clipped=float(clipped))
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 

@@ -103,7 +103,7 @@ from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, every_turn, load_split, plan_steps, subset  # data
 from common import clip_gradients, load_model, load_tokenizer, save_model  # models
 from common import check_ranges, log, merge, progress, require, setup  # processes
-from common import speed, start_run  # processes
+from common import speed, start_run, to_device  # processes
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
 from common import plot_curves, print_evaluations, say_claim, setting, share_shown  # processes
 # isort: on
@@ -164,7 +164,7 @@ def evaluate(model, rows, start_logps, args):
     metrics = []
     for batch in pack_pairs(rows, args.tokens_per_microbatch):
         losses, examples = example_losses(model, batch)
-        before = start_logps[batch["index"], 0].to(losses.device)
+        before = to_device(start_logps[batch["index"], 0], losses.device)
         examples["likelier"] = wins(-losses, before)
         metrics.append(examples)
     return merge(metrics, prefix="eval_")
@@ -257,8 +257,7 @@ def main(args):
             (losses.sum() * dist.get_world_size() / total).backward()
             metrics.append(examples)
         grad_norm = clip_gradients(model, args.max_grad_norm)
-        stop_unless_finite(grad_norm, step, rows, out)
-        clipped += grad_norm > args.max_grad_norm
+        clipped += (grad_norm > args.max_grad_norm).double()
 
         # The learning rate warms up linearly, then it is constant.
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
@@ -268,12 +267,13 @@ def main(args):
         # Log: means over all processes, of values from before the update.
         status = {"grad_norm": grad_norm, "clipped_steps": clipped / (step + 1)}
         status["lr"] = optimizer.param_groups[0]["lr"]
-        log(out, step, **merge(metrics), **status, **speed(rows, time.time() - started))
+        last = log(out, step, **merge(metrics), **status, **speed(rows, started))
+        stop_unless_finite(last["grad_norm"], step, rows, out)
 
         # Save: a checkpoint when it is due, and when the run is asked to stop.
         stop = stop_requested()
         if stop or (args.save_every > 0 and (step + 1) % save_steps == 0):
-            save_checkpoint(out, step + 1, model, optimizer, clipped=clipped)
+            save_checkpoint(out, step + 1, model, optimizer, clipped=float(clipped))
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 

@@ -1,0 +1,238 @@
+"""The table of the varlen attention call, against attention with a mask; on the CPU, where a loop
+over the pieces stands in for the kernel.
+"""
+
+import random
+
+import pytest
+import torch
+from test_logps import FAMILIES, TINY, gradients, make, naive, random_rows
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
+
+import common
+from common import pack_pairs, response_hiddens, response_logps, setup
+
+
+def varlen_reference(
+    q, k, v, queries, keys, longest_query, longest_key, scale=None, window_size=(-1, -1), **options
+):
+    """What torch.nn.attention.varlen.varlen_attn computes, a piece at a time.
+
+    q (N, heads, d), k and v (keys, fewer heads, d), cumulative lengths -> (N, heads, d)
+    """
+    assert queries.dtype == keys.dtype == torch.int32 and len(queries) == len(keys)
+    assert options.get("enable_gqa", False) == (q.shape[1] != k.shape[1])
+    copies = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
+    left, right = window_size
+    assert right == 0
+    out = []
+    for i in range(len(queries) - 1):
+        a, b = queries[i], queries[i + 1]
+        c, d = keys[i], keys[i + 1]
+        n, m = int(b - a), int(d - c)
+        assert n <= longest_query and m <= longest_key
+        scores = torch.einsum("nhd,mhd->hnm", q[a:b], k[c:d]) * (scale or q.shape[2] ** -0.5)
+        at_query = torch.arange(n)[:, None] + m - n  # the last query stands at the last key
+        at_key = torch.arange(m)[None]
+        seen = at_key <= at_query
+        if left >= 0:
+            seen &= at_key >= at_query - left
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
+        out.append(torch.einsum("hnm,mhd->nhd", weights, v[c:d]))
+    assert queries[-1] == len(q) and keys[-1] <= len(k)
+    return torch.cat(out)
+
+
+@pytest.fixture
+def varlen(monkeypatch):
+    """The form of a GPU, with the reference in the place of the kernel."""
+    setup(0)
+    monkeypatch.setattr(common, "VARLEN", True)
+    monkeypatch.setattr(common, "VARLEN_DTYPES", (torch.float32, torch.float64))
+    monkeypatch.setattr(common, "varlen_attn", varlen_reference)
+    return monkeypatch
+
+
+def positions_and_owners(segments):
+    """Of each packed token its row, its response (0: the prompt) and its position."""
+    found = []
+    for row, (prompt, *responses) in enumerate(segments):
+        found += [(row, 0, i) for i in range(prompt)]
+        for number, n in enumerate(responses, 1):
+            found += [(row, number, prompt + i) for i in range(n)]
+    return found
+
+
+def mask_of(segments, window):
+    """Which token sees which: the definition.  -> (N, N)"""
+    tokens = positions_and_owners(segments)
+    seen = torch.zeros(len(tokens), len(tokens), dtype=torch.bool)
+    for i, (row, response, position) in enumerate(tokens):
+        for j, (other_row, other_response, other_position) in enumerate(tokens):
+            same = row == other_row and other_response in (0, response)
+            before = other_position <= position
+            near = window is None or other_position > position - window
+            seen[i, j] = same and before and near
+    return seen
+
+
+SHAPES = {
+    "one response": [(3, 4), (1, 1), (6, 2)],
+    "two": [(3, 4, 2), (5, 1, 1), (1, 3, 6)],
+    "many": [(4, 2, 3, 1, 5), (2, 1, 1, 1)],
+    "mixed": [(3, 4), (2, 2, 2), (5, 1, 2, 3, 4, 5)],
+    "an empty response": [(3, 0, 2), (2, 2, 0)],
+    "a prompt of length 0": [(0, 3, 2), (2, 1, 1)],
+}
+
+
+@pytest.mark.parametrize("heads, shared", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("multiples", [(1, 1, 1, 1), (16, 32, 8, 4)])
+def test_table_equals_mask(shape, window, heads, shared, multiples, varlen):
+    """Output and gradients in float64, with and without rounded sizes."""
+    names = ("ROUNDED", "ROUNDED_KEYS", "ROUNDED_PIECES", "ROUNDED_LENGTH")
+    for name, multiple in zip(names, multiples):
+        varlen.setattr(common, name, multiple)
+    segments = SHAPES[shape]
+    table = common.varlen_table(segments)
+    n = sum(map(sum, segments))
+    for length, multiple in zip((n + table.padding, len(table.gather)), multiples):
+        assert length % multiple == 0
+    assert len(table.queries) % multiples[2] == 0 and table.longest_key % multiples[3] == 0
+
+    torch.manual_seed(0)
+    q = torch.randn(1, heads, n + table.padding, 8, dtype=torch.float64, requires_grad=True)
+    k, v = (
+        torch.randn(1, shared, n + table.padding, 8, dtype=torch.float64, requires_grad=True)
+        for _ in range(2)
+    )
+    out = common._varlen_attention(q, k, v, table, 0.3, window)[0, :n]
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        q[:, :, :n], k[:, :, :n], v[:, :, :n], mask_of(segments, window), scale=0.3, enable_gqa=True
+    )[0].transpose(0, 1)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    weights = torch.randn_like(out)
+    ours = torch.autograd.grad((out * weights).sum(), (q, k, v))
+    theirs = torch.autograd.grad((expected * weights).sum(), (q, k, v))
+    torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
+
+
+def test_random_tables(varlen):
+    """Every query finds the keys of its own row in their order, whatever the lengths."""
+    rng = random.Random(0)
+    for _ in range(50):
+        segments = []
+        for _ in range(rng.randint(1, 6)):
+            responses = [rng.randint(1, 9) for _ in range(rng.randint(1, 4))]
+            segments.append((rng.randint(1, 12), *responses))
+        table = common.varlen_table(segments)
+        tokens = positions_and_owners(segments)
+        assert table.gather[table.own].tolist() == list(range(len(tokens) + table.padding))
+        assert table.gather[table.again_at].tolist() == table.again.tolist()
+        pieces = zip(table.queries.tolist(), table.queries[1:].tolist(), table.keys[1:].tolist())
+        for start, stop, key_stop in pieces:
+            if start == len(tokens):
+                break  # the padding
+            row, response, position = tokens[stop - 1]
+            keys = table.gather[key_stop - position - 1 : key_stop].tolist()
+            assert [tokens[i][2] for i in keys] == list(range(position + 1))
+            assert {tokens[i][0] for i in keys} == {row}
+            assert {tokens[i][1] for i in keys} <= {0, 1, response}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("responses", [1, 2, 4])
+def test_log_probs_and_gradients_of_a_model(family, responses, varlen):
+    """The bounds are those of attention piece by piece in test_logps.py."""
+    model, rows = make(FAMILIES[family]), random_rows(responses=responses)
+    (batch,) = pack_pairs(rows, 10_000)
+    sums, _ = response_logps(model, batch)
+    assert model.packs and model.varlen
+    torch.testing.assert_close(sums, naive(model, rows), atol=1e-5, rtol=1e-5)
+    weights = torch.linspace(-1, 1, len(sums))
+    ours, theirs = (gradients(model, (weights * x).sum()) for x in (sums, naive(model, rows)))
+    assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+    (piecewise,) = pack_pairs(rows, 10_000)
+    model.varlen = False
+    torch.testing.assert_close(response_logps(model, piecewise)[0], sums, atol=1e-5, rtol=1e-5)
+
+
+def test_hiddens_and_gradient_checkpointing(varlen):
+    """Each batch has its own table when a layer is computed again in backward."""
+    model = make(FAMILIES["llama"])
+    a, b = (pack_pairs(random_rows(3, seed), 10_000)[0] for seed in (1, 2))
+    hiddens = response_hiddens(model, a)
+    ids = torch.tensor([a["rows"][0]["prompt_ids"] + a["rows"][0]["responses"][1]])
+    expected = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0, -1]
+    torch.testing.assert_close(hiddens[1], expected, atol=1e-5, rtol=1e-5)
+    both = lambda: response_logps(model, a)[0].sum() + response_logps(model, b)[0].sum()
+    plain = gradients(model, both())
+    model.gradient_checkpointing_enable()
+    torch.testing.assert_close(gradients(model, both()), plain, atol=1e-6, rtol=1e-5)
+
+
+WINDOWS = {
+    "mistral": MistralConfig(
+        **TINY, num_key_value_heads=2, sliding_window=16, max_position_embeddings=128
+    ),
+    "gemma 3": Gemma3TextConfig(
+        **TINY,
+        num_key_value_heads=2,
+        head_dim=8,
+        sliding_window=8,
+        max_position_embeddings=128,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+}
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_rows_beyond_a_sliding_window_are_packed(family, varlen):
+    """The varlen call cuts the window of each layer, as the library's mask does."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(WINDOWS[family], dtype=torch.float32).eval()
+    rows = random_rows(4)
+    rows.append(dict(prompt_ids=list(range(1, 25)), responses=[[8] * 9, [10, 11], [12] * 20]))
+    (batch,) = pack_pairs(rows, 10_000)
+    assert common.packs(model, batch) and model.varlen
+    torch.testing.assert_close(
+        response_logps(model, batch)[0], naive(model, rows), atol=1e-4, rtol=1e-5
+    )
+
+
+def test_without_the_kernel_attention_goes_piece_by_piece(varlen, capsys):
+    """A driver or a head size that the kernel does not take: the fallback, with a line."""
+
+    def refuses(*_, **__):
+        raise RuntimeError("FlashAttention only supports head dimension at most 256")
+
+    varlen.setattr(common, "varlen_attn", refuses)
+    model, rows = make(FAMILIES["llama"]), random_rows()
+    sums, _ = response_logps(model, pack_pairs(rows, 10_000)[0])
+    assert model.packs and not model.varlen
+    line = capsys.readouterr().out
+    assert "piece by piece" in line and "head dimension at most 256" in line
+    torch.testing.assert_close(sums, naive(model, rows), atol=1e-5, rtol=1e-5)
+
+
+def test_a_wrong_kernel_is_noticed(varlen, capsys):
+    """Causal from the first key on, and not up to the last: an old kernel's alignment."""
+
+    def top_left(q, k, v, queries, keys, *sizes, **options):
+        options["window_size"] = (0, 0)
+        return varlen_reference(q, k, v, queries, keys, *sizes, **options)
+
+    varlen.setattr(common, "varlen_attn", top_left)
+    model = make(FAMILIES["llama"])
+    response_logps(model, pack_pairs(random_rows(), 10_000)[0])
+    assert model.packs and not model.varlen and "a log-prob differs" in capsys.readouterr().out
+
+
+def test_fp32_takes_no_kernel(varlen):
+    varlen.setattr(common, "VARLEN_DTYPES", (torch.bfloat16, torch.float16))
+    model = make(FAMILIES["gpt2"])
+    response_logps(model, pack_pairs(random_rows(), 10_000)[0])
+    assert model.packs and not model.varlen
