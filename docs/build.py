@@ -100,7 +100,7 @@ def tags(kind, value, is_call, links):
         return f'<a href="{links[value]}">', "</a>"
     for name, coloured in COLOURS.items():
         if kind in coloured and value.strip():
-            return f'<span class="{name}">', "</span>"
+            return f"<i class={name}>", "</i>"  # short, since a page has thousands of them
     return "", ""
 
 
@@ -129,14 +129,14 @@ def code_of_blocks(source, links):
 
     # The tokens of a string have one colour: one element is enough for all of them.
     return [
-        re.sub(r'(?<=<span class="s">)(?:[^<]|</span><span class="s">)*', joined, part)
+        re.sub(r"(?<=<i class=s>)(?:[^<]|</i><i class=s>)*", joined, part)
         for part in parts
     ]
 
 
 def joined(found):
     """A match of tokens of one colour as one token."""
-    return found[0].replace('</span><span class="s">', "")
+    return found[0].replace("</i><i class=s>", "")
 
 
 # ---- Pages
