@@ -25,6 +25,7 @@ response token, (N,) one per token of the packed row; V is the size of the vocab
 import atexit
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import fcntl
@@ -496,6 +497,7 @@ def token_logps(model, batch):
     """
     # `packs` has made the two functions below methods of the model: FSDP gathers its weights only
     # inside methods that it knows.
+    model = computing(model)
     if packs(model, batch):
         return model._packed_token_logps(batch)
     return model._padded_token_logps(batch)
@@ -520,6 +522,7 @@ def response_hiddens(model, batch):
 
     SystemExit for a family of models that cannot be packed.
     """
+    model = computing(model)
     name = type(model).__name__
     fits = packs(model, batch)
     require(fits, f"{name}: rows cannot be packed; choose a GPT-NeoX, Llama or GPT-2 model")
@@ -2375,7 +2378,8 @@ def _shuffle(n, seed, epoch):
 # Weights are fp32 where they are trained (at lr 5e-7 a bf16 weight does not move), compute is in
 # the chosen dtype, gradients are summed in fp32.  Dropout is off in policy and reference, through
 # the config, since attention dropout is a number there and not a module.  Several processes shard
-# every decoder layer (FSDP2); rank 0 alone reads the file: a large model is in memory once.
+# every decoder layer (FSDP2); rank 0 alone reads the file: a large model is in memory once.  One
+# process needs no FSDP: beside the fp32 weights stands a copy in bf16, which computes.
 
 
 def model_folder(name):
@@ -2456,7 +2460,8 @@ def load_model(name, dtype="float32", train=False):
     """A causal language model without dropout on this process's device.
 
     train=False: whole on every rank, frozen, in `dtype`.  train=True: fp32 weights and gradient
-    sums, `dtype` compute, a slice of every layer on every rank if there are several.
+    sums, `dtype` compute, a slice of every layer on every rank if there are several.  Optimisers,
+    clipping and checkpoints see fp32 weights and gradients either way.
     A folder with a LoRA adapter is its base model with the adapter merged in (peft).
     SystemExit: not a model that transformers can load, weights missing or not finite, not a
     decoder-only model.
@@ -2469,8 +2474,7 @@ def load_model(name, dtype="float32", train=False):
     rank, world = rank_and_world()
     compute_dtype = getattr(torch, dtype)
     weights_dtype = torch.float32 if train else compute_dtype
-    # FSDP also serves one process: it keeps fp32 weights and computes in bf16.
-    sharded = train and (dtype != "float32" or world > 1)
+    sharded = train and world > 1
     try:
         config = AutoConfig.from_pretrained(folder)
         refused = f"{folder}: an encoder-decoder; choose a decoder-only language model"
@@ -2492,6 +2496,8 @@ def load_model(name, dtype="float32", train=False):
     else:
         model = model.to(DEVICE).eval().requires_grad_(False)
     model.compute_dtype = compute_dtype
+    if train and not sharded and dtype != "float32":
+        compute_in_copy(model)
     sees_the_future = f"{folder}: its logits depend on later tokens; choose a decoder-only model"
     require(_is_causal(model), sees_the_future)
     return model
@@ -2504,7 +2510,7 @@ def _is_causal(model):
     changed = ids[:-1] + [ids[-1] + 1]
     before = model(torch.tensor([ids], device=DEVICE), use_cache=False).logits[0, :-1].float()
     after = model(torch.tensor([changed], device=DEVICE), use_cache=False).logits[0, :-1].float()
-    tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
+    tolerance = 1e-5 if _compute_dtype(model) == torch.float32 else 1e-2
     worst = (before - after).abs().max().item()
     return worst <= tolerance * before.abs().max().item()
 
@@ -2545,21 +2551,87 @@ def _empty_model(config, dtype):
     return model
 
 
+class ComputeCopy:
+    """A model in the dtype in which it computes, beside its fp32 weights: what FSDP is for several
+    processes, without its cost.
+
+    Every gradient is added to that of its weight in fp32 as soon as it is there, so that no second
+    set of gradients is held.  The copy takes the weights' values at the first forward pass after a
+    backward pass, or after a change in place.
+    """
+
+    def __init__(self, model):
+        self.weights = list(model.parameters())
+        self.module = copy.deepcopy(model)
+        self.copies = list(self.module.parameters())
+        self.after_backward = False  # an optimiser may have moved the weights; fused ones hide it
+        self.versions = [weight._version for weight in self.weights]  # count changes in place
+        # Buffers, such as rotary frequencies, stay as they are.
+        for mine, weight in zip(self.copies, self.weights):
+            mine.data = mine.data.to(model.compute_dtype)
+            mine.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, weight))
+
+    def add_gradient(self, weight, mine):
+        """Add the gradient of a weight's copy to that of the weight, in fp32."""
+        if weight.requires_grad:
+            if weight.grad is None:
+                weight.grad = mine.grad.float()
+            else:
+                weight.grad.add_(mine.grad)
+        mine.grad = None
+        self.after_backward = True
+
+    def current(self):
+        """The copy, with the values that the weights have now."""
+        versions = [weight._version for weight in self.weights]
+        if self.after_backward or versions != self.versions:
+            with torch.no_grad():
+                for mine, weight in zip(self.copies, self.weights):
+                    mine.copy_(weight)
+            self.versions = versions
+            self.after_backward = False
+        return self.module
+
+
+def compute_in_copy(model):
+    """Give the model a copy in model.compute_dtype; model(...) is computed by the copy."""
+    model.compute_copy = ComputeCopy(model)  # no module, so that its parameters are not the model's
+    model.forward = functools.partial(_forward_of_copy, model)
+    model.gradient_checkpointing_enable = model.compute_copy.module.gradient_checkpointing_enable
+
+
+def _forward_of_copy(model, *args, **kwargs):
+    return model.compute_copy.current()(*args, **kwargs)
+
+
+def computing(model):
+    """The module that computes: the model's copy, up to date, or the model itself."""
+    if hasattr(model, "compute_copy"):
+        return model.compute_copy.current()
+    return model
+
+
+def _decoder_layers(model):
+    """The decoder layers, a ModuleList; None if they are not found."""
+    n = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n:
+            return module
+    return None
+
+
 def _shard(model, compute_dtype):
     """Rank 0's values on all ranks, then FSDP2 layer by layer.
 
     The root is resharded after forward as well: else the embeddings and the head that an evaluation
     has gathered would outlive the optimiser's step.
     """
-    n = model.config.get_text_config().num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = [module for module in lists if len(module) == n]
-    require(
-        layers, f"{type(model).__name__}: its {n} decoder layers are not found; use one process"
-    )
+    layers = _decoder_layers(model)
+    name = type(model).__name__
+    require(layers is not None, f"{name}: its decoder layers are not found; use one process")
     mesh = dist.init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for unit in [*layers[0], model]:
+    for unit in [*layers, model]:
         unit.to(DEVICE)
         # Unit by unit, so that one alone is whole on the device; rotary buffers are in no file.
         for tensor in [*unit.parameters(), *unit.buffers()]:

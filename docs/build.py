@@ -128,10 +128,7 @@ def code_of_blocks(source, links):
         parts[i] += start + escape(value, quote=False) + stop
 
     # The tokens of a string have one colour: one element is enough for all of them.
-    return [
-        re.sub(r"(?<=<i class=s>)(?:[^<]|</i><i class=s>)*", joined, part)
-        for part in parts
-    ]
+    return [re.sub(r"(?<=<i class=s>)(?:[^<]|</i><i class=s>)*", joined, part) for part in parts]
 
 
 def joined(found):

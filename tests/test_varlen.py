@@ -236,3 +236,27 @@ def test_fp32_takes_no_kernel(varlen):
     model = make(FAMILIES["gpt2"])
     response_logps(model, pack_pairs(random_rows(), 10_000)[0])
     assert model.packs and not model.varlen
+
+
+def test_bf16_under_fsdp_and_in_a_copy(varlen, blank, capsys):
+    """The probe takes the tolerance of the compute dtype, not that of the fp32 weights."""
+    varlen.setattr(common, "VARLEN_DTYPES", (torch.bfloat16, torch.float16))
+    exact = common.load_model(blank / "model", train=True)
+    rows = random_rows(responses=3)
+    expected = naive(exact, rows)
+    copied = common.load_model(blank / "model", "bfloat16", train=True)
+    sharded = common.load_model(blank / "model", train=True)
+    sharded.compute_dtype = torch.bfloat16
+    common._shard(sharded, torch.bfloat16)
+    found = []
+    for model in (copied, sharded):
+        (batch,) = pack_pairs(rows, 10_000)
+        sums, _ = response_logps(model, batch)
+        module = common.computing(model)
+        assert module.packs and module.varlen
+        sums.sum().backward()
+        # Up to 9 tokens a response, each within the 5e-2 of a bf16 log-prob.
+        torch.testing.assert_close(sums, expected, atol=0.2, rtol=1e-2)
+        found.append(sums)
+    assert torch.equal(*found)
+    assert capsys.readouterr().out == ""
