@@ -87,6 +87,7 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 
 try:  # of torch 2.10 and later
     from torch.nn.attention.varlen import varlen_attn
@@ -2382,10 +2383,11 @@ def _shuffle(n, seed, epoch):
 # process needs no FSDP: beside the fp32 weights stands a copy in bf16, which computes.
 
 
-def model_folder(name):
+def model_folder(name, weights=True):
     """Folder of "tiny", of a local model or run (its model/), or of a hub id that rank 0 downloads.
 
-    "tiny-untrained" is the tiny model before it has read a story.
+    "tiny-untrained" is the tiny model before it has read a story.  weights=False: of a hub id all
+    but the weights is downloaded, which is enough for a tokenizer and for a plan.
     SystemExit: neither a folder nor to be had from the hub.
     """
 
@@ -2398,11 +2400,14 @@ def model_folder(name):
             return Path(name, "model")
         if Path(name).exists():
             return Path(name)
+        texts = ["*.json", "*.model", "*.txt"]
+        if not weights:
+            return Path(snapshot_download(name, allow_patterns=texts, ignore_patterns="*/*"))
         # .bin files only where there are no others; subfolders hold other forms of the weights.
-        for weights in ("*.safetensors", "*.bin"):
-            wanted = ["*.json", "*.model", "*.txt", weights]
+        for files in ("*.safetensors", "*.bin"):
+            wanted = [*texts, files]
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
-            if any(folder.glob(weights)):
+            if any(folder.glob(files)):
                 break
         return folder
 
@@ -2417,7 +2422,7 @@ def load_tokenizer(name):
     SystemExit: a folder without a tokenizer, for which transformers would make up an empty one, or
     with a tokenizer of more tokens than the model has embeddings.
     """
-    folder = model_folder(name)
+    folder = model_folder(name, weights=False)
     starts = ("tokenizer.", "vocab.", "spiece.", "tekken.")
     files = [file for file in folder.glob("*") if file.name.startswith(starts)]
     if not files and (folder / ADAPTER).exists():
@@ -2448,6 +2453,7 @@ def load_tokenizer(name):
 
 
 ADAPTER = "adapter_config.json"
+COMPILING_PAYS = 300  # steps: it takes 4 to 20 s, and saves a tenth to a fifth of a second's step
 UNBOUNDED = int(1e30)  # as transformers has it
 
 
@@ -2620,6 +2626,50 @@ def _decoder_layers(model):
     return None
 
 
+def compile_layers(model, wanted, steps):
+    """Compile what a GPU computes in `steps` training steps; a line says where it does not pay.
+
+    wanted: --no-compile says no.  The decoder layers are one function, since they are alike: it is
+    compiled for two sizes, because pack_pairs rounds them, in 4 to 20 s.
+    """
+    if not CUDA or not wanted:
+        return
+    module = computing(model)
+    why = _why_not_compiled(module, steps)
+    if why:
+        say(f"decoder layers are not compiled: {why}")
+    else:
+        _compile(module)
+
+
+def _why_not_compiled(module, steps):
+    """Why the layers of a module stay as they are; "" if they can be compiled."""
+    if not hasattr(module, "packs"):
+        _probe_packing(module)
+    if steps < COMPILING_PAYS:
+        return f"{steps} steps are too few to pay for it"
+    if not module.varlen or _decoder_layers(module) is None:
+        return "their attention goes piece by piece"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is missing"
+    compilers = [os.environ.get("CC") or "cc", "gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return "a C compiler is missing"
+    return ""
+
+
+def _compile(module, backend="inductor"):
+    """Compile the decoder layers in place, and the passes over the vocabulary."""
+    global _log_softmax_at, _logits_gradient
+    # A layer has a form for each size, with and without gradients.
+    torch._dynamo.config.recompile_limit = 32
+    for layer in _decoder_layers(module):
+        # Not the whole call: hooks of FSDP and gradient checkpointing stay outside.
+        layer.forward = torch.compile(layer.forward, backend=backend)
+    _log_softmax_at = torch.compile(_log_softmax_at, dynamic=True, backend=backend)
+    _logits_gradient = torch.compile(_logits_gradient, dynamic=True, backend=backend)
+
+
 def _shard(model, compute_dtype):
     """Rank 0's values on all ranks, then FSDP2 layer by layer.
 
@@ -2639,6 +2689,207 @@ def _shard(model, compute_dtype):
                 dist.broadcast(tensor.data, 0)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model
+
+
+# What a run needs, before anything large is loaded.  The estimate has no constant that was fitted:
+# it counts the numbers that a step must hold.
+
+
+@dataclasses.dataclass
+class Need:
+    """What one process holds in a training step, in bytes, and the shape of its step."""
+
+    tokens: int  # packed tokens of a micro-batch
+    passes: int  # micro-batches of a step
+    weights: float  # fp32, and what computes: a copy, or the layers that are gathered at a time
+    gradients: float
+    optimiser: float
+    activations: float  # kept for backward, and the logits with their gradient
+
+    def peak(self):
+        """The most that is held at a time.
+
+        With one micro-batch a step, activations are freed while gradients come to be; with several,
+        gradients of the last one are there.  RMSprop and AdamW make fp32 numbers of a weight.
+        """
+        kept = self.weights + self.optimiser
+        forward = self.activations
+        if self.passes > 1:
+            forward += self.gradients
+        return kept + max(forward, 2 * self.gradients)
+
+
+def _shape_of(name):
+    """The model of a name without its weights, as meta tensors."""
+    folder = model_folder(name, weights=False)
+    if (folder / ADAPTER).exists():
+        folder = model_folder(_base_of(folder), weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # broken files, unknown families: many types
+        why = first_line(error)
+        raise SystemExit(f"{folder}: not a model that transformers can load ({why})") from None
+
+
+def _numbers(module):
+    """How many weights a module has; those that are tied count once."""
+    return sum(weights.numel() for weights in module.parameters())
+
+
+def _kept_of_layer(model, compiled):
+    """What a decoder layer keeps of a token for backward -> numbers, and of them those of a key.
+
+    A matrix needs its input, and what follows it needs its output: where that is added to the
+    residual stream, nothing does.  Keys and values are gathered once more for every response that
+    sees them.  The compiler makes the rest again; without it the results of norms, rotations and
+    gates are kept.
+    """
+    config = model.config.get_text_config()
+    width = config.hidden_size
+    head_size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    numbers = width
+    for module in _decoder_layers(model)[0].modules():
+        weights = getattr(module, "weight", None)
+        if weights is None or weights.dim() != 2:
+            continue
+        outputs, inputs = weights.shape
+        if isinstance(module, Conv1D):  # GPT-2
+            inputs, outputs = weights.shape
+        numbers += inputs if outputs == width else outputs
+    if not compiled:
+        inner = getattr(config, "intermediate_size", 4 * width)
+        numbers += 3 * width + (config.num_attention_heads + shared) * head_size
+        if hasattr(config, "rms_norm_eps"):  # a family of Llama's kind, with a gate
+            numbers += 2 * width + inner
+    return numbers, 2 * shared * head_size
+
+
+def need(model, args, rows, world, state, trained=True):
+    """What a training step of these rows needs of each of `world` processes -> Need
+
+    rows: tokenised, as many as a step has.  state: how many fp32 numbers the optimiser holds of a
+    weight.  trained=False: the body is frozen, and whole in the compute dtype (LoRA).
+    """
+    # The micro-batches, as pack_pairs makes them.
+    tokens = 0
+    keys = 0
+    scored = 0
+    for row in rows:
+        responses = sum(map(len, row["responses"]))
+        tokens += len(row["prompt_ids"]) + responses
+        keys += len(row["prompt_ids"]) * len(row["responses"]) + responses
+        scored += responses
+    passes = math.ceil(tokens / (args.tokens_per_microbatch * world))
+    share = 1 / (world * passes)  # of the step's tokens, in one micro-batch
+
+    # Weights, gradients, optimiser: in slices where there are several processes.
+    size = 4 if args.dtype == "float32" else 2  # bytes of a number of compute
+    n = _numbers(model)
+    layers = _decoder_layers(model)
+    layer = _numbers(layers[0])
+    outside = n - len(layers) * layer  # embeddings and head
+    if not trained:
+        weights = size * n
+        n = 0
+    elif world > 1:
+        weights = 4 * n / world + 2 * size * (outside + layer)  # gathered, with their gradients
+    elif size == 2:
+        weights = 4 * n + size * n
+    else:
+        weights = 4 * n
+
+    # Activations of every layer, or its input alone and one layer again; then the logits.
+    numbers, of_key = _kept_of_layer(model, compiled=size == 2 and getattr(args, "compile", True))
+    kept = size * share * (tokens * numbers + keys * of_key)
+    activations = len(layers) * kept
+    if getattr(args, "gradient_checkpointing", False):
+        inputs = size * share * tokens * model.config.get_text_config().hidden_size
+        activations = len(layers) * inputs + kept
+    logits = scored * share * size * model.config.get_text_config().vocab_size
+    activations += 2 * min(logits, LOGITS_BYTES)
+    of_weights = 4 * n / world
+    packed = math.ceil(tokens * share)
+    return Need(packed, passes, weights, of_weights, state * of_weights, activations)
+
+
+def plan_memory(args, rows, steps, state, trained=True):
+    """Say what a run of `steps` steps needs, and refuse one that cannot fit, before it is loaded.
+
+    A table of 1, 2, 4 and 8 processes with --plan, which ends here, and where 1 GiB is needed.
+    state and trained: see `need`.  SystemExit: it does not fit, with what would.
+    """
+    # The largest of the first steps.
+    step_rows = []
+    largest = 0
+    for step in range(min(steps, 100)):
+        index = batch_order(len(rows), args.batch_size, step, args.seed)
+        in_step = [rows[i] for i in index]
+        tokens = sum(len(row["prompt_ids"]) + sum(map(len, row["responses"])) for row in in_step)
+        if tokens > largest:
+            largest = tokens
+            step_rows = in_step
+    model = _shape_of(args.model)
+    if _decoder_layers(model) is None:
+        return
+    _, world = rank_and_world()
+    here = need(model, args, step_rows, world, state, trained)
+
+    if args.plan or here.peak() > 2**30:
+        say(f"{args.model}: {_numbers(model) / 1e6:,.1f} million parameters, {args.dtype} compute")
+        say(f"{steps} steps of {args.batch_size} rows, up to {largest} packed tokens a step; GiB:")
+        say("processes  weights  gradients  optimiser  activations    peak  tokens x passes")
+        for processes in (1, 2, 4, 8):
+            if processes <= args.batch_size:
+                say(_plan_line(processes, need(model, args, step_rows, processes, state, trained)))
+    problem = _why_no_room(model, args, step_rows, state, trained)
+    require(not problem, problem)
+    if args.plan:
+        raise SystemExit(0)
+
+
+def _plan_line(processes, needed):
+    """A line of the table of plan_memory."""
+    parts = (needed.weights, needed.gradients, needed.optimiser, needed.activations, needed.peak())
+    cells = []
+    for part, width in zip(parts, (9, 11, 11, 13, 8)):
+        cells.append(f"{part / 2**30:{width}.2f}")
+    return f"{processes:9}{''.join(cells)}  {needed.tokens} x {needed.passes}"
+
+
+def room():
+    """Bytes that a process may fill: its GPU's, or its part of the machine's."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return memory(DEVICE) if CUDA else memory() / processes
+
+
+def _why_no_room(model, args, rows, state, trained):
+    """Why a run does not fit into the memory of a process, and what would; "" if it fits."""
+    _, world = rank_and_world()
+    peak = need(model, args, rows, world, state, trained).peak()
+    if peak <= room():
+        return ""
+
+    # Which changes would be enough, each alone?
+    remedies = []
+    if hasattr(args, "gradient_checkpointing"):
+        less = dataclasses.replace(args, gradient_checkpointing=True)
+        if need(model, less, rows, world, state, trained).peak() <= room():
+            remedies.append("--gradient-checkpointing")
+    for budget in (8192, 4096, 2048, 1024, 512):
+        less = dataclasses.replace(args, tokens_per_microbatch=budget)
+        if need(model, less, rows, world, state, trained).peak() <= room():
+            remedies.append(f"--tokens-per-microbatch {budget}")
+            break
+    for processes in (2, 4, 8):
+        if need(model, args, rows, processes, state, trained).peak() <= room() and CUDA:
+            remedies.append(f"torchrun --nproc-per-node {processes}")
+            break
+    enough = ", or ".join(remedies) or "a smaller --model"
+    needs = f"a process needs about {peak / 2**30:.1f} GiB, and has {room() / 2**30:.1f}"
+    return f"{str(args.model)[-60:]}: {needs}: {enough}"
 
 
 def save_model(model, tokenizer, path):
@@ -3437,6 +3688,8 @@ MAY_CHANGE_ON_RESUME = (
     "eval_every",
     "save_every",
     "tokens_per_microbatch",
+    "compile",
+    "plan",
 )
 
 

@@ -91,6 +91,7 @@ class Args:
     out: str = ""  # run folder; empty: results/dpl-train, or results/dpl for compare
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
+    plan: bool = False  # print what the run needs of memory, and leave; needs no weights, no GPU
 
 
 @dataclass
@@ -187,7 +188,8 @@ from common import Unusable, require_text  # tokenization
 from common import batch_order, load_pairs, load_split, plan_steps  # data
 from common import read_rows, report, subset  # data
 from common import words  # the plain text of a string or of chat messages
-from common import clip_gradients, load_model, load_tokenizer, model_folder, save_model  # models
+from common import clip_gradients, compile_layers, load_model, load_tokenizer  # models
+from common import model_folder, plan_memory, save_model  # models
 from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
 from common import load_checkpoint, on_rank0, require, save_checkpoint, setup  # processes
 from common import check_ranges, require_free, start_run, stop_requested  # processes
@@ -814,6 +816,7 @@ def load_training_pairs(args):
     world = dist.get_world_size()
     problem = f"{fewest} pairs for {world} processes: raise --batch-size and --eval-pairs"
     require(fewest >= world, problem)
+    plan_memory(args, rows, steps, state=2, trained=not args.lora)  # the two moments of AdamW
     return args, Pairs(tokenizer, rows, held_out, steps)
 
 
@@ -856,6 +859,7 @@ def fit(args, pairs):
     start = 0
     if args.resume:
         start, _ = load_checkpoint(out, model, optimizer)
+    compile_layers(model, True, steps - start)
 
     history = []
     for step in progress(range(start, steps)):

@@ -57,6 +57,7 @@ class Args:
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
+    compile: bool = True  # decoder layers, on a GPU, in bfloat16, in runs of 300 steps and more
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights and sums are float32
     seed: int = 0  # of the order of the data
 
@@ -66,6 +67,7 @@ class Args:
     out: str = "results/dpo"  # run folder
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
+    plan: bool = False  # print what the run needs of memory, and leave; needs no weights, no GPU
 
 
 PYTHIA = Args(  # the released commands for Pythia-2.8B
@@ -106,7 +108,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import pair_metrics, reference_logps, response_logps  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, load_split, plan_steps, subset  # data
-from common import clip_gradients, load_model, load_tokenizer, save_model  # models
+from common import clip_gradients, compile_layers, load_model, load_tokenizer  # models
+from common import plan_memory, save_model  # models
 from common import check_ranges, log, merge, progress, setup  # processes
 from common import speed, start_run, to_device  # processes
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
@@ -229,6 +232,7 @@ def main(args):
     args, steps = plan_steps(args, len(train), len(test))
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
+    plan_memory(args, train, steps, state=1)  # of RMSprop
 
     # The run folder: one that holds a run, or a flag out of range, ends the program here.
     out = start_run(args, "dpo")
@@ -249,6 +253,7 @@ def main(args):
         clipped = state.get("clipped", 0)
     eval_steps = max(1, args.eval_every // args.batch_size)
     save_steps = max(1, args.save_every // args.batch_size)
+    compile_layers(model, args.compile, steps - start)
 
     for step in progress(range(start, steps)):
         # Evaluate: before the first step, and whenever it is due.

@@ -60,6 +60,7 @@ class Args:
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
+    compile: bool = True  # decoder layers, on a GPU, in bfloat16, in runs of 300 steps and more
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights and sums are float32
     seed: int = 0  # of the order of the data
 
@@ -69,6 +70,7 @@ class Args:
     out: str = "results/dpo_gamma"  # run folder
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
+    plan: bool = False  # print what the run needs of memory, and leave; needs no weights, no GPU
 
 
 PYTHIA = Args(  # App. D.1 and the released README
@@ -103,7 +105,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
 # common.py is beside this file, or one folder up.
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
@@ -111,7 +112,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import pair_metrics, reference_logps, response_logps  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, load_split, plan_steps, subset  # data
-from common import clip_gradients, load_model, load_tokenizer, save_model  # models
+from common import clip_gradients, compile_layers, load_model, load_tokenizer  # models
+from common import plan_memory, save_model  # models
 from common import check_ranges, log, merge, progress, setup  # processes
 from common import speed, start_run, to_device  # processes
 from common import require  # a condition, else a line and exit code 1
@@ -180,7 +182,8 @@ def copy_weights(model):
 def squared_distance(model, weights):
     """The squared distance of the model's weights from these, which are in the same order."""
     distance = sum((new - old).square().sum() for new, old in zip(model.parameters(), weights))
-    return distance.full_tensor() if isinstance(distance, DTensor) else distance  # of all processes
+    # Of several processes each has a part of the sum.
+    return distance.full_tensor() if hasattr(distance, "full_tensor") else distance
 
 
 PANELS = [  # of the figure: title, unit, metrics
@@ -252,6 +255,7 @@ def train_one(args):
     args, steps = plan_steps(args, len(train), len(test))
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
+    plan_memory(args, train, steps, state=2)  # of RMSprop, and the first weights
 
     # The run folder: one that holds a run, or a flag out of range, ends the program here.
     out = start_run(args, "dpo_gamma")
@@ -273,6 +277,7 @@ def train_one(args):
         clipped = state.get("clipped", 0)
     eval_steps = max(1, args.eval_every // args.batch_size)
     save_steps = max(1, args.save_every // args.batch_size)
+    compile_layers(model, args.compile, steps - start)
 
     for step in progress(range(start, steps)):
         # Evaluate: before the first step, and whenever it is due.

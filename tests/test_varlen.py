@@ -260,3 +260,127 @@ def test_bf16_under_fsdp_and_in_a_copy(varlen, blank, capsys):
         found.append(sums)
     assert torch.equal(*found)
     assert capsys.readouterr().out == ""
+
+
+# The reference as an operator, as which the compiler sees the kernel.
+
+
+@torch.library.custom_op("tests::varlen", mutates_args=())
+def varlen_operator(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    left: int,
+    grouped: bool,
+) -> torch.Tensor:
+    options = dict(window_size=(left, 0), enable_gqa=grouped)
+    return varlen_reference(q, k, v, queries, keys, longest_query, longest_key, **options)
+
+
+@varlen_operator.register_fake
+def _(q, *others):
+    return torch.empty_like(q)
+
+
+@torch.library.custom_op("tests::varlen_backward", mutates_args=())
+def varlen_backward(
+    grad: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    left: int,
+    grouped: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    d_q, d_k, d_v = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    copies = q.shape[1] // k.shape[1]
+    for a, b, c, d in zip(queries, queries[1:], keys, keys[1:]):
+        for head in range(q.shape[1]):
+            its = head // copies
+            mine, theirs, values = q[a:b, head], k[c:d, its], v[c:d, its]
+            scale = q.shape[2] ** -0.5
+            unseen = torch.ones(len(mine), len(theirs), dtype=torch.bool)
+            unseen = unseen.triu(len(theirs) - len(mine) + 1)
+            p = (mine @ theirs.T * scale).masked_fill(unseen, -torch.inf).softmax(-1)
+            d_p = grad[a:b, head] @ values.T
+            d_scores = p * (d_p - (d_p * p).sum(-1, keepdim=True)) * scale
+            d_q[a:b, head] = d_scores @ theirs
+            d_k[c:d, its] += d_scores.T @ mine
+            d_v[c:d, its] += p.T @ grad[a:b, head]
+    return d_q, d_k, d_v
+
+
+@varlen_backward.register_fake
+def _(grad, q, k, v, *others):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def keep(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:5])
+    ctx.others = inputs[5:]
+
+
+def backward(ctx, grad):
+    gradients = varlen_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.others)
+    return *gradients, *[None] * 6
+
+
+varlen_operator.register_autograd(backward, setup_context=keep)
+
+
+def varlen_kernel(q, k, v, *lengths, scale, window_size, enable_gqa=False):
+    return varlen_operator(q, k, v, *lengths, window_size[0], enable_gqa)
+
+
+@pytest.mark.parametrize("family, checkpointing", [("gpt_neox", False), ("llama", True)])
+def test_compiled_layers(family, checkpointing, varlen, monkeypatch):
+    """The numbers of layers that are not compiled; and a layer is compiled for a few sizes only."""
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    monkeypatch.setattr(common, "varlen_attn", varlen_kernel)
+    for name in ("_log_softmax_at", "_logits_gradient"):
+        monkeypatch.setattr(common, name, getattr(common, name))  # _compile replaces them
+    torch._dynamo.reset()
+    model = make(FAMILIES[family])
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    batches = []
+    for seed in range(4):
+        batches += pack_pairs(random_rows(4 + 3 * seed, seed, 2), 10_000)
+    batches += pack_pairs(random_rows(9, 9, 4), 10_000)
+    plain = [gradients(model, response_logps(model, batch)[0].sum()) for batch in batches]
+    counter = CompileCounterWithBackend("aot_eager")
+    common._compile(model, counter)
+    for batch, expected in zip(batches, plain):
+        found = gradients(model, response_logps(model, batch)[0].sum())
+        assert (found - expected).norm() <= 1e-5 * expected.norm()
+    assert counter.frame_count <= 4, "compiled for every batch"
+
+
+def test_why_layers_are_not_compiled(varlen, capsys):
+    """One line for a run that is too short, for attention piece by piece, and without a compiler."""
+    varlen.setattr(common, "CUDA", True)
+    varlen.setattr(common, "_compile", lambda module: print("compiled"))
+    varlen.setattr(common.importlib.util, "find_spec", lambda name: name)
+    model = make(FAMILIES["llama"])
+
+    def said(steps, wanted=True):
+        common.compile_layers(model, wanted, steps)
+        return capsys.readouterr().out
+
+    assert said(10**4, wanted=False) == ""
+    assert said(10**4) == "compiled\n"
+    assert said(299) == "decoder layers are not compiled: 299 steps are too few to pay for it\n"
+    varlen.setattr(common.shutil, "which", lambda name: None)
+    assert "a C compiler is missing" in said(10**4)
+    varlen.setattr(common.importlib.util, "find_spec", lambda name: None)
+    assert "Triton is missing" in said(10**4)
+    common.computing(model).varlen = False
+    assert "piece by piece" in said(10**4)
