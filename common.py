@@ -2478,6 +2478,7 @@ def load_model(name, dtype="float32", train=False):
         adapter = folder
         folder = model_folder(_base_of(folder))
     rank, world = rank_and_world()
+    _require_dtype(dtype)
     compute_dtype = getattr(torch, dtype)
     weights_dtype = torch.float32 if train else compute_dtype
     sharded = train and world > 1
@@ -2507,6 +2508,13 @@ def load_model(name, dtype="float32", train=False):
     sees_the_future = f"{folder}: its logits depend on later tokens; choose a decoder-only model"
     require(_is_causal(model), sees_the_future)
     return model
+
+
+def _require_dtype(dtype):
+    """SystemExit: a GPU that does not compute in bf16."""
+    if CUDA and dtype == "bfloat16":
+        there = torch.cuda.is_bf16_supported(including_emulation=False)
+        require(there, "--dtype bfloat16: this GPU does not compute in it; use --dtype float32")
 
 
 @torch.no_grad()
@@ -2821,6 +2829,7 @@ def plan_memory(args, rows, steps, state, trained=True):
     A table of 1, 2, 4 and 8 processes with --plan, which ends here, and where 1 GiB is needed.
     state and trained: see `need`.  SystemExit: it does not fit, with what would.
     """
+    _require_dtype(args.dtype)
     # The largest of the first steps.
     step_rows = []
     largest = 0
@@ -3463,12 +3472,18 @@ def _build_folder(folder):
 
 RANDOM = (torch, torch.cuda) if CUDA else (torch,)  # generators that a checkpoint holds
 signals = []  # SIGTERM and SIGINT received so far
+meeting = None  # on GPUs: the group of gloo in which all ranks meet at the end
 
 
 def setup(seed, timeout=1800):
-    """Join the process group (a plain `python` run is a group of one); seed all ranks -> device."""
+    """Join the process group (a plain `python` run is a group of one); seed all ranks -> device.
+
+    SystemExit: a machine with fewer GPUs than processes.
+    """
+    global meeting
     if not dist.is_initialized():
         if CUDA:
+            _require_gpus(torch.cuda.device_count())
             torch.cuda.set_device(DEVICE)
             # It plans .1 s for every new shape, and here almost every shape is new.
             torch.backends.cuda.enable_cudnn_sdp(False)
@@ -3478,6 +3493,8 @@ def setup(seed, timeout=1800):
         patience = datetime.timedelta(seconds=timeout)  # with a rank that keeps the others waiting
         backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
         dist.init_process_group(backend, timeout=patience, **alone)
+        if dist.get_backend() != "gloo":  # the one that has monitored_barrier
+            meeting = dist.new_group(backend="gloo")
         atexit.register(leave)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _note_signal)
@@ -3504,10 +3521,41 @@ def leave():
     if not dist.is_initialized():
         return
     try:
-        dist.monitored_barrier(timeout=datetime.timedelta(seconds=30))
+        dist.monitored_barrier(meeting, timeout=datetime.timedelta(seconds=30))
     except RuntimeError:
         pass  # another rank is gone: torchrun ends the job
     dist.destroy_process_group()
+
+
+def _require_gpus(there):
+    """SystemExit, with one line of one process, if this machine has fewer GPUs than processes."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    fewer = f"{processes} processes, but {there} GPUs here: --nproc-per-node {there}"
+    problem = f"{fewer}, or CUDA_VISIBLE_DEVICES= for CPUs"
+    if LOCAL_RANK > 0:
+        problem = 1
+    require(processes <= there, problem)
+
+
+def _say_in_one_line(args, kind, error, trace):
+    """An excepthook: errors of a GPU that a flag can prevent are one line, others as ever."""
+    if issubclass(kind, torch.OutOfMemoryError):
+        print(_out_of_memory(args), file=sys.stderr)
+    elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+        print(f"layers cannot be compiled ({first_line(error)}): --no-compile", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _out_of_memory(args):
+    """The line for a GPU that is full: what was tried, and the flags that need less."""
+    flags = []
+    if hasattr(args, "tokens_per_microbatch"):
+        flags.append(f"--tokens-per-microbatch below {args.tokens_per_microbatch}")
+    if hasattr(args, "gradient_checkpointing"):
+        flags.append("--gradient-checkpointing")
+    flags.append("--dtype bfloat16")
+    return f"out of GPU memory: {', '.join(flags)}, or more processes under torchrun"
 
 
 def rank_and_world():
@@ -3743,6 +3791,7 @@ def start_run(args, method, also=()):
         write(out / "config.json", {**flags, **versions})
 
     on_rank0(prepare, f"{out}: cannot hold a run; choose another --out")
+    sys.excepthook = functools.partial(_say_in_one_line, args)
     return out
 
 

@@ -365,7 +365,7 @@ def test_compiled_layers(family, checkpointing, varlen, monkeypatch):
 
 
 def test_why_layers_are_not_compiled(varlen, capsys):
-    """One line for a run that is too short, for attention piece by piece, and without a compiler."""
+    """One line each: a short run, attention piece by piece, no compiler."""
     varlen.setattr(common, "CUDA", True)
     varlen.setattr(common, "_compile", lambda module: print("compiled"))
     varlen.setattr(common.importlib.util, "find_spec", lambda name: name)
