@@ -2842,6 +2842,9 @@ def plan_memory(args, rows, steps, state, trained=True):
             step_rows = in_step
     model = _shape_of(args.model)
     if _decoder_layers(model) is None:
+        require(
+            not args.plan, f"{args.model}: its decoder layers are not found, so there is no plan"
+        )
         return
     _, world = rank_and_world()
     here = need(model, args, step_rows, world, state, trained)
