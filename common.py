@@ -1071,8 +1071,11 @@ def row_texts(tokenizer, row):
             special = _special_tokens(tokenizer).search(text)
             if special:
                 raise Unusable(f"contains the special token {special[0]}")
+    tools = row.get("tools")
     if any(isinstance(part, list) for part in [prompt, *answers]):
-        return _chat_texts(tokenizer, prompt, answers, row.get("tools"))
+        return _chat_texts(tokenizer, prompt, answers, tools)
+    if tools not in (None, "", "[]", []):
+        raise Unusable("has tools, for which only chat messages have a place")
     return Texts(words(prompt), [words(answer) for answer in answers], is_chat=False)
 
 
@@ -1337,13 +1340,12 @@ def end_tokens(model, tokenizer):
     return sorted(ends)
 
 
-def encode_prompt(prompt, tokenizer):
+def encode_prompt(prompt, tokenizer, tools=None):
     """The ids from which a response to the prompt is sampled.
 
-    prompt: text, or chat messages, which may be given as JSON.  SystemExit if it cannot be used.
+    prompt: text, or chat messages.  tools: that a chat may call.  SystemExit if it cannot be used.
     """
-    prompt = as_messages(prompt)
-    (found,) = encode_rows([{"prompt": prompt, "responses": []}], tokenizer)
+    (found,) = encode_rows([{"prompt": prompt, "responses": [], "tools": tools}], tokenizer)
     require(not isinstance(found, str), f"the prompt {str(prompt)[:40]!r} cannot be used: {found}")
     return found.prompt_ids
 
@@ -1578,10 +1580,10 @@ def load_pairs(name, split, pairs=True):
     """Rows {"prompt", "chosen", "rejected", the source's other columns} of split "train" or "test".
 
     name: tiny, a key of HUB, a hub id, a .json/.jsonl/.csv/.parquet file (or .gz), or a folder of
-    train.* and test.* files.  A file alone is divided: its last 5 % of rows are "test", the rest
-    "train"; below 20 rows, or if it is named test*, it is whole for both.  Values are strings or
-    lists of {"role", "content"}.  pairs=False also admits rows without rejected (SFT) and rows with
-    "responses" alone.  Unusable rows are dropped and counted.
+    train.* and test.* files.  A file alone is divided: its last 5 % of rows are "test", and of a
+    small one 10, or a fifth; below 20 rows, or if it is named test*, it is whole for both.  Values
+    are strings or lists of {"role", "content"}.  pairs=False also admits rows without rejected
+    (SFT) and rows with "responses" alone.  Unusable rows are dropped and counted.
     SystemExit: no such file, not JSON, missing column, hub not reachable, no row left.
     """
     rows, note = _source_rows(name, split)
@@ -1687,7 +1689,7 @@ def load_prompts(name, prompt=""):
 
     name: as in load_pairs, of which it is the test split; or a file of prompts alone, which is
     whole: rows without a response, or .txt with one prompt a line.
-    prompt: instead of name: text as it stands, a JSON list of chat messages, or a file of prompts.
+    prompt: instead of name: as in prompt_row, or a file of prompts.
     A column of text may hold such a list, too.  Unusable rows are dropped and counted.
     SystemExit: as in load_pairs.
     """
@@ -1696,7 +1698,7 @@ def load_prompts(name, prompt=""):
         if not named or not Path(prompt).is_file():
             problem = f"--prompt {prompt[:80]}: there is no such file; give a file or a text"
             require(not named or " " in prompt, problem)
-            return [{"prompt": _prompt_of_flag(prompt)}]
+            return [prompt_row(prompt)]
         name = prompt
 
     # Prompts alone, or data with responses?
@@ -1724,14 +1726,25 @@ def load_prompts(name, prompt=""):
     return kept
 
 
-def _prompt_of_flag(text):
-    """The prompt that --prompt gives: text, or chat messages.  SystemExit: nearly such messages."""
+def prompt_row(text):
+    """The row {"prompt"}, of a chat with tools {"prompt", "tools"}, that --prompt gives.
+
+    text: the prompt as it stands; JSON of chat messages; or JSON of such a row.
+    SystemExit: what begins like JSON of chat messages is none.
+    """
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        row = None
+    if isinstance(row, dict) and set(row) == {"prompt", "tools"}:
+        return row
+
     prompt = as_messages(text)
     problem = "--prompt: begins like chat messages but is no JSON of them; write "
     problem += """'[{"role": "user", "content": "Hi"}]'"""
     broken = isinstance(prompt, str) and re.match(r"""\s*\[\s*\{\s*\\?['"]?role""", prompt)
     require(not broken, problem)
-    return prompt
+    return {"prompt": prompt}
 
 
 def _prompt_file_rows(path):
@@ -1793,7 +1806,10 @@ def _missing_answer(row):
 def _source_rows(name, split):
     """The rows of one split as they stand in their source, and a note for the line."""
     rows, note = _read_source(name, split)
-    require(rows, f"{name}: no {split} rows; a folder needs {split}.jsonl, .json, .csv or .parquet")
+    remedy = "put some into it"
+    if Path(name).expanduser().is_dir():
+        remedy = f"a folder needs {split}.jsonl, .json, .csv or .parquet"
+    require(rows, f"{name}: no {split} rows; {remedy}")
     return rows, note
 
 
@@ -1816,8 +1832,8 @@ def _read_source(name, split):
 
     # A file alone holds both splits.
     rows = read_rows(path)
-    held = len(rows) // 20
-    if held == 0 or path.name.startswith("test") or split == "all":
+    held = max(len(rows) // 20, min(10, len(rows) // 5))
+    if len(rows) < 20 or path.name.startswith("test") or split == "all":
         return rows, ""
     note = f"; the last {held} of the file's {len(rows)} rows are its test split"
     if split == "test":
@@ -2944,10 +2960,11 @@ def clip_gradients(model, max_norm):
 
 
 def load_score(name, flag, dtype="float32", zero=False):
-    """What rates responses: score(prompts, responses) -> a list of numbers, one for each response.
+    """What rates responses: score(prompts, responses, tools) -> a list of numbers, one for each.
 
-    name: FILE.py:FUNCTION, a function of that form; or a reward model, a folder or hub id: one of
-    dpl.py, which gives the mean utility, or a sequence classifier with one output.
+    tools: for each prompt what its chat may call, or None; None: no chat has any.
+    name: FILE.py:FUNCTION, function(prompts, responses) -> numbers; or a reward model, a folder or
+    hub id: one of dpl.py, which gives the mean utility, or a sequence classifier with one output.
     flag: the option that names it, for messages.  zero: -inf is a number, too (a log phi).
     SystemExit: it is neither, or damaged; when called: it does not give finite numbers.
     """
@@ -2998,6 +3015,7 @@ class OwnScore:
         function = function.removeprefix(":")
         self.place = f"{flag} {name}"
         self.zero = zero
+        self.told = False  # that a function is not given the tools?
         require(Path(path).is_file(), f"{self.place}: there is no file {path}")
         require(function, f"{self.place}: name its function, too: {path}:FUNCTION")
 
@@ -3017,7 +3035,10 @@ class OwnScore:
         require(callable(self.function), f"{problem}(prompts, responses)")
 
     @torch.no_grad()
-    def __call__(self, prompts, responses):
+    def __call__(self, prompts, responses, tools=None):
+        if any(tools or []) and not self.told:
+            self.told = True
+            say(f"{self.place}: a function is given the messages of a chat, without its tools")
         remedy = "it must be function(prompts, responses) -> a number for each"
         try:
             answer = self.function(list(prompts), list(responses))
@@ -3090,11 +3111,11 @@ class UtilityScore:
             raise SystemExit(f"{problem}; restore it") from None
 
     @torch.no_grad()
-    def __call__(self, prompts, responses):
+    def __call__(self, prompts, responses, tools=None):
         # As in dpl.py: the reward is read at the last token, which of text is not the end of text.
         require_template(self.tokenizer, prompts, self.folder)
         rows = []
-        for found in encode_rows(rows_to_rate(prompts, responses), self.tokenizer):
+        for found in encode_rows(rows_to_rate(prompts, responses, tools), self.tokenizer):
             require(isinstance(found, Encoded), f"{self.folder}: cannot read a text: {found}")
             ids = found.responses[0]
             if not found.is_chat:
@@ -3141,10 +3162,10 @@ class ClassifierScore:
         self.cut = False  # has a text been longer than its context?
 
     @torch.no_grad()
-    def __call__(self, prompts, responses):
+    def __call__(self, prompts, responses, tools=None):
         require_template(self.tokenizer, prompts, self.folder)
         texts = []
-        for row in rows_to_rate(prompts, responses):
+        for row in rows_to_rate(prompts, responses, tools):
             texts.append(self.ids(row))
         scores = []
         pad = padding_for(self.tokenizer, texts)
@@ -3178,11 +3199,13 @@ class ClassifierScore:
         return ids[:context]
 
 
-def rows_to_rate(prompts, responses):
+def rows_to_rate(prompts, responses, tools):
     """Rows of a prompt and one response, of a space at least: a reward is read at a token."""
+    if tools is None:
+        tools = [None] * len(prompts)
     rows = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        rows.append({"prompt": prompt, "responses": [response or " "]})
+    for prompt, response, can_call in zip(prompts, responses, tools, strict=True):
+        rows.append({"prompt": prompt, "responses": [response or " "], "tools": can_call})
     return rows
 
 

@@ -70,7 +70,7 @@ class Args:
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
     data: str = "tiny"  # tiny, hh, ultrafeedback, ..., a file, a folder or a hub id
     # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which is the
-    # last 5 % of a file alone.
+    # last 5 % of a file alone, of fewer than 200 rows 10.
     test_data: str = ""
     max_length: int = 1024  # tokens; pairs with a longer side are dropped, not cut; App. C.2
     lr: float = 3e-3  # of AdamW, for the tiny model; the paper's is 3e-6

@@ -36,7 +36,7 @@ import tempfile
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import tyro
 
@@ -61,8 +61,8 @@ class Args:
     # whose test prompts: tiny, hh, tldr, tldr-sft, a file, a folder or a hub id; a file of prompts
     # alone (.txt: one a line; or rows with only prompt, text or chat messages) is taken whole
     data: str = "tiny"
-    # one prompt instead of --data: text as it stands, without a chat template, unless it is a JSON
-    # list of messages, '[{"role": "user", "content": "Hi"}]'
+    # one prompt instead of --data: text as it stands, without a chat template, unless it is JSON:
+    # a list of messages, '[{"role": "user", "content": "Hi"}]', or {"prompt": list, "tools": []}
     prompt: str = ""
     max_prompt_length: int = 512  # tokens to which longer prompts are cut
     batch_size: int = 64  # responses sampled side by side, on each process
@@ -418,6 +418,8 @@ def draw_batch(args, batch, rows, filters, model, tokenizer):
             "tokens": len(ids),
             "ended": ids[-1] in ends,
         }
+        if rows[item.row].get("tools"):  # that the chat may call: a judge reads them, too
+            response["tools"] = rows[item.row]["tools"]
         responses.append(response)
     return responses
 
@@ -566,6 +568,15 @@ WRITTEN = ("responses.jsonl", "judged.jsonl", "parts")  # beside what all method
 # Judging.
 
 
+class Question(NamedTuple):
+    """What a judge is asked."""
+
+    prompt: str | list  # text, or chat messages
+    response: str
+    other: str  # that it is compared with; "" for a judge that scores
+    tools: list | str | None = None  # that a chat may call
+
+
 def scores(args, questions):
     """The judge's score of each response.  A list of (prompt, response, other) -> list of numbers.
 
@@ -581,8 +592,8 @@ def scores(args, questions):
         return on_rank0(asked, "--judge-command")
     if args.judge == "tiny":
         found = []
-        for prompt, response, _ in questions:
-            found.append(tiny_reward(words(prompt), words(response)))
+        for question in questions:
+            found.append(tiny_reward(words(question.prompt), words(question.response)))
         return found
 
     # Your own function is called by the first process alone; a reward model is loaded by all.
@@ -593,13 +604,11 @@ def scores(args, questions):
 
 
 def rate(score, questions):
-    """A judge's scores of (prompt, response, other) questions, which do not look at the other."""
-    prompts = []
-    responses = []
-    for prompt, response, _ in questions:
-        prompts.append(prompt)
-        responses.append(response)
-    return score(prompts, responses)
+    """A judge's scores of Questions, which do not look at the other response."""
+    prompts = [question.prompt for question in questions]
+    responses = [question.response for question in questions]
+    tools = [question.tools for question in questions]
+    return score(prompts, responses, tools)
 
 
 def own_scores(args, score, questions):
@@ -637,7 +646,7 @@ def check_judge(args, rows):
         return
     score = load_score(args.judge, "--judge", args.dtype)
     if isinstance(score, OwnScore):  # tried on two responses
-        tried = [(rows[0]["prompt"], "Yes.", ""), (rows[-1]["prompt"], "", "")]
+        tried = [Question(rows[0]["prompt"], "Yes.", ""), Question(rows[-1]["prompt"], "", "")]
         on_rank0(partial(rate, score, tried), f"--judge {args.judge}")
 
 
@@ -720,14 +729,17 @@ def run_command(command, text, most):
 
 
 def ask(command, questions, remedy):
-    """The answers of a shell command to (prompt, a, b) questions: 1 for A, 0 for tie, -1 for B.
+    """The answers of a shell command to Questions: 1 for A, 0 for tie, -1 for B.
 
     SystemExit: it fails, or prints anything but one answer a question; remedy ends the line.
     """
     # The command is run once: all questions go in, all answers come out.
     lines = []
-    for prompt, a, b in questions:
-        lines.append(json.dumps({"prompt": prompt, "a": a, "b": b}) + "\n")
+    for question in questions:
+        asked = {"prompt": question.prompt, "a": question.response, "b": question.other}
+        if question.tools:
+            asked["tools"] = question.tools
+        lines.append(json.dumps(asked) + "\n")
     most = 10**6 + 100 * len(lines)
     code, printed, complaint = run_command(command, "".join(lines), most)
     said = repr(complaint.strip()[-60:])[-60:]
@@ -775,7 +787,9 @@ def judge(args, rows, others):
     """The rows with what the judge says of them: compared with others, or by their scores alone."""
     if others is not None:
         return compare(args, rows, others)
-    questions = [(row["prompt"], row["response"], "") for row in rows]
+    questions = []
+    for row in rows:
+        questions.append(Question(row["prompt"], row["response"], "", row.get("tools")))
     judged = []
     for row, score in zip(rows, scores(args, questions)):
         judged.append({**row, "score": score})
@@ -787,9 +801,9 @@ def compare(args, rows, others):
     # Both orders: first the response before the other, then the other before the response.
     questions = []
     for row, other in zip(rows, others):
-        questions.append((row["prompt"], row["response"], other))
+        questions.append(Question(row["prompt"], row["response"], other, row.get("tools")))
     for row, other in zip(rows, others):
-        questions.append((row["prompt"], other, row["response"]))
+        questions.append(Question(row["prompt"], other, row["response"], row.get("tools")))
     found = scores(args, questions)
     own_scores = found[: len(rows)]
     other_scores = found[len(rows) :]

@@ -85,8 +85,8 @@ class Args:
     # prompts: tiny, hh, a file, a folder or a hub id; a file of prompts alone (.txt: one a line; or
     # rows with only prompt, text or chat messages) is taken whole
     data: str = "tiny"
-    # one prompt instead of --data: text as it stands, without a chat template, unless it is a JSON
-    # list of messages, '[{"role": "user", "content": "Hi"}]'
+    # one prompt instead of --data: text as it stands, without a chat template, unless it is JSON:
+    # a list of messages, '[{"role": "user", "content": "Hi"}]', or {"prompt": list, "tools": []}
     prompt: str = ""
     max_length: int = 256  # tokens of a response and of the longest prompt sampled beside it
     max_prompt_length: int = 255  # tokens of a prompt; longer ones are left out
@@ -658,7 +658,7 @@ def first_turn(text):
 
 
 def draw_prompts(args, tokenizer):
-    """The prompts to answer: [(ids, text), ...], drawn by the seed, the shortest first."""
+    """The prompts to answer: [(ids, row), ...], drawn by the seed, the shortest first."""
     # The template goes around the first turn of a transcript; without one the prompt is as it is.
     # Chat messages have the tokenizer's own template.
     prompts = []
@@ -684,7 +684,7 @@ def draw_prompts(args, tokenizer):
             repeated += 1
         else:
             known.add(tuple(found.prompt_ids))
-            prompts.append((found.prompt_ids, row["prompt"]))
+            prompts.append((found.prompt_ids, row))
     note = f"; repeated {repeated}"
     source = args.prompt[:40] or args.data
     report(f"{source}: different prompts", len(prompts), dropped, note)
@@ -696,7 +696,7 @@ def draw_prompts(args, tokenizer):
 
 
 def prompt_length(prompt):
-    """The number of tokens of (ids, text)."""
+    """The number of tokens of (ids, row)."""
     return len(prompt[0])
 
 
@@ -714,7 +714,9 @@ def rewards_of(args, score, rows, implicit):
     if args.reward == "tiny":
         return [tiny_reward(words(row["prompt"]), row["text"]) for row in rows]
     prompts = [row["prompt"] for row in rows]
-    return score(prompts, [row["text"] for row in rows])
+    texts = [row["text"] for row in rows]
+    tools = [row.get("tools") for row in rows]
+    return score(prompts, texts, tools)
 
 
 def require_known(args, prompts):
@@ -726,11 +728,11 @@ def require_known(args, prompts):
 
 def check_reward(args, prompts):
     """Load --reward once, so that what is wrong with it ends the program before sampling."""
-    texts = [text for _, text in prompts]
-    require_known(args, texts)
+    asked = [row["prompt"] for _, row in prompts]
+    require_known(args, asked)
     score = load_reward(args)
     if isinstance(score, OwnScore):  # tried on two responses
-        tried = partial(score, [texts[0], texts[-1]], ["Yes.", ""])
+        tried = partial(score, [asked[0], asked[-1]], ["Yes.", ""])
         on_rank0(tried, f"--reward {args.reward}")
 
 
@@ -931,6 +933,8 @@ def gather_samples(jobs, out):
         for row in read_rows(path):
             setting_name = path.parent.name
             texts = {"prompt": row["prompt"], "response": row["text"], "setting": setting_name}
+            if row.get("tools"):
+                texts["tools"] = row["tools"]
             rows.append(texts)
     path = Path(out, "samples.jsonl")
     lines = [json.dumps(row) + "\n" for row in rows]
@@ -939,19 +943,21 @@ def gather_samples(jobs, out):
 
 
 def draw_chunk(model, prompts, samples, adaptor, uniforms, tokenizer):
-    """The rows of one chunk: `samples` responses to each of [(ids, text), ...]"""
+    """The rows of one chunk: `samples` responses to each of [(ids, row), ...]"""
     drawn = sample(model, [ids for ids, _ in prompts], samples, adaptor, uniforms, tokenizer)
     rows = []
     for number, response in enumerate(drawn):
-        prompt_ids, text = prompts[number // samples]
+        prompt_ids, asked = prompts[number // samples]
         row = {
-            "prompt": text,
+            "prompt": asked["prompt"],
             "prompt_ids": prompt_ids,
             "ids": response.ids,
             "log_q": response.log_q,
             "log_kept": response.log_kept,
             "text": tokenizer.decode(response.ids, skip_special_tokens=True),
         }
+        if asked.get("tools"):  # that the chat may call: a reward reads them, too
+            row["tools"] = asked["tools"]
         rows.append(row)
     return rows
 

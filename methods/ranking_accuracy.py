@@ -44,7 +44,8 @@ class Args:
     model: tuple[str, ...] = ()  # run or model folders, hub ids; empty: tiny, its runs in results/
     ref_model: str = ""  # the reference of all of them; empty: the first
     data: tuple[str, ...] = ("tiny",)  # tiny, hh, tldr, se, ..., files, folders or hub ids
-    # Of the data; of a file alone "test" is all of it if it is named test*, else its last 5 %.
+    # Of the data; of a file alone "test" is all of it if it is named test*, else its end, as in
+    # training.
     split: Literal["train", "test", "all"] = "test"
     sample: int = 0  # items, drawn as in the released code; 0: all
     lists: bool = False  # where a row has a pair and a list of responses, take the list

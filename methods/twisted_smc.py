@@ -46,8 +46,9 @@ LEARNERS = ("ctl", "rl", "sixo", "fudge", "dpg", "ppo")
 class Args:
     # What to sample from: sigma is proportional to p0 phi^beta (Eq. 1; Eq. 19 with phi = exp(r)).
     model: str = "tiny"  # p0: tiny, a local folder or a hub id
-    # what p0 continues: text as it stands, without a chat template, unless it is a JSON list of
-    # messages; or a file of prompts (.txt, one a line, or rows), each of which has a run of its own
+    # what p0 continues: text as it stands, without a chat template, unless it is JSON, a list of
+    # messages or {"prompt": messages, "tools": []}; or a file of prompts (.txt, one a line, or
+    # rows), each of which has a run of its own
     prompt: str = (
         "\n\nHuman: Tell me a story about a fox in a cave."
         "\n\nAssistant: Fine. Once a fox lived in a cave. It"
@@ -281,7 +282,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here 
 # isort: off
 from common import prefill, decode_step, reorder, stay_in_place, sample_tokens  # sampling
 from common import encode_prompt, head_logits, show_example  # tokenization, logits
-from common import as_messages, load_prompts, show_samples, words  # data
+from common import load_prompts, prompt_row, show_samples, words  # data
 from common import load_model, load_tokenizer, load_score, model_folder  # models, and what rates
 from common import are_tiny_prompts, tiny_attributes, tiny_reward  # the tiny world
 from common import Unusable, number  # what others wrote
@@ -903,6 +904,7 @@ class ScorePotential:
 
     def __init__(self, name, beta):
         self.score = load_score(name, "potential", zero=True)
+        self.tools = None  # that the prompt's chat may call, see set_prompt
         self.beta = beta
         self.log_bound = None
         function = getattr(self.score, "function", None)  # a reward model has none
@@ -914,7 +916,9 @@ class ScorePotential:
                 raise SystemExit(f"potential {name}: its log_bound {reason}") from None
 
     def log_phi(self, prompts, responses, texts):
-        return self.beta * torch.tensor(self.score(prompts, responses), dtype=torch.float64)
+        tools = [self.tools] * len(prompts)
+        scores = self.score(prompts, responses, tools)
+        return self.beta * torch.tensor(scores, dtype=torch.float64)
 
 
 FLOOR = 1e-16  # phi of the texts that miss a threshold, as in the released code
@@ -1092,8 +1096,12 @@ class LMWorld:
 
     def set_prompt(self, args):
         """Go on from --prompt.  Exit with one line if it is empty or leaves no room."""
-        self.prompt = encode_prompt(args.prompt, self.tokenizer)  # ids
-        self.prompt_as_given = as_messages(args.prompt)  # text, or chat messages
+        asked = prompt_row(args.prompt)
+        tools = asked.get("tools")
+        self.prompt_as_given = asked["prompt"]  # text, or chat messages
+        self.prompt = encode_prompt(self.prompt_as_given, self.tokenizer, tools)  # ids
+        if isinstance(self.text_potential, ScorePotential):
+            self.text_potential.tools = tools
         self.check_lengths(args)
 
     def check_lengths(self, args):
@@ -2310,7 +2318,7 @@ def check_potential(args):
         attributes = list(tiny_attributes(""))  # the names of those that any story has or lacks
         fits = what == "reward" or what in attributes
         problem = f"choose tiny:reward, or one of {', '.join(attributes)} after tiny:"
-        if fits and not are_tiny_prompts([as_messages(args.prompt)]):
+        if fits and not are_tiny_prompts([prompt_row(args.prompt)["prompt"]]):
             fits = False
             problem = "knows stories after a prompt of the tiny world alone; "
             problem += "give yours, --potential FILE.py:FUNCTION, or a reward model's folder"
@@ -2478,15 +2486,16 @@ def prepare(args, out):
 
 
 def prompts_of(args):
-    """The prompts of --prompt, each as an option takes it: text, or JSON of chat messages."""
+    """The prompts of --prompt, each as that option takes it, see prompt_row."""
     if args.prompt == "":
         return [args.prompt]
     prompts = []
     for row in load_prompts("", args.prompt):
-        require(not row.get("tools"), f"--prompt {args.prompt[:60]}: has tools, not written here")
         prompt = row["prompt"]
         if isinstance(prompt, list):
             prompt = json.dumps(prompt)
+        if row.get("tools"):
+            prompt = json.dumps({"prompt": row["prompt"], "tools": row["tools"]})
         prompts.append(prompt)
     return prompts
 
@@ -2497,7 +2506,8 @@ def check_prompts(args, prompts):
     for prompt in prompts:
         check_potential(replace(args, prompt=prompt))
         room = tokenizer.model_max_length - args.T - args.c
-        n = len(encode_prompt(prompt, tokenizer))
+        asked = prompt_row(prompt)
+        n = len(encode_prompt(asked["prompt"], tokenizer, asked.get("tools")))
         problem = f"--prompt {args.prompt[:60]}: {prompt[:40]!r} has {n} tokens"
         require(n <= room, f"{problem}; at most {room} leave room for what follows")
 
@@ -2510,7 +2520,7 @@ def run_each(args, prompts, out):
     for place, prompt in enumerate(prompts, 1):
         folder = out / f"prompt{place}"
         begun = args.resume and (folder / "config.json").exists()
-        say(f"prompt {place} of {len(prompts)}: {words(as_messages(prompt))[-60:]!r}")
+        say(f"prompt {place} of {len(prompts)}: {words(prompt_row(prompt)['prompt'])[-60:]!r}")
         one = replace(args, prompt=prompt, out=str(folder), resume=begun)
         found.append(run_one(one, folder))
     return found

@@ -2,6 +2,7 @@
 
     python tests/benchmark.py                    everything, about ten minutes on two cores
     python tests/benchmark.py dpo_step score     some of it
+    python tests/benchmark.py --device cuda      the rows of a card, see benchmark_cuda.py
 
 Models are Pythia shapes with random weights (vocabulary 50,304), token ids are random, lengths
 follow HH: medians of prompt, chosen and rejected are 86, 36 and 33 tokens, means 111, 50 and 48.
@@ -135,6 +136,7 @@ def naive_logps(model, rows):
         ids[i, : len(p) + len(r)] = torch.tensor(p + r)
         mask[i, : len(p) + len(r)] = 1
         scored[i, len(p) : len(p) + len(r)] = True
+    ids, mask, scored = (one.to(model.device) for one in (ids, mask, scored))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     logps = logits.log_softmax(-1).gather(2, ids[:, 1:, None])[..., 0]
     return logps.masked_fill(~scored[:, 1:], 0).sum(-1)
@@ -998,6 +1000,11 @@ if __name__ == "__main__":
         peak_of(sys.argv[2], int(sys.argv[3]))
     elif sys.argv[1:2] == ["score_peak_of"]:
         score_peak_of(sys.argv[2], int(sys.argv[3]))
+    elif "--device" in sys.argv:
+        sys.modules["benchmark"] = sys.modules["__main__"]
+        import benchmark_cuda
+
+        benchmark_cuda.main(sys.argv[1:])
     else:
         setup(0)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # setup's wait for a training loop

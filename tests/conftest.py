@@ -11,6 +11,7 @@ import sys
 import types
 from pathlib import Path
 
+import forks
 import pytest
 import tokenizers
 import torch
@@ -141,21 +142,46 @@ def blank(tmp_path_factory):
     return folder
 
 
-def run(*command, processes=0, timeout=300, check=True, **environment):
-    """Run a method as a user would, in a process of its own or under torchrun -> the finished
-    process, with text.
+_servers = []  # of forks.py: the one of this process, once it is needed
+
+
+def begin(*command, processes=0, **environment):
+    """Start a method as a user would, or with as many processes as torchrun would -> forks.Started
+
+    Importing torch is saved; `run(..., fresh=True)` is a start from nothing.
     """
-    start = [sys.executable]
-    if processes:
-        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    done = subprocess.run(
-        [*start, *map(str, command)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-    )
+    if not _servers:
+        _servers.append(forks.Server())
+    return _servers[0].start(command, processes, **environment)
+
+
+def pytest_unconfigure():
+    while _servers:
+        _servers.pop().close()
+
+
+def run(*command, processes=0, timeout=300, check=True, fresh=False, **environment):
+    """Run a method as a user would, in a process of its own or in several -> the finished process,
+    with text.
+
+    fresh=True: by python or torchrun themselves, which takes seconds longer.
+    """
+    if not fresh:
+        done = begin(*command, processes=processes, **environment).wait(timeout)
+    else:
+        start = [sys.executable]
+        if processes:
+            start += ["-m", "torch.distributed.run", "--standalone"]
+            start += ["--nproc-per-node", str(processes)]
+        fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        done = subprocess.run(
+            [*start, *map(str, command)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            cwd=ROOT,
+            env={**os.environ, **fixed, **environment},
+        )
     assert not check or done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
 

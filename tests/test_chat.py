@@ -348,3 +348,122 @@ def test_a_judge_reads_the_whole_chat(core, tmp_path):
             wanted.append(judge(torch.tensor([ids])).logits.item())
     found = common.load_score(str(tmp_path), "--judge")(prompts, answers)
     assert found == pytest.approx(wanted, abs=1e-5)
+
+
+@pytest.fixture(scope="module")
+def with_tools(core, tmp_path_factory):
+    """A folder with a language model and a reward model whose template writes tools."""
+    from transformers import (
+        LlamaConfig,
+        LlamaForCausalLM,
+        LlamaForSequenceClassification,
+    )
+
+    folder = tmp_path_factory.mktemp("tools")
+    common.setup(0)
+    tokenizer = make(core, MISTRAL)
+    small = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    small |= dict(vocab_size=len(tokenizer), max_position_embeddings=256)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**small))
+    judge = LlamaForSequenceClassification(LlamaConfig(**small, num_labels=1, pad_token_id=None))
+    for name, one in (("model", model), ("judge", judge)):
+        one.save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    row = {"prompt": [user("What is tea?")], "tools": [TOOL]}
+    (folder / "prompts.jsonl").write_text(json.dumps(row) + "\n")
+    return folder
+
+
+def judged(folder, core, response):
+    """The score of a response to the prompt with its tools: by the library's ids alone."""
+    from transformers import LlamaForSequenceClassification
+
+    judge = LlamaForSequenceClassification.from_pretrained(folder / "judge").eval()
+    chat = [user("What is tea?"), assistant(response or " ")]
+    ids = library(make(core, MISTRAL), chat, False, [TOOL])
+    with torch.no_grad():
+        return judge(torch.tensor([ids])).logits.item()
+
+
+def test_generate_and_its_judge_read_the_tools(with_tools, core, tmp_path):
+    import generate
+
+    generate.main(
+        generate.Args(
+            model=str(with_tools / "model"),
+            prompt=str(with_tools / "prompts.jsonl"),
+            judge=str(with_tools / "judge"),
+            samples=4,
+            max_new_tokens=8,
+            out=str(tmp_path / "out"),
+        )
+    )
+    rows = common.read_rows(tmp_path / "out/judged.jsonl")
+    assert len(rows) == 4
+    for row in rows:
+        assert row["tools"] == [TOOL]
+        assert row["score"] == pytest.approx(judged(with_tools, core, row["response"]), abs=1e-5)
+
+
+def test_imh_and_its_reward_read_the_tools(with_tools, core, tmp_path):
+    import imh_adaptors
+
+    args = imh_adaptors.Args(
+        model=str(with_tools / "model"),
+        ref_model=str(with_tools / "model"),
+        prompt=str(with_tools / "prompts.jsonl"),
+        reward=str(with_tools / "judge"),
+        sampling_types=("ancestral",),
+        temperatures=(1.0,),
+        samples=4,
+        burn_in=0,
+        max_length=200,
+        out=str(tmp_path / "out"),
+    )
+    imh_adaptors.generate(args)
+    imh_adaptors.score(args)
+    (path,) = (tmp_path / "out/samples").glob("*/*")
+    drawn = imh_adaptors.chunk_rows(path, "")
+    (path,) = (tmp_path / "out/scores").glob("*/*")
+    for row, scores in zip(drawn, imh_adaptors.chunk_rows(path, ""), strict=True):
+        assert row["prompt_ids"] == library(make(core, MISTRAL), row["prompt"], True, [TOOL])
+        wanted = judged(with_tools, core, row["text"])
+        assert scores["reward"] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_twisted_smc_and_its_potential_read_the_tools(with_tools, core):
+    import twisted_smc
+
+    args = twisted_smc.Args(
+        model=str(with_tools / "model"),
+        prompt=str(with_tools / "prompts.jsonl"),
+        potential=str(with_tools / "judge"),
+    )
+    (prompt,) = twisted_smc.prompts_of(args)
+    args.prompt = prompt
+    model = common.load_model(args.model)
+    world = twisted_smc.lm_world(model, common.load_tokenizer(args.model), args)
+    tokenizer = make(core, MISTRAL)
+    assert world.prompt == library(tokenizer, [user("What is tea?")], True, [TOOL])
+    drawn = tokenizer("It is a drink", add_special_tokens=False).input_ids[: world.T]
+    (log_phi,) = world.log_phi(torch.tensor([drawn]).view(1, 1, -1)).view(-1).tolist()
+    wanted = judged(with_tools, core, tokenizer.decode(drawn))
+    assert log_phi == pytest.approx(args.beta * wanted, abs=1e-5)
+
+
+def test_tools_have_no_place_in_text(core):
+    row = {"prompt": "What", "chosen": " is", "rejected": " tea", "tools": [TOOL]}
+    (found,) = encode_rows([row], make(core, MISTRAL))
+    assert found == "has tools, for which only chat messages have a place"
+    (found,) = encode_rows([{**row, "tools": []}], make(core, MISTRAL))
+    assert found.prompt_ids
+
+
+def test_an_own_function_says_that_it_is_not_given_the_tools(tmp_path, capsys):
+    common.setup(0)
+    (tmp_path / "own.py").write_text("def zero(prompts, responses):\n    return [0] * len(prompts)")
+    score = common.load_score(f"{tmp_path}/own.py:zero", "--judge")
+    for _ in range(2):
+        assert score([[user("Hi")]], ["Yes"], [[TOOL]]) == [0]
+    assert capsys.readouterr().out.count("without its tools") == 1

@@ -254,7 +254,7 @@ def test_out_of_memory_is_one_line(blank, tmp_path):
         "import sys; sys.path[:0] = ['.', 'methods']\n"
         "import torch, dpo; torch.cuda.set_per_process_memory_fraction(1e-4)\n"
         f"dpo.main(dpo.Args(model={str(blank / 'model')!r}, out={str(tmp_path / 'run')!r}, "
-        f"data={str(blank / 'pairs.jsonl')!r}, batch_size=40, max_steps=2, eval_pairs=2))"
+        f"data={str(blank / 'pairs.jsonl')!r}, batch_size=36, max_steps=2, eval_pairs=2))"
     )
     (tmp_path / "script.py").write_text(code)
     done = run(tmp_path / "script.py", check=False)

@@ -218,7 +218,7 @@ def test_split_all_is_both(tmp_path):
     numbers = lambda found: [int(one.prompt) for one in found]  # noqa: E731
     rows = [{"prompt": str(i), "chosen": "a", "rejected": "b"} for i in range(60)]
     write(tmp_path / "rows.jsonl", lines(rows))
-    for split, expected in (("train", range(57)), ("test", range(57, 60)), ("all", range(60))):
+    for split, expected in (("train", range(50)), ("test", range(50, 60)), ("all", range(60))):
         found = load_judged(str(tmp_path / "rows.jsonl"), split)
         assert numbers(found) == list(expected)
     folder = tmp_path / "folder"
@@ -279,8 +279,14 @@ def test_unusual_line_separators_inside_strings(tmp_path):
 def test_a_single_file_is_divided_and_a_folder_is_not(tmp_path, capsys):
     rows = [{**ROWS[0], "id": i} for i in range(50)]
     path = write(tmp_path / "pairs.jsonl", lines(rows))
-    assert load_pairs(path, "train") == rows[:48] and load_pairs(path, "test") == rows[48:]
-    assert "the last 2 of the file's 50 rows are its test split" in capsys.readouterr().out
+    assert load_pairs(path, "train") == rows[:40] and load_pairs(path, "test") == rows[40:]
+    assert "the last 10 of the file's 50 rows are its test split" in capsys.readouterr().out
+    for n, held in ((400, 20), (200, 10), (199, 10), (40, 8), (20, 4)):
+        path = write(tmp_path / "pairs.jsonl", lines([{**ROWS[0], "id": i} for i in range(n)]))
+        assert [row["id"] for row in load_pairs(path, "test")] == list(range(n - held, n))
+    path = write(tmp_path / "pairs.jsonl", lines(rows[:19]))  # too few to be divided
+    assert len(load_pairs(path, "train")) == len(load_pairs(path, "test")) == 19
+    (tmp_path / "pairs.jsonl").unlink()
     path = write(tmp_path / "test.jsonl.gz", lines(rows))
     assert load_pairs(path, "test") == rows
     write(tmp_path / "train-00000-of-00002.jsonl", lines(rows[:30]))
@@ -686,7 +692,7 @@ def test_a_test_file_of_its_own(tmp_path):
     sizes = lambda test: [  # noqa: E731
         len(common.load_split(str(mine), test, split)) for split in ("train", "test")
     ]
-    assert sizes("") == [57, 3]
+    assert sizes("") == [50, 10]
     assert sizes(str(held)) == [60, 40]
 
 

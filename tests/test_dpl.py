@@ -7,8 +7,6 @@ import math
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import dpl
@@ -19,7 +17,7 @@ import scipy.special
 import scipy.stats
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, records, run
+from conftest import ROOT, begin, records, run
 from safetensors.torch import load_file, save_file
 
 import common
@@ -1235,8 +1233,8 @@ def test_entropy_of_a_batch_on_two_processes(blank, tmp_path):
     command = [ROOT / "methods/dpl.py", "train", "--model", blank / "model"]
     command += ["--data", blank / "pairs.jsonl", "--batch-size", "8", "--max-steps", "4"]
     command += ["--type", "categorical", "--entropy", "batch", "--entropy-coeff", "0.5"]
-    command += ["--head-lr", "0.1", "--schedule", "constant"]
-    command += ["--lr", "1e-6"]  # Adam makes steps of lr of what is 0 but for rounding
+    # Adam makes steps of a rate of what is 0 but for rounding, so the rates are small.
+    command += ["--head-lr", "0.01", "--lr", "1e-6", "--schedule", "constant"]
     run(*command, "--out", tmp_path / "one")
     run(*command, "--out", tmp_path / "two", processes=2)
     for line, other in zip(records(tmp_path / "one"), records(tmp_path / "two"), strict=True):
@@ -1314,13 +1312,10 @@ def test_a_stopped_evaluation_is_resumed(blank, tmp_path, asked_at, n):
 
 def test_sigterm_ends_a_process(tmp_path):
     command = ["methods/dpl.py", "synthetic", "--steps", "1000000", "--out", tmp_path / "run"]
-    process = subprocess.Popen(
-        [sys.executable, *map(str, command)], cwd=ROOT, stdout=subprocess.PIPE, text=True
-    )
-    process.stdout.readline()
+    process = begin(*command)
+    process.wait_for("\n")
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
-    assert process.returncode == 143
+    assert process.wait(timeout=120).returncode == 143
 
 
 # ---- what is refused

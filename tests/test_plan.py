@@ -169,7 +169,7 @@ def plan(blank, tmp_path, monkeypatch, room, **flags):
         model=str(blank / "model"),
         data=str(blank / "pairs.jsonl"),
         out=str(tmp_path / "run"),
-        batch_size=40,
+        batch_size=36,
         **flags,
     )
     try:
@@ -188,7 +188,7 @@ def test_a_run_that_cannot_fit_is_refused_before_it_loads(blank, tmp_path, monke
     # Room for what needs more of two changes, each of them enough.
     args = dpo.Args(model=str(blank / "model"), data=str(blank / "pairs.jsonl"))
     tokenizer = common.load_tokenizer(args.model)
-    rows = dpo.load_rows(args, "train", tokenizer)[:40]
+    rows = dpo.load_rows(args, "train", tokenizer)[:36]
     peaks = []
     for less in (dict(gradient_checkpointing=True), dict(tokens_per_microbatch=512)):
         changed = dataclasses.replace(args, **less)

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +16,7 @@ import ranking_accuracy as ra
 import released
 import scipy.stats
 import torch
+from conftest import run as start
 from ranking_accuracy import Args
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -892,16 +891,15 @@ def test_two_processes_stop_together(world, tmp_path):
     """A signal to one of them ends both after the same micro-batch; what both scored is kept."""
     script = tmp_path / "signalled.py"
     script.write_text(SIGNALLED.format(methods=str(Path(ra.__file__).parent)))
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", str(script), world["ref"], world["data"]]
+    command = [script, world["ref"], world["data"]]
     out = str(tmp_path / "run")
-    done = subprocess.run([*command, out], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 1 and "exitcode  : 143" in done.stderr, done.stderr
+    done = start(*command, out, processes=2, check=False)
+    assert done.returncode == 1 and done.stderr.count("exit code 143") == 2, done.stderr
     assert "line" not in done.stdout and "Gloo" not in done.stderr
     (path,) = Path(out).glob("records-*")
     before = path.read_text().splitlines()
     assert 4 <= len(before) < 2 * len(world["rows"])
-    subprocess.run([*command, out, "--resume"], check=True, capture_output=True, timeout=120)
+    start(*command, out, "--resume", processes=2)
     lines = path.read_text().splitlines()
     assert lines[: len(before)] == before and len(lines) == 2 * len(world["rows"])
     places = {(row["item"], row["response"]) for row in map(json.loads, lines)}
@@ -1494,21 +1492,8 @@ def test_only_ties_is_one_line(world, tmp_path):
 
 
 def test_two_processes_write_the_same_records(world, tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(Path(ra.__file__)),
-        "--model",
-        world["ref"],
-        "--data",
-        world["data"],
-        "--out",
-    ]
-    subprocess.run([*command, str(tmp_path / "two")], check=True, capture_output=True, timeout=120)
+    command = ["methods/ranking_accuracy.py", "--model", world["ref"], "--data", world["data"]]
+    start(*command, "--out", tmp_path / "two", processes=2)
     run(world, tmp_path / "one", model=(world["ref"],))
     one, two = (
         [json.loads(line) for line in open(next((tmp_path / n).glob("records-*")))]

@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_all
+from conftest import ROOT, run, run_all
 from test_carry import changed
 from test_contract import METHODS
 
@@ -360,9 +360,7 @@ def check_benchmark(names):
 def benchmark_of_few_rows():
     """What the benchmark prints of 40 rows."""
     few = "import benchmark; benchmark.setup(0); benchmark.tokenise(40, 2)"
-    done = subprocess.run([sys.executable, "-c", few], cwd=ROOT / "tests", **CAPTURED)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run("-c", few, cwd=ROOT / "tests").stdout
 
 
 # ---- And that none is left out

@@ -8,8 +8,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,7 +15,8 @@ import released
 import torch
 import torch.nn.functional as F
 import twisted_smc as t
-from conftest import ROOT
+from conftest import begin
+from conftest import run as start
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     GPTNeoXConfig,
@@ -1660,21 +1659,19 @@ def test_a_signal_ends_long_work_at_once(folder, tmp_path, part, number):
     sign, file = tmp_path / "sign", tmp_path / "slow.py"
     bound = "f.log_bound = 0.0" if part == "exact samples" else ""
     file.write_text(SLOW.format(free=1, sign=str(sign), bound=bound))
-    command = [sys.executable, "methods/twisted_smc.py", "--model", f"{folder}/model"]
+    command = ["methods/twisted_smc.py", "--model", f"{folder}/model"]
     command += ["--potential", f"{file}:f", "--prompt", "a fox", "--learner", "ctl"]
     command += ["--T", "4", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    process = begin(*command)
     for _ in range(2000):  # a busy machine imports torch for a minute
         if sign.exists() or process.poll() is not None:
             break
         time.sleep(0.1)
     process.send_signal(number)
     begun = time.time()
-    _, complaint = process.communicate(timeout=50)
-    assert process.returncode == 143 and time.time() - begun < 10, complaint
-    assert "Traceback" not in complaint
+    done = process.wait(timeout=50)
+    assert done.returncode == 143 and time.time() - begun < 10, done.stderr
+    assert "Traceback" not in done.stderr
     assert (tmp_path / "run/config.json").exists() == (part == "evaluation")
 
 
@@ -1820,10 +1817,9 @@ def test_a_trained_twist_is_sampled_with_one_command(folder, tmp_path):
     t.main(small(folder, run, learner="ctl", max_steps=4))
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     (tmp_path / "p.txt").write_text("a cat\nthe dog\n")
-    command = [sys.executable, "methods/twisted_smc.py", "sample", str(run), "--runs", "3"]
+    command = ["methods/twisted_smc.py", "sample", run, "--runs", "3"]
     for more in ([], ["--prompt", str(tmp_path / "p.txt"), "--out", str(tmp_path / "two")]):
-        done = subprocess.run(command + more, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
+        done = start(*command, *more)
         assert "ctl after 4 updates" in done.stdout
     assert {path: path.read_bytes() for path in before} == before
     for out, prompts in (
