@@ -143,6 +143,7 @@ def packed_attention(
     """
     if windows is not None:
         windows.append(sliding_window)
+    # A plain forward pass of the same model.
     if segments is None and table is None:
         kwargs["sliding_window"] = sliding_window
         return sdpa_attention_forward(
@@ -239,6 +240,7 @@ def varlen_table(segments):
     tokens = sum(map(sum, segments))
     padding = round_up(tokens, ROUNDED) - tokens
 
+    # Row by row, the padding as the last one.
     for prompt, *responses in [*segments, (padding, 0)]:
         prompt_positions = range(start, start + prompt)
         for i, n in enumerate(responses):
@@ -339,6 +341,7 @@ def _varlen_attention(query, key, value, table, scaling, window):
 
     window: how many keys a query sees, its own included; None: all before it.
     """
+    # The kernel takes (tokens, heads, d).
     where = (table.gather, table.own, table.again, table.again_at, table.often)
     q = query[0].transpose(0, 1).contiguous()
     k = take_keys(key[0].transpose(0, 1).contiguous(), *where)
@@ -359,6 +362,7 @@ def _on_device(batch, device):
     if device.type == "cpu":
         return batch
     if "on_device" not in batch:
+        # The tensors of the batch, and those of its table.
         moved = {}
         for name, value in batch.items():
             moved[name] = to_device(value, device) if torch.is_tensor(value) else value
@@ -536,6 +540,7 @@ def _packed_hiddens(model, batch, windows=None):
 
     windows: see packed_attention.
     """
+    # How attention learns where the pieces are: from a table, or from their lengths.
     moved = _on_device(batch, model.device)
     ids = moved["input_ids"]
     positions = moved["position_ids"]
@@ -2668,6 +2673,7 @@ def compile_layers(model, wanted, steps):
 
 def _why_not_compiled(module, steps):
     """Why the layers of a module stay as they are; "" if they can be compiled."""
+    # Is one attention call a layer exact for this model?
     if not hasattr(module, "packs"):
         _probe_packing(module)
     if steps < COMPILING_PAYS:
@@ -2862,6 +2868,7 @@ def plan_memory(args, rows, steps, state, trained=True):
             not args.plan, f"{args.model}: its decoder layers are not found, so there is no plan"
         )
         return
+    # The table, then the refusal.
     _, world = rank_and_world()
     here = need(model, args, step_rows, world, state, trained)
 
@@ -3556,6 +3563,7 @@ def leave():
 def _require_gpus(there):
     """SystemExit, with one line of one process, if this machine has fewer GPUs than processes."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Of several processes the first one says it.
     fewer = f"{processes} processes, but {there} GPUs here: --nproc-per-node {there}"
     problem = f"{fewer}, or CUDA_VISIBLE_DEVICES= for CPUs"
     if LOCAL_RANK > 0:
@@ -3578,6 +3586,7 @@ def _out_of_memory(args):
     flags = []
     if hasattr(args, "tokens_per_microbatch"):
         flags.append(f"--tokens-per-microbatch below {args.tokens_per_microbatch}")
+    # dpl.py has no such option.
     if hasattr(args, "gradient_checkpointing"):
         flags.append("--gradient-checkpointing")
     flags.append("--dtype bfloat16")
