@@ -146,6 +146,8 @@ def contents(source):
         if block.heading:
             parts.append(f"</ul>\n<p>{escape(block.heading)}</p>\n<ul>")
         elif block.id in source.spans and "." not in block.id and not block.id.isupper():
+            if block.id.startswith("_"):
+                continue  # a helper is found where it is called
             line = block.note.partition("\n")[0].partition(".  ")[0].rstrip(".")
             parts.append(f'<li><a href="#{block.id}">{block.id}</a> {escape(line)}</li>')
     return "\n".join(parts) + "\n</ul>"
