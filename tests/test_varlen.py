@@ -384,3 +384,13 @@ def test_why_layers_are_not_compiled(varlen, capsys):
     assert "Triton is missing" in said(10**4)
     common.computing(model).varlen = False
     assert "piece by piece" in said(10**4)
+
+
+def test_a_batch_is_moved_once(varlen):
+    """All its tensors and those of its table, to a device that is not the CPU."""
+    (batch,) = pack_pairs(random_rows(), 10_000)
+    moved = common._on_device(batch, torch.device("meta"))
+    tensors = [x for x in [*moved.values(), *vars(moved["table"]).values()] if torch.is_tensor(x)]
+    assert len(tensors) == 7 + 6 and all(x.is_meta for x in tensors)
+    assert common._on_device(batch, torch.device("meta")) is moved
+    assert common._on_device(batch, torch.device("cpu")) is batch
