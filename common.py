@@ -25,6 +25,7 @@ response token, (N,) one per token of the packed row; V is the size of the vocab
 import atexit
 import collections
 import contextlib
+import copy
 import dataclasses
 import datetime
 import fcntl
@@ -47,6 +48,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 import traceback
 import types
 import warnings
@@ -85,6 +87,12 @@ from transformers import (
 from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
+
+try:  # of torch 2.10 and later
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
 
 CUDA = torch.cuda.is_available()
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
@@ -101,8 +109,9 @@ transformers.logging.set_verbosity_error()  # load_model itself refuses missing 
 # states that predict a response token are multiplied with the output matrix, which for small models
 # costs more than the body; the logits are kept once, and backward overwrites them with their
 # gradient.  Log-softmax is fp32 and sums are fp64: a bf16 softmax is off by seven nats over 512
-# tokens, more than most DPO margins.  Every model is probed at first use: where the packed row is
-# not exact, responses are scored in padded rows, which is the definition.
+# tokens, more than most DPO margins.  Every model is probed at first use: on a GPU a layer attends
+# in one varlen call, elsewhere piece by piece; where the packed row is not exact, responses are
+# scored in padded rows, which is the definition.
 
 LOGITS_BYTES = 2**30  # logits up to here are kept for backward, beyond it made again
 CHUNK = 512  # rows of logits that are made at a time where they are not kept
@@ -110,7 +119,17 @@ SCORING_VERSION = 1  # in the key of cached log-probs: raise it when scoring cha
 
 
 def packed_attention(
-    module, query, key, value, attention_mask, segments=None, scaling=None, **kwargs
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    segments=None,
+    table=None,
+    windows=None,
+    scaling=None,
+    sliding_window=None,
+    **kwargs,
 ):
     """Causal attention inside each [prompt | response] of a packed row.
 
@@ -118,16 +137,27 @@ def packed_attention(
 
     segments lists each row's lengths: (prompt, response 1, response 2, ...).  It travels as a
     keyword through the model, not in a global, since gradient checkpointing recomputes a layer when
-    another batch may have been packed.
-    Without it: the library's attention.  No row is longer than a sliding window (see `packs`).
+    another batch may have been packed.  table: the same as a VarlenTable, for one call a layer.
+    windows: a list to which every layer adds its window.
+    Without segments and table: the library's attention.
     """
-    if segments is None:
+    if windows is not None:
+        windows.append(sliding_window)
+    # A plain forward pass of the same model.
+    if segments is None and table is None:
+        kwargs["sliding_window"] = sliding_window
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     if kwargs.get("softcap") or kwargs.get("s_aux") is not None:
         raise ValueError("capped attention scores and attention sinks are not written here")
+    if table is None:
+        return _piecewise_attention(query, key, value, segments, scaling), None
+    return _varlen_attention(query, key, value, table, scaling, sliding_window), None
 
+
+def _piecewise_attention(query, key, value, segments, scaling):
+    """Packed attention with a call for each response.  No row is longer than a sliding window."""
     # The pieces of each row: prompt + first response, second response, ...  One split for all of
     # them, since slicing would make every backward write a zero tensor as long as the row.
     sizes = []
@@ -153,18 +183,241 @@ def packed_attention(
             k = torch.cat([k_prompt, keys[piece]], dim=2)
             v = torch.cat([v_prompt, values[piece]], dim=2)
             out.append(attend(queries[piece], k, v, attn_mask=mask))
-    return torch.cat(out, dim=2).transpose(1, 2), None
+    return torch.cat(out, dim=2).transpose(1, 2)
 
 
 AttentionInterface.register("packed", packed_attention)
 AttentionMaskInterface.register("packed", sdpa_mask)
 
 
-def _row_blocks(x):
-    """Split x into blocks of rows: 8 on a CPU, so that a block's logits stay in the core's cache
-    while log-softmax, gather and exp each read them; on a GPU one block.
+# On a GPU every new shape of a call costs a plan, and every call a launch: 130 new shapes and 6,000
+# launches a step.  The varlen kernel takes all pieces of a layer at once, by cumulative lengths.
+
+VARLEN = CUDA and varlen_attn is not None  # is its table part of a packed batch?
+VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # of compute; others attend piece by piece
+ROUNDED = 1024  # tokens of a packed row are rounded up to a multiple, with a piece of padding,
+ROUNDED_KEYS = 2048  # and so are keys,
+ROUNDED_PIECES = 64  # pieces
+ROUNDED_LENGTH = 512  # and the longest piece, so that a compiled layer sees few shapes
+
+
+@dataclasses.dataclass
+class VarlenTable:
+    """Where each query of a packed row finds its keys, for one attention call a layer."""
+
+    padding: int  # tokens of padding after the packed row
+    gather: torch.Tensor  # (keys,) the packed position of each key
+    own: torch.Tensor  # (N,) where each packed position stands among the keys
+    again: torch.Tensor  # (repetitions,) the packed positions that are repeated
+    again_at: torch.Tensor  # (repetitions,) where they stand among the keys
+    often: bool  # is one of them repeated more than once?
+    queries: torch.Tensor  # (pieces + 1,) cumulative lengths of the pieces, int32
+    keys: torch.Tensor  # (pieces + 1,) the same of their keys
+    longest_query: int
+    longest_key: int
+
+
+def round_up(n, multiple):
+    """The least multiple of `multiple` that is n or more."""
+    return math.ceil(n / multiple) * multiple
+
+
+def varlen_table(segments):
+    """The VarlenTable of rows of lengths (prompt, response 1, response 2, ...), on the CPU.
+
+    The packed row is cut into [prompt, response 1] [response 2] [response 3] ...  The first piece
+    has its own keys.  Every other one needs the prompt's keys once more, in front of its own:
+
+        prompt, response 1 | prompt, response 2 | prompt, response 3 | ...
     """
-    return x.split(8 if x.device.type == "cpu" else max(1, len(x)))
+    gather = []
+    own = []
+    again = []
+    again_at = []
+    queries = [0]
+    keys = [0]
+    start = 0
+    tokens = sum(map(sum, segments))
+    padding = round_up(tokens, ROUNDED) - tokens
+
+    # Row by row, the padding as the last one.
+    for prompt, *responses in [*segments, (padding, 0)]:
+        prompt_positions = range(start, start + prompt)
+        for i, n in enumerate(responses):
+            if i == 0:
+                piece = range(start, start + prompt + n)  # the prompt and its first response
+            else:
+                again += prompt_positions
+                again_at += range(len(gather), len(gather) + prompt)
+                gather += prompt_positions
+                piece = range(start, start + n)
+            own += range(len(gather), len(gather) + len(piece))
+            gather += piece
+            queries.append(queries[-1] + len(piece))
+            keys.append(len(gather))
+            start = piece.stop
+    longest_query = round_up(int(np.diff(queries).max()), ROUNDED_LENGTH)
+    longest_key = round_up(int(np.diff(keys).max()), ROUNDED_LENGTH)
+
+    # Keys beyond the last cumulative length are never read, and pieces of length 0 do nothing.
+    gather = torch.tensor(_filled(gather, 0, ROUNDED_KEYS))
+    queries = torch.tensor(_filled(queries, queries[-1], ROUNDED_PIECES), dtype=torch.int32)
+    keys = torch.tensor(_filled(keys, keys[-1], ROUNDED_PIECES), dtype=torch.int32)
+    own = torch.tensor(own)
+    again = torch.tensor(again, dtype=torch.long)
+    again_at = torch.tensor(again_at, dtype=torch.long)
+    often = max(map(len, segments)) > 3
+    lengths = (queries, keys, longest_query, longest_key)
+    return VarlenTable(padding, gather, own, again, again_at, often, *lengths)
+
+
+def _filled(values, value, multiple):
+    """The list, and behind it `value` as often as its length needs to be a multiple."""
+    further = round_up(len(values), multiple) - len(values)
+    return values + [value] * further
+
+
+# The gradient of index_select would be index_add, which is slow in bf16 on a GPU.  But every key
+# stands once among the keys, and those of a prompt once more for each further response: of two
+# responses the gradient is a selection and one addition.
+
+
+@torch.library.custom_op("packed::take_keys", mutates_args=())
+def take_keys(
+    x: torch.Tensor,
+    gather: torch.Tensor,
+    own: torch.Tensor,
+    again: torch.Tensor,
+    again_at: torch.Tensor,
+    often: bool,
+) -> torch.Tensor:
+    """Rows of x (N, heads, d) in the order of the keys -> (keys, heads, d)"""
+    return x.index_select(0, gather)
+
+
+@take_keys.register_fake
+def _(x, gather, own, again, again_at, often):
+    return x.new_empty((gather.shape[0], *x.shape[1:]))
+
+
+@torch.library.custom_op("packed::give_back", mutates_args=())
+def give_back(
+    grad: torch.Tensor,
+    own: torch.Tensor,
+    again: torch.Tensor,
+    again_at: torch.Tensor,
+    often: bool,
+) -> torch.Tensor:
+    """The gradient of take_keys: (keys, heads, d) -> (N, heads, d)"""
+    out = grad.index_select(0, own)
+    repeated = grad.index_select(0, again_at)
+    if often:  # a position stands in `again` several times: added in fp32 at least
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        return out.to(dtype).index_add_(0, again, repeated.to(dtype)).to(grad.dtype)
+    out[again] = out[again] + repeated
+    return out
+
+
+@give_back.register_fake
+def _(grad, own, again, again_at, often):
+    return grad.new_empty((own.shape[0], *grad.shape[1:]))
+
+
+def _keep_table(ctx, inputs, output):
+    _, _, own, again, again_at, ctx.often = inputs
+    ctx.save_for_backward(own, again, again_at)
+
+
+def _backward_of_take(ctx, grad):
+    d_x = give_back(grad.contiguous(), *ctx.saved_tensors, ctx.often)
+    return d_x, None, None, None, None, None
+
+
+take_keys.register_autograd(_backward_of_take, setup_context=_keep_table)
+
+
+def _varlen_attention(query, key, value, table, scaling, window):
+    """Packed attention in one call.  (1, heads, N, d) each -> (1, N, heads, d)
+
+    window: how many keys a query sees, its own included; None: all before it.
+    """
+    # The kernel takes (tokens, heads, d).
+    where = (table.gather, table.own, table.again, table.again_at, table.often)
+    q = query[0].transpose(0, 1).contiguous()
+    k = take_keys(key[0].transpose(0, 1).contiguous(), *where)
+    v = take_keys(value[0].transpose(0, 1).contiguous(), *where)
+
+    # Causal, with the last query at the last key; several heads may share their keys.
+    options = {"scale": scaling, "window_size": (-1, 0)}
+    if window is not None:
+        options["window_size"] = (window - 1, 0)
+    if query.shape[1] != key.shape[1]:
+        options["enable_gqa"] = True
+    lengths = (table.queries, table.keys, table.longest_query, table.longest_key)
+    return varlen_attn(q, k, v, *lengths, **options)[None]
+
+
+def _on_device(batch, device):
+    """The packed batch with its tensors on the device, copied once, at first use."""
+    if device.type == "cpu":
+        return batch
+    if "on_device" not in batch:
+        # The tensors of the batch, and those of its table.
+        moved = {}
+        for name, value in batch.items():
+            moved[name] = to_device(value, device) if torch.is_tensor(value) else value
+        if "table" in batch:
+            fields = {}
+            for name, value in vars(batch["table"]).items():
+                fields[name] = to_device(value, device) if torch.is_tensor(value) else value
+            moved["table"] = VarlenTable(**fields)
+        batch["on_device"] = moved
+    return batch["on_device"]
+
+
+# What walks the vocabulary.  On a CPU it goes by blocks of 8 rows, so that a block's logits stay in
+# the core's cache while log-softmax, gather and exp each read them.  On a GPU two functions take
+# all rows at once; compile_layers compiles them, and their fp32 copies of the logits are gone.
+
+
+def _log_softmax_at(logits, targets):
+    """log softmax(logits)[target], and the log of the normaliser.
+
+    (M, V), (M,) -> (M,), (M,), both fp32
+    """
+    logits = logits.float()
+    log_norms = logits.logsumexp(-1)
+    return logits.gather(1, targets[:, None])[:, 0] - log_norms, log_norms
+
+
+def _logits_gradient(logits, log_norms, grad):
+    """-grad softmax(logits), to which grad at the target is still to be added.
+
+    (M, V), (M,), (M,) -> (M, V) in the dtype of the logits
+    """
+    p = (logits.float() - log_norms[:, None]).exp()
+    return (-grad[:, None] * p).to(logits.dtype)
+
+
+def _log_softmax_in_blocks(logits, targets):
+    """_log_softmax_at on a CPU."""
+    logps = torch.empty(len(logits))
+    log_norms = torch.empty(len(logits))
+    # The blocks of logps and log_norms are views: copy_ fills the results.
+    blocks = zip(logits.split(8), targets.split(8), logps.split(8), log_norms.split(8))
+    for z, target, logp, log_norm in blocks:
+        log_p = torch.log_softmax(z, -1, dtype=torch.float32)
+        logp.copy_(log_p.gather(1, target[:, None])[:, 0])
+        log_norm.copy_(z[:, 0].float() - log_p[:, 0])  # = z_v - log p_v for every v
+    return logps, log_norms
+
+
+def _logits_gradient_in_blocks(logits, log_norms, grad):
+    """_logits_gradient on a CPU; it overwrites the logits."""
+    blocks = zip(logits.split(8), log_norms[:, None].split(8), grad[:, None].split(8))
+    for z, log_norm, g in blocks:
+        z.copy_((z.float() - log_norm).exp_().mul_(-g))  # in bf16 z - log_norm loses percents
+    return logits
 
 
 class HeadLogps(torch.autograd.Function):
@@ -187,22 +440,15 @@ class HeadLogps(torch.autograd.Function):
         logps = torch.empty(len(hidden), device=hidden.device)
         log_norms = torch.empty(len(hidden), device=hidden.device)
         logits = None
-        # One matrix product a chunk; what walks the vocabulary goes block by block.
+        # One matrix product a chunk, one pass over its logits.
         for start in range(0, len(hidden), ctx.rows):
             chunk = slice(start, start + ctx.rows)
             logits = None  # the last chunk's memory is free before this one's is taken
             logits = F.linear(hidden[chunk], weight, bias)
-            # The blocks of logps and log_norms are views: copy_ fills the results.
-            blocks = zip(
-                _row_blocks(logits),
-                _row_blocks(targets[chunk]),
-                _row_blocks(logps[chunk]),
-                _row_blocks(log_norms[chunk]),
-            )
-            for z, target, logp, log_norm in blocks:
-                log_p = torch.log_softmax(z, -1, dtype=torch.float32)
-                logp.copy_(log_p.gather(1, target[:, None])[:, 0])
-                log_norm.copy_(z[:, 0].float() - log_p[:, 0])  # = z_v - log p_v for every v
+            if logits.is_cuda:
+                logps[chunk], log_norms[chunk] = _log_softmax_at(logits, targets[chunk])
+            else:
+                logps[chunk], log_norms[chunk] = _log_softmax_in_blocks(logits, targets[chunk])
         ctx.kept = logits if keep else None
         ctx.save_for_backward(hidden, weight, bias, targets, log_norms)
         return logps
@@ -226,15 +472,14 @@ class HeadLogps(torch.autograd.Function):
             if logits is None:
                 logits = F.linear(hidden[chunk], weight, bias)
 
-            # The logits become their gradient in place: -g softmax, then + g at the target.
+            # The logits become their gradient: -g softmax, then + g at the target.
             g = grad[chunk]
-            log_norm = log_norms[chunk]
-            blocks = zip(
-                _row_blocks(logits), _row_blocks(log_norm[:, None]), _row_blocks(g[:, None])
-            )
-            for z, log_n, g_z in blocks:
-                z.copy_((z.float() - log_n).exp_().mul_(-g_z))  # in bf16 z - log_n loses percents
-            logits[torch.arange(len(g)), targets[chunk]] += g.to(logits.dtype)
+            if logits.is_cuda:
+                logits = _logits_gradient(logits, log_norms[chunk], g)
+            else:
+                logits = _logits_gradient_in_blocks(logits, log_norms[chunk], g)
+            at = torch.arange(len(g), device=g.device)
+            logits[at, targets[chunk]] += g.to(logits.dtype)
 
             d_hidden[chunk] = logits @ weight
             if d_weight is None:
@@ -257,6 +502,7 @@ def token_logps(model, batch):
     """
     # `packs` has made the two functions below methods of the model: FSDP gathers its weights only
     # inside methods that it knows.
+    model = computing(model)
     if packs(model, batch):
         return model._packed_token_logps(batch)
     return model._padded_token_logps(batch)
@@ -269,8 +515,9 @@ def response_logps(model, batch):
     returned in fp32.
     """
     logps = token_logps(model, batch)
-    owner = batch["owner"].to(logps.device)
-    counts = batch["counts"].to(logps.device)
+    moved = _on_device(batch, logps.device)
+    owner = moved["owner"]
+    counts = moved["counts"]
     sums = logps.new_zeros(len(counts), dtype=torch.float64).index_add(0, owner, logps.double())
     return sums.float(), counts
 
@@ -280,32 +527,50 @@ def response_hiddens(model, batch):
 
     SystemExit for a family of models that cannot be packed.
     """
+    model = computing(model)
     name = type(model).__name__
     fits = packs(model, batch)
     require(fits, f"{name}: rows cannot be packed; choose a GPT-NeoX, Llama or GPT-2 model")
     hiddens = model._packed_hiddens(batch)
-    return hiddens.index_select(0, batch["last_at"].to(hiddens.device))
+    return hiddens.index_select(0, _on_device(batch, hiddens.device)["last_at"])
 
 
-def _packed_hiddens(model, batch):
-    """Final-norm hidden states of the packed row.  -> (N, d)"""
-    device = model.device
+def _packed_hiddens(model, batch, windows=None):
+    """Final-norm hidden states of the packed row, and of its padding if it has any.  -> (N, d)
+
+    windows: see packed_attention.
+    """
+    # How attention learns where the pieces are: from a table, or from their lengths.
+    moved = _on_device(batch, model.device)
+    ids = moved["input_ids"]
+    positions = moved["position_ids"]
+    if model.varlen:
+        table = moved["table"]
+        ids = F.pad(ids, (0, table.padding))
+        positions = F.pad(positions, (0, table.padding))
+        pieces = {"table": table}
+    else:
+        pieces = {"segments": batch["segments"]}
+    if windows is not None:
+        pieces["windows"] = windows
     output = model.base_model(
-        input_ids=batch["input_ids"].to(device),
-        position_ids=batch["position_ids"].to(device),
-        attention_mask=torch.zeros(1, 1, 1, 1, device=device),  # 4-D: the library builds no other
-        segments=batch["segments"],
+        input_ids=ids,
+        position_ids=positions,
+        # A 4-D mask is taken as it is: the library builds no other.
+        attention_mask=torch.zeros(1, 1, 1, 1, device=model.device),
         use_cache=False,
+        **pieces,
     )
     return output.last_hidden_state[0]
 
 
-def _packed_token_logps(model, batch):
+def _packed_token_logps(model, batch, windows=None):
     """Log-probs of the response tokens from the packed row.  -> (M,)"""
-    hidden = _packed_hiddens(model, batch)
+    hidden = _packed_hiddens(model, batch, windows)
     head = model.get_output_embeddings()
-    hidden = hidden.index_select(0, batch["score_at"].to(hidden.device))
-    return HeadLogps.apply(hidden, head.weight, head.bias, batch["targets"].to(hidden.device))
+    moved = _on_device(batch, hidden.device)
+    hidden = hidden.index_select(0, moved["score_at"])
+    return HeadLogps.apply(hidden, head.weight, head.bias, moved["targets"])
 
 
 def _padded_token_logps(model, batch):
@@ -330,18 +595,19 @@ def _padded_token_logps(model, batch):
 def packs(model, batch):
     """Is the packed row exact for this model and batch?
 
-    The model is probed once, at first use; and no row may reach beyond a sliding window, which
-    packed attention does not cut.
+    The model is probed once, at first use.  Attention piece by piece cuts no sliding window, so no
+    row may reach beyond one; the varlen call cuts those of which the layers tell it.
     """
     if not hasattr(model, "packs"):
         _probe_packing(model)
     window = getattr(model.config.get_text_config(), "sliding_window", None)
     longest = max(prompt + max(responses) for prompt, *responses in batch["segments"])
-    return model.packs and (window is None or longest <= window)
+    cut = model.varlen and window in model.windows
+    return model.packs and (window is None or longest <= window or cut)
 
 
 def _probe_packing(model):
-    """Set model.packs, with a line if it is False.
+    """Set model.packs, with a line if it is False, model.varlen and model.windows.
 
     The functions above become methods of the model, called through the root module, where FSDP
     gathers the parameters.
@@ -349,18 +615,33 @@ def _probe_packing(model):
     for function in (_packed_hiddens, _packed_token_logps, _padded_token_logps):
         setattr(model, function.__name__, types.MethodType(function, model))
         register_fsdp_forward_method(model, function.__name__)
+
+    # One attention call a layer where the kernel takes this model, else a call for each piece.
+    name = type(model).__name__
+    model.varlen = VARLEN and _compute_dtype(model) in VARLEN_DTYPES
     problem = _packing_problem(model)
+    if problem and model.varlen:
+        why = problem
+        model.varlen = False
+        problem = _packing_problem(model)
+        if not problem:
+            say(f"{name}: attention is computed piece by piece, because one call fails: {why}")
     model.packs = not problem
     if problem:
-        name = type(model).__name__
         say(f"{name}: responses are scored in padded rows, because packing fails: {problem}")
+
+
+def _compute_dtype(model):
+    """In which dtype a model computes; under FSDP that is not the dtype of its weights."""
+    return getattr(model, "compute_dtype", model.dtype)
 
 
 @torch.no_grad()
 def _packing_problem(model):
     """Why the packed row is wrong for this model, from three short rows; "" if it is exact.
 
-    If it is exact, the model stays on packed attention.
+    If it is exact, the model stays on packed attention.  Sets model.windows: what its layers say of
+    sliding windows.
 
     Wrong it is, for example, for position biases outside the library's attention interface (BLOOM),
     recurrent layers (Mamba) and logits scaled or capped after the head (Gemma 2, Cohere).
@@ -377,16 +658,19 @@ def _packing_problem(model):
     one = {"prompt_ids": ids[34:36], "responses": [ids[36:40]]}
     batch = _pack([two, more, one], range(3))
     expected = model._padded_token_logps(batch)
-    compute_dtype = getattr(model, "compute_dtype", model.dtype)  # FSDP: not that of the weights
-    tolerance = 1e-4 if compute_dtype == torch.float32 else 5e-2
+    tolerance = 5e-2 if _compute_dtype(model) in (torch.bfloat16, torch.float16) else 1e-4
 
     # The packed row must give what the padded rows gave.
     implementation = model.config._attn_implementation
+    windows = []
     try:
         model.set_attn_implementation("packed")
-        found = model._packed_token_logps(batch)
+        found = model._packed_token_logps(batch, windows)
+        model.windows = set(windows)
         worst = (found - expected).abs().max().item()
         problem = "" if worst <= tolerance else f"a log-prob differs by {worst:.1e}"
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         problem = str(error).splitlines()[0]
     if problem:
@@ -1262,6 +1546,8 @@ def _pack(rows, index):
     batch["owner"] = torch.tensor(owner)  # (M,) its response, 0 to R - 1
     batch["counts"] = torch.tensor(counts)  # (R,) tokens of each response
     batch["last_at"] = torch.tensor(last_at)  # (R,) position of its last token
+    if VARLEN:
+        batch["table"] = varlen_table(segments)  # for one attention call a layer
     return batch
 
 
@@ -2114,13 +2400,15 @@ def _shuffle(n, seed, epoch):
 # Weights are fp32 where they are trained (at lr 5e-7 a bf16 weight does not move), compute is in
 # the chosen dtype, gradients are summed in fp32.  Dropout is off in policy and reference, through
 # the config, since attention dropout is a number there and not a module.  Several processes shard
-# every decoder layer (FSDP2); rank 0 alone reads the file: a large model is in memory once.
+# every decoder layer (FSDP2); rank 0 alone reads the file: a large model is in memory once.  One
+# process needs no FSDP: beside the fp32 weights stands a copy in bf16, which computes.
 
 
-def model_folder(name):
+def model_folder(name, weights=True):
     """Folder of "tiny", of a local model or run (its model/), or of a hub id that rank 0 downloads.
 
-    "tiny-untrained" is the tiny model before it has read a story.
+    "tiny-untrained" is the tiny model before it has read a story.  weights=False: of a hub id all
+    but the weights is downloaded, which is enough for a tokenizer and for a plan.
     SystemExit: neither a folder nor to be had from the hub.
     """
 
@@ -2133,11 +2421,14 @@ def model_folder(name):
             return Path(name, "model")
         if Path(name).exists():
             return Path(name)
+        texts = ["*.json", "*.model", "*.txt"]
+        if not weights:
+            return Path(snapshot_download(name, allow_patterns=texts, ignore_patterns="*/*"))
         # .bin files only where there are no others; subfolders hold other forms of the weights.
-        for weights in ("*.safetensors", "*.bin"):
-            wanted = ["*.json", "*.model", "*.txt", weights]
+        for files in ("*.safetensors", "*.bin"):
+            wanted = [*texts, files]
             folder = Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns="*/*"))
-            if any(folder.glob(weights)):
+            if any(folder.glob(files)):
                 break
         return folder
 
@@ -2152,7 +2443,7 @@ def load_tokenizer(name):
     SystemExit: a folder without a tokenizer, for which transformers would make up an empty one, or
     with a tokenizer of more tokens than the model has embeddings.
     """
-    folder = model_folder(name)
+    folder = model_folder(name, weights=False)
     starts = ("tokenizer.", "vocab.", "spiece.", "tekken.")
     files = [file for file in folder.glob("*") if file.name.startswith(starts)]
     if not files and (folder / ADAPTER).exists():
@@ -2183,6 +2474,7 @@ def load_tokenizer(name):
 
 
 ADAPTER = "adapter_config.json"
+COMPILING_PAYS = 300  # steps: it takes 4 to 20 s, and saves a tenth to a fifth of a second's step
 UNBOUNDED = int(1e30)  # as transformers has it
 
 
@@ -2195,7 +2487,8 @@ def load_model(name, dtype="float32", train=False):
     """A causal language model without dropout on this process's device.
 
     train=False: whole on every rank, frozen, in `dtype`.  train=True: fp32 weights and gradient
-    sums, `dtype` compute, a slice of every layer on every rank if there are several.
+    sums, `dtype` compute, a slice of every layer on every rank if there are several.  Optimisers,
+    clipping and checkpoints see fp32 weights and gradients either way.
     A folder with a LoRA adapter is its base model with the adapter merged in (peft).
     SystemExit: not a model that transformers can load, weights missing or not finite, not a
     decoder-only model.
@@ -2206,10 +2499,10 @@ def load_model(name, dtype="float32", train=False):
         adapter = folder
         folder = model_folder(_base_of(folder))
     rank, world = rank_and_world()
+    _require_dtype(dtype)
     compute_dtype = getattr(torch, dtype)
     weights_dtype = torch.float32 if train else compute_dtype
-    # FSDP also serves one process: it keeps fp32 weights and computes in bf16.
-    sharded = train and (dtype != "float32" or world > 1)
+    sharded = train and world > 1
     try:
         config = AutoConfig.from_pretrained(folder)
         refused = f"{folder}: an encoder-decoder; choose a decoder-only language model"
@@ -2231,9 +2524,18 @@ def load_model(name, dtype="float32", train=False):
     else:
         model = model.to(DEVICE).eval().requires_grad_(False)
     model.compute_dtype = compute_dtype
+    if train and not sharded and dtype != "float32":
+        compute_in_copy(model)
     sees_the_future = f"{folder}: its logits depend on later tokens; choose a decoder-only model"
     require(_is_causal(model), sees_the_future)
     return model
+
+
+def _require_dtype(dtype):
+    """SystemExit: a GPU that does not compute in bf16."""
+    if CUDA and dtype == "bfloat16":
+        there = torch.cuda.is_bf16_supported(including_emulation=False)
+        require(there, "--dtype bfloat16: this GPU does not compute in it; use --dtype float32")
 
 
 @torch.no_grad()
@@ -2243,7 +2545,7 @@ def _is_causal(model):
     changed = ids[:-1] + [ids[-1] + 1]
     before = model(torch.tensor([ids], device=DEVICE), use_cache=False).logits[0, :-1].float()
     after = model(torch.tensor([changed], device=DEVICE), use_cache=False).logits[0, :-1].float()
-    tolerance = 1e-5 if model.dtype == torch.float32 else 1e-2
+    tolerance = 1e-5 if _compute_dtype(model) == torch.float32 else 1e-2
     worst = (before - after).abs().max().item()
     return worst <= tolerance * before.abs().max().item()
 
@@ -2284,21 +2586,132 @@ def _empty_model(config, dtype):
     return model
 
 
+class ComputeCopy:
+    """A model in the dtype in which it computes, beside its fp32 weights: what FSDP is for several
+    processes, without its cost.
+
+    Every gradient is added to that of its weight in fp32 as soon as it is there, so that no second
+    set of gradients is held.  The copy takes the weights' values at the first forward pass after a
+    backward pass, or after a change in place.
+    """
+
+    def __init__(self, model):
+        self.weights = list(model.parameters())
+        self.module = copy.deepcopy(model)
+        self.copies = list(self.module.parameters())
+        self.after_backward = False  # an optimiser may have moved the weights; fused ones hide it
+        self.versions = [weight._version for weight in self.weights]  # count changes in place
+        # Buffers, such as rotary frequencies, stay as they are.
+        for mine, weight in zip(self.copies, self.weights):
+            mine.data = mine.data.to(model.compute_dtype)
+            mine.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, weight))
+
+    def add_gradient(self, weight, mine):
+        """Add the gradient of a weight's copy to that of the weight, in fp32."""
+        if weight.requires_grad:
+            if weight.grad is None:
+                weight.grad = mine.grad.float()
+            else:
+                weight.grad.add_(mine.grad)
+        mine.grad = None
+        self.after_backward = True
+
+    def current(self):
+        """The copy, with the values that the weights have now."""
+        versions = [weight._version for weight in self.weights]
+        if self.after_backward or versions != self.versions:
+            with torch.no_grad():
+                for mine, weight in zip(self.copies, self.weights):
+                    mine.copy_(weight)
+            self.versions = versions
+            self.after_backward = False
+        return self.module
+
+
+def compute_in_copy(model):
+    """Give the model a copy in model.compute_dtype; model(...) is computed by the copy."""
+    model.compute_copy = ComputeCopy(model)  # no module, so that its parameters are not the model's
+    model.forward = functools.partial(_forward_of_copy, model)
+    model.gradient_checkpointing_enable = model.compute_copy.module.gradient_checkpointing_enable
+
+
+def _forward_of_copy(model, *args, **kwargs):
+    return model.compute_copy.current()(*args, **kwargs)
+
+
+def computing(model):
+    """The module that computes: the model's copy, up to date, or the model itself."""
+    if hasattr(model, "compute_copy"):
+        return model.compute_copy.current()
+    return model
+
+
+def _decoder_layers(model):
+    """The decoder layers, a ModuleList; None if they are not found."""
+    n = model.config.get_text_config().num_hidden_layers
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == n:
+            return module
+    return None
+
+
+def compile_layers(model, wanted, steps):
+    """Compile what a GPU computes in `steps` training steps; a line says where it does not pay.
+
+    wanted: --no-compile says no.  The decoder layers are one function, since they are alike: it is
+    compiled for two sizes, because pack_pairs rounds them, in 4 to 20 s.
+    """
+    if not CUDA or not wanted:
+        return
+    module = computing(model)
+    why = _why_not_compiled(module, steps)
+    if why:
+        say(f"decoder layers are not compiled: {why}")
+    else:
+        _compile(module)
+
+
+def _why_not_compiled(module, steps):
+    """Why the layers of a module stay as they are; "" if they can be compiled."""
+    # Is one attention call a layer exact for this model?
+    if not hasattr(module, "packs"):
+        _probe_packing(module)
+    if steps < COMPILING_PAYS:
+        return f"{steps} steps are too few to pay for it"
+    if not module.varlen or _decoder_layers(module) is None:
+        return "their attention goes piece by piece"
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is missing"
+    compilers = [os.environ.get("CC") or "cc", "gcc", "clang"]
+    if not any(map(shutil.which, compilers)):
+        return "a C compiler is missing"
+    return ""
+
+
+def _compile(module, backend="inductor"):
+    """Compile the decoder layers in place, and the passes over the vocabulary."""
+    global _log_softmax_at, _logits_gradient
+    # A layer has a form for each size, with and without gradients.
+    torch._dynamo.config.recompile_limit = 32
+    for layer in _decoder_layers(module):
+        # Not the whole call: hooks of FSDP and gradient checkpointing stay outside.
+        layer.forward = torch.compile(layer.forward, backend=backend)
+    _log_softmax_at = torch.compile(_log_softmax_at, dynamic=True, backend=backend)
+    _logits_gradient = torch.compile(_logits_gradient, dynamic=True, backend=backend)
+
+
 def _shard(model, compute_dtype):
     """Rank 0's values on all ranks, then FSDP2 layer by layer.
 
     The root is resharded after forward as well: else the embeddings and the head that an evaluation
     has gathered would outlive the optimiser's step.
     """
-    n = model.config.get_text_config().num_hidden_layers
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = [module for module in lists if len(module) == n]
-    require(
-        layers, f"{type(model).__name__}: its {n} decoder layers are not found; use one process"
-    )
+    layers = _decoder_layers(model)
+    name = type(model).__name__
+    require(layers is not None, f"{name}: its decoder layers are not found; use one process")
     mesh = dist.init_device_mesh(DEVICE.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
-    for unit in [*layers[0], model]:
+    for unit in [*layers, model]:
         unit.to(DEVICE)
         # Unit by unit, so that one alone is whole on the device; rotary buffers are in no file.
         for tensor in [*unit.parameters(), *unit.buffers()]:
@@ -2306,6 +2719,212 @@ def _shard(model, compute_dtype):
                 dist.broadcast(tensor.data, 0)
         fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return model
+
+
+# What a run needs, before anything large is loaded.  The estimate has no constant that was fitted:
+# it counts the numbers that a step must hold.
+
+
+@dataclasses.dataclass
+class Need:
+    """What one process holds in a training step, in bytes, and the shape of its step."""
+
+    tokens: int  # packed tokens of a micro-batch
+    passes: int  # micro-batches of a step
+    weights: float  # fp32, and what computes: a copy, or the layers that are gathered at a time
+    gradients: float
+    optimiser: float
+    activations: float  # kept for backward, and the logits with their gradient
+
+    def peak(self):
+        """The most that is held at a time.
+
+        With one micro-batch a step, activations are freed while gradients come to be; with several,
+        gradients of the last one are there.  RMSprop and AdamW make fp32 numbers of a weight.
+        """
+        kept = self.weights + self.optimiser
+        forward = self.activations
+        if self.passes > 1:
+            forward += self.gradients
+        return kept + max(forward, 2 * self.gradients)
+
+
+def _shape_of(name):
+    """The model of a name without its weights, as meta tensors."""
+    folder = model_folder(name, weights=False)
+    if (folder / ADAPTER).exists():
+        folder = model_folder(_base_of(folder), weights=False)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # broken files, unknown families: many types
+        why = first_line(error)
+        raise SystemExit(f"{folder}: not a model that transformers can load ({why})") from None
+
+
+def _numbers(module):
+    """How many weights a module has; those that are tied count once."""
+    return sum(weights.numel() for weights in module.parameters())
+
+
+def _kept_of_layer(model, compiled):
+    """What a decoder layer keeps of a token for backward -> numbers, and of them those of a key.
+
+    A matrix needs its input, and what follows it needs its output: where that is added to the
+    residual stream, nothing does.  Keys and values are gathered once more for every response that
+    sees them.  The compiler makes the rest again; without it the results of norms, rotations and
+    gates are kept.
+    """
+    config = model.config.get_text_config()
+    width = config.hidden_size
+    head_size = getattr(config, "head_dim", None) or width // config.num_attention_heads
+    shared = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    numbers = width
+    for module in _decoder_layers(model)[0].modules():
+        weights = getattr(module, "weight", None)
+        if weights is None or weights.dim() != 2:
+            continue
+        outputs, inputs = weights.shape
+        if isinstance(module, Conv1D):  # GPT-2
+            inputs, outputs = weights.shape
+        numbers += inputs if outputs == width else outputs
+    if not compiled:
+        inner = getattr(config, "intermediate_size", 4 * width)
+        numbers += 3 * width + (config.num_attention_heads + shared) * head_size
+        if hasattr(config, "rms_norm_eps"):  # a family of Llama's kind, with a gate
+            numbers += 2 * width + inner
+    return numbers, 2 * shared * head_size
+
+
+def need(model, args, rows, world, state, trained=True):
+    """What a training step of these rows needs of each of `world` processes -> Need
+
+    rows: tokenised, as many as a step has.  state: how many fp32 numbers the optimiser holds of a
+    weight.  trained=False: the body is frozen, and whole in the compute dtype (LoRA).
+    """
+    # The micro-batches, as pack_pairs makes them.
+    tokens = 0
+    keys = 0
+    scored = 0
+    for row in rows:
+        responses = sum(map(len, row["responses"]))
+        tokens += len(row["prompt_ids"]) + responses
+        keys += len(row["prompt_ids"]) * len(row["responses"]) + responses
+        scored += responses
+    passes = math.ceil(tokens / (args.tokens_per_microbatch * world))
+    share = 1 / (world * passes)  # of the step's tokens, in one micro-batch
+
+    # Weights, gradients, optimiser: in slices where there are several processes.
+    size = 4 if args.dtype == "float32" else 2  # bytes of a number of compute
+    n = _numbers(model)
+    layers = _decoder_layers(model)
+    layer = _numbers(layers[0])
+    outside = n - len(layers) * layer  # embeddings and head
+    if not trained:
+        weights = size * n
+        n = 0
+    elif world > 1:
+        weights = 4 * n / world + 2 * size * (outside + layer)  # gathered, with their gradients
+    elif size == 2:
+        weights = 4 * n + size * n
+    else:
+        weights = 4 * n
+
+    # Activations of every layer, or its input alone and one layer again; then the logits.
+    numbers, of_key = _kept_of_layer(model, compiled=size == 2 and getattr(args, "compile", True))
+    kept = size * share * (tokens * numbers + keys * of_key)
+    activations = len(layers) * kept
+    if getattr(args, "gradient_checkpointing", False):
+        inputs = size * share * tokens * model.config.get_text_config().hidden_size
+        activations = len(layers) * inputs + kept
+    logits = scored * share * size * model.config.get_text_config().vocab_size
+    activations += 2 * min(logits, LOGITS_BYTES)
+    of_weights = 4 * n / world
+    packed = math.ceil(tokens * share)
+    return Need(packed, passes, weights, of_weights, state * of_weights, activations)
+
+
+def plan_memory(args, rows, steps, state, trained=True):
+    """Say what a run of `steps` steps needs, and refuse one that cannot fit, before it is loaded.
+
+    A table of 1, 2, 4 and 8 processes with --plan, which ends here, and where 1 GiB is needed.
+    state and trained: see `need`.  SystemExit: it does not fit, with what would.
+    """
+    _require_dtype(args.dtype)
+    # The largest of the first steps.
+    step_rows = []
+    largest = 0
+    for step in range(min(steps, 100)):
+        index = batch_order(len(rows), args.batch_size, step, args.seed)
+        in_step = [rows[i] for i in index]
+        tokens = sum(len(row["prompt_ids"]) + sum(map(len, row["responses"])) for row in in_step)
+        if tokens > largest:
+            largest = tokens
+            step_rows = in_step
+    model = _shape_of(args.model)
+    if _decoder_layers(model) is None:
+        require(
+            not args.plan, f"{args.model}: its decoder layers are not found, so there is no plan"
+        )
+        return
+    # The table, then the refusal.
+    _, world = rank_and_world()
+    here = need(model, args, step_rows, world, state, trained)
+
+    if args.plan or here.peak() > 2**30:
+        say(f"{args.model}: {_numbers(model) / 1e6:,.1f} million parameters, {args.dtype} compute")
+        say(f"{steps} steps of {args.batch_size} rows, up to {largest} packed tokens a step; GiB:")
+        say("processes  weights  gradients  optimiser  activations    peak  tokens x passes")
+        for processes in (1, 2, 4, 8):
+            if processes <= args.batch_size:
+                say(_plan_line(processes, need(model, args, step_rows, processes, state, trained)))
+    problem = _why_no_room(model, args, step_rows, state, trained)
+    require(not problem, problem)
+    if args.plan:
+        raise SystemExit(0)
+
+
+def _plan_line(processes, needed):
+    """A line of the table of plan_memory."""
+    parts = (needed.weights, needed.gradients, needed.optimiser, needed.activations, needed.peak())
+    cells = []
+    for part, width in zip(parts, (9, 11, 11, 13, 8)):
+        cells.append(f"{part / 2**30:{width}.2f}")
+    return f"{processes:9}{''.join(cells)}  {needed.tokens} x {needed.passes}"
+
+
+def room():
+    """Bytes that a process may fill: its GPU's, or its part of the machine's."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return memory(DEVICE) if CUDA else memory() / processes
+
+
+def _why_no_room(model, args, rows, state, trained):
+    """Why a run does not fit into the memory of a process, and what would; "" if it fits."""
+    _, world = rank_and_world()
+    peak = need(model, args, rows, world, state, trained).peak()
+    if peak <= room():
+        return ""
+
+    # Which changes would be enough, each alone?
+    remedies = []
+    if hasattr(args, "gradient_checkpointing"):
+        less = dataclasses.replace(args, gradient_checkpointing=True)
+        if need(model, less, rows, world, state, trained).peak() <= room():
+            remedies.append("--gradient-checkpointing")
+    for budget in (8192, 4096, 2048, 1024, 512):
+        less = dataclasses.replace(args, tokens_per_microbatch=budget)
+        if need(model, less, rows, world, state, trained).peak() <= room():
+            remedies.append(f"--tokens-per-microbatch {budget}")
+            break
+    for processes in (2, 4, 8):
+        if need(model, args, rows, processes, state, trained).peak() <= room() and CUDA:
+            remedies.append(f"torchrun --nproc-per-node {processes}")
+            break
+    enough = ", or ".join(remedies) or "a smaller --model"
+    needs = f"a process needs about {peak / 2**30:.1f} GiB, and has {room() / 2**30:.1f}"
+    return f"{str(args.model)[-60:]}: {needs}: {enough}"
 
 
 def save_model(model, tokenizer, path):
@@ -2332,11 +2951,14 @@ def save_model(model, tokenizer, path):
 
 
 def clip_gradients(model, max_norm):
-    """Scale the gradient down to norm `max_norm` if it is longer -> the norm it had."""
+    """Scale the gradient down to norm `max_norm` if it is longer -> the norm it had, fp64.
+
+    The norm is a tensor on the device, so that the program need not wait for it.
+    """
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    return norm.item()
+    return norm.double()
 
 
 # What rates responses: your own function, or a reward model.  All have one form: called with a
@@ -2883,24 +3505,41 @@ def _build_folder(folder):
 
 RANDOM = (torch, torch.cuda) if CUDA else (torch,)  # generators that a checkpoint holds
 signals = []  # SIGTERM and SIGINT received so far
+meeting = None  # on GPUs: the group of gloo in which all ranks meet at the end
 
 
 def setup(seed, timeout=1800):
-    """Join the process group (a plain `python` run is a group of one); seed all ranks -> device."""
+    """Join the process group (a plain `python` run is a group of one); seed all ranks -> device.
+
+    SystemExit: a machine with fewer GPUs than processes.
+    """
+    global meeting
     if not dist.is_initialized():
         if CUDA:
+            _require_gpus(torch.cuda.device_count())
             torch.cuda.set_device(DEVICE)
+            # It plans .1 s for every new shape, and here almost every shape is new.
+            torch.backends.cuda.enable_cudnn_sdp(False)
         alone = {}
         if "RANK" not in os.environ:
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         patience = datetime.timedelta(seconds=timeout)  # with a rank that keeps the others waiting
         backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
         dist.init_process_group(backend, timeout=patience, **alone)
+        if dist.get_backend() != "gloo":  # the one that has monitored_barrier
+            meeting = dist.new_group(backend="gloo")
         atexit.register(leave)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _note_signal)
     torch.manual_seed(seed)
     return DEVICE
+
+
+def to_device(tensor, device):
+    """The tensor on the device; from pinned memory, so that the program does not wait for a GPU."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def _note_signal(number, _):
@@ -2915,10 +3554,43 @@ def leave():
     if not dist.is_initialized():
         return
     try:
-        dist.monitored_barrier(timeout=datetime.timedelta(seconds=30))
+        dist.monitored_barrier(meeting, timeout=datetime.timedelta(seconds=30))
     except RuntimeError:
         pass  # another rank is gone: torchrun ends the job
     dist.destroy_process_group()
+
+
+def _require_gpus(there):
+    """SystemExit, with one line of one process, if this machine has fewer GPUs than processes."""
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # Of several processes the first one says it.
+    fewer = f"{processes} processes, but {there} GPUs here: --nproc-per-node {there}"
+    problem = f"{fewer}, or CUDA_VISIBLE_DEVICES= for CPUs"
+    if LOCAL_RANK > 0:
+        problem = 1
+    require(processes <= there, problem)
+
+
+def _say_in_one_line(args, kind, error, trace):
+    """An excepthook: errors of a GPU that a flag can prevent are one line, others as ever."""
+    if issubclass(kind, torch.OutOfMemoryError):
+        print(_out_of_memory(args), file=sys.stderr)
+    elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
+        print(f"layers cannot be compiled ({first_line(error)}): --no-compile", file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+def _out_of_memory(args):
+    """The line for a GPU that is full: what was tried, and the flags that need less."""
+    flags = []
+    if hasattr(args, "tokens_per_microbatch"):
+        flags.append(f"--tokens-per-microbatch below {args.tokens_per_microbatch}")
+    # dpl.py has no such option.
+    if hasattr(args, "gradient_checkpointing"):
+        flags.append("--gradient-checkpointing")
+    flags.append("--dtype bfloat16")
+    return f"out of GPU memory: {', '.join(flags)}, or more processes under torchrun"
 
 
 def rank_and_world():
@@ -3099,6 +3771,8 @@ MAY_CHANGE_ON_RESUME = (
     "eval_every",
     "save_every",
     "tokens_per_microbatch",
+    "compile",
+    "plan",
 )
 
 
@@ -3152,6 +3826,7 @@ def start_run(args, method, also=()):
         write(out / "config.json", {**flags, **versions})
 
     on_rank0(prepare, f"{out}: cannot hold a run; choose another --out")
+    sys.excepthook = functools.partial(_say_in_one_line, args)
     return out
 
 
@@ -3252,11 +3927,14 @@ def log(out, step, /, **values):
     printed.
     """
     # A mean over all ranks is a sum of sums over a sum of counts.
-    sums_and_counts = []
+    sums = []
+    counts = []
     for value in values.values():
-        items = torch.as_tensor(value, dtype=torch.float64, device=DEVICE).detach()
-        sums_and_counts.append(torch.stack([items.sum(), items.new_tensor(items.numel())]))
-    totals = torch.stack(sums_and_counts).cpu()  # one copy from the device for all values
+        items = torch.as_tensor(value, dtype=torch.float64).detach()
+        sums.append(to_device(items.sum(), DEVICE))
+        counts.append(items.numel())
+    on_cpu = torch.stack(sums).cpu()  # one copy from the device for all values
+    totals = torch.stack([on_cpu, torch.tensor(counts, dtype=torch.float64)], dim=1)
     dist.all_reduce(totals)
     means = (totals[:, 0] / totals[:, 1]).tolist()
     line = {"step": step}
@@ -3283,11 +3961,14 @@ def merge(parts, prefix=""):
     return merged
 
 
-def speed(rows, seconds):
-    """Rows and real tokens per second, and peak memory.
+def speed(rows, started):
+    """Rows and real tokens per second since the time `started`, and peak memory.
 
-    A prompt counts once per response, padding never.
+    A prompt counts once per response, padding never.  Waits for a GPU, as `log` does.
     """
+    if CUDA:
+        torch.cuda.synchronize()
+    seconds = time.time() - started
     # What the rows hold, whatever the layout in which they were computed.
     tokens = 0
     for row in rows:
@@ -3305,7 +3986,7 @@ def speed(rows, seconds):
 
 
 def stop_unless_finite(grad_norm, step, rows, out):
-    """Leave before a non-finite gradient reaches the weights; the norm is global: all leave."""
+    """Leave before anything is saved of a gradient that is not finite; all ranks have its norm."""
     if math.isfinite(grad_norm):
         return
     found = checkpoints(out)

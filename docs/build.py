@@ -100,7 +100,7 @@ def tags(kind, value, is_call, links):
         return f'<a href="{links[value]}">', "</a>"
     for name, coloured in COLOURS.items():
         if kind in coloured and value.strip():
-            return f'<span class="{name}">', "</span>"
+            return f"<i class={name}>", "</i>"  # short, since a page has thousands of them
     return "", ""
 
 
@@ -128,15 +128,12 @@ def code_of_blocks(source, links):
         parts[i] += start + escape(value, quote=False) + stop
 
     # The tokens of a string have one colour: one element is enough for all of them.
-    return [
-        re.sub(r'(?<=<span class="s">)(?:[^<]|</span><span class="s">)*', joined, part)
-        for part in parts
-    ]
+    return [re.sub(r"(?<=<i class=s>)(?:[^<]|</i><i class=s>)*", joined, part) for part in parts]
 
 
 def joined(found):
     """A match of tokens of one colour as one token."""
-    return found[0].replace('</span><span class="s">', "")
+    return found[0].replace("</i><i class=s>", "")
 
 
 # ---- Pages
@@ -149,6 +146,8 @@ def contents(source):
         if block.heading:
             parts.append(f"</ul>\n<p>{escape(block.heading)}</p>\n<ul>")
         elif block.id in source.spans and "." not in block.id and not block.id.isupper():
+            if block.id.startswith("_"):
+                continue  # a helper is found where it is called
             line = block.note.partition("\n")[0].partition(".  ")[0].rstrip(".")
             parts.append(f'<li><a href="#{block.id}">{block.id}</a> {escape(line)}</li>')
     return "\n".join(parts) + "\n</ul>"

@@ -91,6 +91,7 @@ class Args:
     out: str = ""  # run folder; empty: results/dpl-train, or results/dpl for compare
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
+    plan: bool = False  # print what the run needs of memory, and leave; needs no weights, no GPU
 
 
 @dataclass
@@ -187,11 +188,12 @@ from common import Unusable, require_text  # tokenization
 from common import batch_order, load_pairs, load_split, plan_steps  # data
 from common import read_rows, report, subset  # data
 from common import words  # the plain text of a string or of chat messages
-from common import clip_gradients, load_model, load_tokenizer, model_folder, save_model  # models
+from common import clip_gradients, compile_layers, load_model, load_tokenizer  # models
+from common import model_folder, plan_memory, save_model  # models
 from common import TINY_GROUPS, tiny_attributes, tiny_reward  # the tiny world
 from common import load_checkpoint, on_rank0, require, save_checkpoint, setup  # processes
 from common import check_ranges, require_free, start_run, stop_requested  # processes
-from common import stop_unless_finite, write  # processes
+from common import stop_unless_finite, to_device, write  # processes
 from common import log, merge, progress, save_figure, say, setting, speed  # logging
 from common import say_claim, verdict, wilson  # how a run ends
 # isort: on
@@ -673,7 +675,7 @@ def raw_outputs(model, rows, tokens_per_microbatch):
 
 @torch.no_grad()
 def log_mean_probabilities(model, batches, args):
-    """log of the mean p over a whole batch of pairs, the same on all processes -> (K,), CPU
+    """log of the mean p over a whole batch of pairs, the same on all processes -> (K,)
 
     batches: the micro-batches of this process. It takes one more forward pass; None, without one,
     if the objective has no entropy of a batch.
@@ -682,7 +684,7 @@ def log_mean_probabilities(model, batches, args):
     if not wanted:
         return None
     log_p = [head_outputs(model, batch).log_softmax(-1) for batch in batches]
-    log_sum = torch.cat(log_p).logsumexp(0).cpu()
+    log_sum = torch.cat(log_p).logsumexp(0)
 
     # Sums over the pairs of all processes stay in log space.
     log_sums = [torch.empty_like(log_sum) for _ in range(dist.get_world_size())]
@@ -704,7 +706,8 @@ def batch_losses(model, batch, args, log_mean_p=None):
     hard_losses = pair_losses(chosen, rejected, args.type, args.link, args.sigma_floor)
     losses = hard_losses
     if args.soft_labels:  # Eq. 1: p_u(a, b) of either order
-        p = torch.tensor([row["p_chosen"] for row in batch["rows"]]).to(outputs)
+        p_chosen = [float(row["p_chosen"]) for row in batch["rows"]]
+        p = to_device(torch.tensor(p_chosen), outputs.device)
         swapped_losses = pair_losses(rejected, chosen, args.type, args.link, args.sigma_floor)
         losses = p * hard_losses + (1 - p) * swapped_losses
 
@@ -712,7 +715,7 @@ def batch_losses(model, batch, args, log_mean_p=None):
     if args.type == "categorical" and log_mean_p is None:  # App. C.2
         objective = losses - args.entropy_coeff * entropy(chosen, rejected)
     elif args.type == "categorical":  # released code
-        shares = entropy_shares(chosen, rejected, log_mean_p.to(outputs.device))
+        shares = entropy_shares(chosen, rejected, log_mean_p)
         objective = losses - args.entropy_coeff * shares
     return objective, {"loss": losses.detach(), "accuracy": right(hard_losses)}
 
@@ -762,7 +765,8 @@ def new_optimizer(model, args):
     head = model.score.weight
     body = [p for p in model.parameters() if p.requires_grad and p is not head]
     groups = [{"params": body}, {"params": [head]}]
-    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+    fused = True if head.is_cuda else None  # on a GPU one pass over the weights
+    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=fused)
 
 
 def set_rates(optimizer, args, factor):
@@ -812,6 +816,7 @@ def load_training_pairs(args):
     world = dist.get_world_size()
     problem = f"{fewest} pairs for {world} processes: raise --batch-size and --eval-pairs"
     require(fewest >= world, problem)
+    plan_memory(args, rows, steps, state=2, trained=not args.lora)  # the two moments of AdamW
     return args, Pairs(tokenizer, rows, held_out, steps)
 
 
@@ -854,6 +859,7 @@ def fit(args, pairs):
     start = 0
     if args.resume:
         start, _ = load_checkpoint(out, model, optimizer)
+    compile_layers(model, True, steps - start)
 
     history = []
     for step in progress(range(start, steps)):
@@ -877,15 +883,14 @@ def fit(args, pairs):
         if args.lora:
             average_gradients(model)
         grad_norm = clip_gradients(model, args.max_grad_norm)
-        stop_unless_finite(grad_norm, step, batch_rows, out)
         lr = set_rates(optimizer, args, lr_factor(args.schedule, step, steps))
         optimizer.step()
         optimizer.zero_grad()
 
         # Log, save, and stop when asked to.
-        seconds = time.time() - started
-        values = {**merge(metrics), "lr": lr, "grad_norm": grad_norm, **speed(batch_rows, seconds)}
+        values = {**merge(metrics), "lr": lr, "grad_norm": grad_norm, **speed(batch_rows, started)}
         history.append(log(out, step, **values))
+        stop_unless_finite(history[-1]["grad_norm"], step, batch_rows, out)
         stop = stop_requested()
         if stop or (args.save_every and (step + 1) % save_steps == 0):
             save_checkpoint(out, step + 1, model, optimizer)

@@ -60,6 +60,7 @@ class Args:
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
+    compile: bool = True  # decoder layers, on a GPU, in bfloat16, in runs of 300 steps and more
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights and sums are float32
     seed: int = 0  # of the order of the data
 
@@ -69,6 +70,7 @@ class Args:
     out: str = "results/dpo_gamma"  # run folder
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
+    plan: bool = False  # print what the run needs of memory, and leave; needs no weights, no GPU
 
 
 PYTHIA = Args(  # App. D.1 and the released README
@@ -103,7 +105,6 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.tensor import DTensor
 
 # common.py is beside this file, or one folder up.
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
@@ -111,9 +112,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import pair_metrics, reference_logps, response_logps  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, load_split, plan_steps, subset  # data
-from common import clip_gradients, load_model, load_tokenizer, save_model  # models
+from common import clip_gradients, compile_layers, load_model, load_tokenizer  # models
+from common import plan_memory, save_model  # models
 from common import check_ranges, log, merge, progress, setup  # processes
-from common import speed, start_run  # processes
+from common import speed, start_run, to_device  # processes
 from common import require  # a condition, else a line and exit code 1
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
 from common import plot_curves, print_evaluations, say_claim, setting, share_shown  # processes
@@ -149,7 +151,7 @@ def pair_losses(model, batch, reference, args):
     # The responses of a batch are chosen, rejected, chosen, rejected, ...
     policy = response_logps(model, batch)[0].view(-1, 2)
     chosen_logps, rejected_logps = policy.unbind(1)
-    reference = reference[batch["index"]].to(policy.device)
+    reference = to_device(reference[batch["index"]], policy.device)
     ref_chosen_logps, ref_rejected_logps = reference.unbind(1)
 
     # The loss, and the metrics that all preference methods have.
@@ -180,7 +182,8 @@ def copy_weights(model):
 def squared_distance(model, weights):
     """The squared distance of the model's weights from these, which are in the same order."""
     distance = sum((new - old).square().sum() for new, old in zip(model.parameters(), weights))
-    return distance.full_tensor() if isinstance(distance, DTensor) else distance  # of all processes
+    # Of several processes each has a part of the sum.
+    return distance.full_tensor() if hasattr(distance, "full_tensor") else distance
 
 
 PANELS = [  # of the figure: title, unit, metrics
@@ -252,6 +255,7 @@ def train_one(args):
     args, steps = plan_steps(args, len(train), len(test))
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_pairs, seed=0)
+    plan_memory(args, train, steps, state=2)  # of RMSprop, and the first weights
 
     # The run folder: one that holds a run, or a flag out of range, ends the program here.
     out = start_run(args, "dpo_gamma")
@@ -273,6 +277,7 @@ def train_one(args):
         clipped = state.get("clipped", 0)
     eval_steps = max(1, args.eval_every // args.batch_size)
     save_steps = max(1, args.save_every // args.batch_size)
+    compile_layers(model, args.compile, steps - start)
 
     for step in progress(range(start, steps)):
         # Evaluate: before the first step, and whenever it is due.
@@ -296,8 +301,7 @@ def train_one(args):
             (losses.sum() * dist.get_world_size() / len(rows)).backward()
             metrics.append(pairs)
         grad_norm = clip_gradients(model, args.max_grad_norm)
-        stop_unless_finite(grad_norm, step, rows, out)
-        clipped += grad_norm > args.max_grad_norm
+        clipped += (grad_norm > args.max_grad_norm).double()
 
         # The learning rate warms up linearly, then it is constant.
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
@@ -307,12 +311,13 @@ def train_one(args):
         # Log: means over all processes, of values from before the update.
         status = {"grad_norm": grad_norm, "clipped_steps": clipped / (step + 1)}
         status["lr"] = optimizer.param_groups[0]["lr"]
-        log(out, step, **merge(metrics), **status, **speed(rows, time.time() - started))
+        last = log(out, step, **merge(metrics), **status, **speed(rows, started))
+        stop_unless_finite(last["grad_norm"], step, rows, out)
 
         # Save: a checkpoint when it is due, and when the run is asked to stop.
         stop = stop_requested()
         if stop or (args.save_every > 0 and (step + 1) % save_steps == 0):
-            save_checkpoint(out, step + 1, model, optimizer, clipped=clipped)
+            save_checkpoint(out, step + 1, model, optimizer, clipped=float(clipped))
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 

@@ -53,6 +53,7 @@ class Args:
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
+    compile: bool = True  # decoder layers, on a GPU, in bfloat16, in runs of 300 steps and more
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights and sums are float32
     seed: int = 0  # of the order of the data
 
@@ -62,6 +63,7 @@ class Args:
     out: str = "results/sft"  # run folder
     resume: bool = False  # continue the run in the run folder from its newest good checkpoint
     overwrite: bool = False  # delete the run that is in the run folder
+    plan: bool = False  # print what the run needs of memory, and leave; needs no weights, no GPU
 
 
 PYTHIA = Args(  # the released commands for Pythia-2.8B
@@ -101,9 +103,10 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import reference_logps, response_logps, wins  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, every_turn, load_split, plan_steps, subset  # data
-from common import clip_gradients, load_model, load_tokenizer, save_model  # models
+from common import clip_gradients, compile_layers, load_model, load_tokenizer  # models
+from common import plan_memory, save_model  # models
 from common import check_ranges, log, merge, progress, require, setup  # processes
-from common import speed, start_run  # processes
+from common import speed, start_run, to_device  # processes
 from common import load_checkpoint, save_checkpoint, stop_requested, stop_unless_finite  # processes
 from common import plot_curves, print_evaluations, say_claim, setting, share_shown  # processes
 # isort: on
@@ -164,7 +167,7 @@ def evaluate(model, rows, start_logps, args):
     metrics = []
     for batch in pack_pairs(rows, args.tokens_per_microbatch):
         losses, examples = example_losses(model, batch)
-        before = start_logps[batch["index"], 0].to(losses.device)
+        before = to_device(start_logps[batch["index"], 0], losses.device)
         examples["likelier"] = wins(-losses, before)
         metrics.append(examples)
     return merge(metrics, prefix="eval_")
@@ -216,6 +219,7 @@ def main(args):
     args, steps = plan_steps(args, len(train), len(test))
     train = subset(train, steps * args.batch_size, args.seed)
     test = subset(test, args.eval_examples, seed=0)
+    plan_memory(args, train, steps, state=1)  # of RMSprop
 
     # The run folder: one that holds a run, or a flag out of range, ends the program here.
     out = start_run(args, "sft")
@@ -236,6 +240,7 @@ def main(args):
         clipped = state.get("clipped", 0)
     eval_steps = max(1, args.eval_every // args.batch_size)
     save_steps = max(1, args.save_every // args.batch_size)
+    compile_layers(model, args.compile, steps - start)
 
     for step in progress(range(start, steps)):
         # Evaluate: before the first step, and whenever it is due.
@@ -257,8 +262,7 @@ def main(args):
             (losses.sum() * dist.get_world_size() / total).backward()
             metrics.append(examples)
         grad_norm = clip_gradients(model, args.max_grad_norm)
-        stop_unless_finite(grad_norm, step, rows, out)
-        clipped += grad_norm > args.max_grad_norm
+        clipped += (grad_norm > args.max_grad_norm).double()
 
         # The learning rate warms up linearly, then it is constant.
         optimizer.param_groups[0]["lr"] = args.lr * min(1, (step + 1) / (args.warmup_steps + 1))
@@ -268,12 +272,13 @@ def main(args):
         # Log: means over all processes, of values from before the update.
         status = {"grad_norm": grad_norm, "clipped_steps": clipped / (step + 1)}
         status["lr"] = optimizer.param_groups[0]["lr"]
-        log(out, step, **merge(metrics), **status, **speed(rows, time.time() - started))
+        last = log(out, step, **merge(metrics), **status, **speed(rows, started))
+        stop_unless_finite(last["grad_norm"], step, rows, out)
 
         # Save: a checkpoint when it is due, and when the run is asked to stop.
         stop = stop_requested()
         if stop or (args.save_every > 0 and (step + 1) % save_steps == 0):
-            save_checkpoint(out, step + 1, model, optimizer, clipped=clipped)
+            save_checkpoint(out, step + 1, model, optimizer, clipped=float(clipped))
         if stop:
             raise SystemExit(143)  # after SIGTERM or Ctrl-C; --resume continues
 

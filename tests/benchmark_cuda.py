@@ -40,7 +40,7 @@ from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
 from transformers.generation import TopPLogitsWarper
 
 import common
-from common import clip_gradients, load_model, pack_pairs, response_logps
+from common import clip_gradients, compile_layers, load_model, pack_pairs, response_logps
 
 SHAPES.update({"410m": (1024, 24, 16), "1.4b": (2048, 24, 16), "2.8b": (2560, 32, 32)})
 SHAPES["mini"] = (16, 2, 2)
@@ -180,7 +180,7 @@ def our_dpo_step(model, optimizer, rows, reference, tokens):
     total = 0.0
     for batch in pack_pairs(rows, tokens):
         logps = response_logps(model, batch)[0].view(-1, 2)
-        chosen = reference[batch["index"]].to(logps.device)
+        chosen = common.to_device(reference[batch["index"]], logps.device)
         losses = dpo.dpo_loss(*logps.unbind(1), *chosen.unbind(1), BETA)
         (losses.sum() / len(rows)).backward()
         total += losses.detach().sum()
@@ -235,6 +235,7 @@ def our_side(setting, shape, batches):
     """The steps of these files."""
     references = pair_logps(setting, shape, batches, seed=1)
     model = load_model(saved_model(setting, shape), compute_dtype(setting), train=True)
+    compile_layers(model, True, steps=10**6)  # as a long run does
     optimizer = torch.optim.RMSprop(model.parameters(), lr=0.0)
     losses = []
 

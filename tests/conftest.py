@@ -17,6 +17,12 @@ import tokenizers
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
+# The suite is that of a CPU, on every machine: a GPU is hidden, but from `pytest test_cuda.py`.
+if any("test_cuda" in argument for argument in sys.argv):
+    os.environ["TEST_CUDA"] = "1"  # for workers of pytest-xdist, too
+if "TEST_CUDA" not in os.environ:
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import common
 
 os.environ["OMP_NUM_THREADS"] = (

@@ -145,7 +145,7 @@ def exit_code(run):
         traceback.print_exc()
         code = 130
     except BaseException:
-        traceback.print_exc()
+        sys.excepthook(*sys.exc_info())  # a run has its own
         code = 1
     atexit._run_exitfuncs()
     sys.stdout.flush()

@@ -407,7 +407,7 @@ def settle(losses_of, model, batch, reference, steps, lr):
     for _ in range(steps):
         sums = common.response_logps(model, batch)[0].view(-1, 2)
         losses_of(*sums.unbind(1), *reference.unbind(1)).mean().backward()
-        norms.append(common.clip_gradients(model, 10.0))
+        norms.append(common.clip_gradients(model, 10.0).item())
         optimizer.step()
         optimizer.zero_grad()
     sums = common.response_logps(model, batch)[0].view(-1, 2).detach()
