@@ -43,7 +43,7 @@ def options_of(name, blank, out, budget):
         model=str(blank / "model"),
         data=str(blank / "pairs.jsonl"),
         out=str(out),
-        lr=1e-4,  # RMSprop makes steps of rounding errors where a gradient is zero
+        lr=5e-5,  # RMSprop makes steps of rounding errors where a gradient is zero
         batch_size=8,
         tokens_per_microbatch=budget,
     )
