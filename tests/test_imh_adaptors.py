@@ -176,7 +176,7 @@ def test_bad_adaptors_name_the_remedy():
     with pytest.raises(SystemExit, match="keeps nothing at 1 of 2 positions"):
         adapt(torch.tensor([[0.0, 1.0], [-INF, -INF]]), "top_p=0.9")
     with pytest.raises(ValueError, match="unknown adaptor 'top_q'"):
-        imh.kept_set(torch.zeros(1, 6).log_softmax(-1), "top_q", 1)
+        imh.kept_set(torch.zeros(1, 6), torch.ones(1, 6), "top_q", 1)
     assert (
         parse_adaptor("ancestral") == parse_adaptor("top_k50")
         and parse_adaptor("top_k=0,top_p=1") == {}
