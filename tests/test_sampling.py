@@ -351,6 +351,13 @@ def test_sets_without_a_sort_are_those_of_the_definition(V):
                 assert torch.equal(bisection[row], expected), (row, x)
 
 
+def test_the_bisection_compiles_in_one_piece():
+    """Traced without a break, as a GPU needs it; here the traced calls run as they are."""
+    p = adversarial_rows(300).exp()
+    compiled = torch.compile(common._fewest_by_bisection, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(-p.log(), p, 0.9), common._fewest_by_bisection(-p.log(), p, 0.9))
+
+
 def test_cutoffs_keep_what_reaches_them_and_the_likeliest():
     log_pi = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log()
     assert common.above_cutoff(log_pi, math.log(0.25)).tolist() == [[1, 1, 1, 0]]
