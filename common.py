@@ -781,6 +781,9 @@ def wins(a, b):
 # a filter's edge, and its log-prob would be -inf.
 # Families whose state is no list of keys and values (Mamba, RWKV, hybrids) are found by a probe,
 # and get whole prefixes at every step: slow and exact.
+# On a CPU half of a step is the product with the output matrix.  A matrix packed once would make it
+# 1.3 to 1.9 times as fast, but torch packs by private functions alone: what torch.utils.mkldnn
+# makes is not packed, and 1.0 (width 128) to 1.4 times (512) as fast for twice the memory.
 
 
 class Slab(DynamicLayer):
@@ -820,6 +823,23 @@ class WholePrefixes:
         self.texts = texts  # a list of ids for each slot
 
 
+@contextlib.contextmanager
+def inputs_of_head(model):
+    """While open, the list that it gives collects what the output matrix is given.
+
+    Each of these is made contiguous first.  The hidden states of the last positions are a view with
+    gaps, which torch multiplies row by row where the weights are frozen: ten times as slow.
+    """
+    given = []
+
+    def collect(_, inputs):
+        given.append(inputs[0].contiguous())
+        return (given[-1],)
+
+    with model.get_output_embeddings().register_forward_pre_hook(collect):
+        yield given
+
+
 @torch.no_grad()
 def _run_whole(model, texts):
     """Final-norm hidden states (n, d) and logits (n, V) at the end of n texts, no cache.
@@ -832,15 +852,10 @@ def _run_whole(model, texts):
         ids = pad_sequence(group, batch_first=True).to(model.device)
         lengths = torch.tensor([len(text) for text in group], device=ids.device)
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        inputs = []
-
-        def catch(_, given, inputs=inputs):
-            inputs.append(given[0])
-
-        with model.get_output_embeddings().register_forward_pre_hook(catch):
+        with inputs_of_head(model) as given:
             out = model(ids, attention_mask=mask.long(), use_cache=False)
         row = torch.arange(len(group), device=ids.device)
-        hidden.append(inputs[0][row, lengths - 1])
+        hidden.append(given[0][row, lengths - 1])
         logits.append(out.logits[row, lengths - 1])
     return torch.cat(hidden), torch.cat(logits)
 
@@ -946,14 +961,9 @@ def _step_cache(model, cache, tokens):
         mask["position_ids"] = at[:, start:].clamp(0)
 
     # What the output matrix is given: the hidden states after the final norm.
-    hidden = []
-
-    def catch(_, inputs):
-        hidden.append(inputs[0][:, -1])
-
-    with model.get_output_embeddings().register_forward_pre_hook(catch):
+    with inputs_of_head(model) as given:
         out = model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **mask)
-    return hidden[0], out.logits[:, -1]
+    return given[0][:, -1], out.logits[:, -1]
 
 
 def head_logits(model, hidden):
@@ -1010,6 +1020,64 @@ def _reorder_cache(cache, ancestors):
     cache.prompts = cache.prompts[ancestors]
 
 
+# A draw takes two steps: first a block of tokens, by the sums of the blocks' probabilities, then
+# one token of that block.  So only these sums, and what is within one block, are cumulated.
+DRAW_BLOCK = 256  # tokens
+
+
+@dataclasses.dataclass
+class DrawnBlock:
+    """The block of tokens that was drawn in each of n rows; all (n, 1) but p."""
+
+    first: torch.Tensor  # its first token
+    p: torch.Tensor  # (n, DRAW_BLOCK), its tokens' probabilities, up to a factor; 0 beyond the last
+    goal: torch.Tensor  # what the cumulated p must exceed at the token to be drawn
+    total: torch.Tensor  # the sum of the whole row's probabilities
+
+
+def rows_in_cache(scores):
+    """How many rows of scores (n, V) stay in a CPU core's cache while one passes over them."""
+    if scores.is_cpu:
+        return max(8, 2**19 // scores.shape[1])
+    return max(1, len(scores))
+
+
+def draw_block(p, uniforms):
+    """Probabilities (n, V), up to a factor, and uniforms (n,) -> DrawnBlock"""
+    # The cumulated sums of the blocks, in float64; the last block is a shorter one, or empty.
+    V = p.shape[1]
+    blocks = V // DRAW_BLOCK
+    sums = p[:, : blocks * DRAW_BLOCK].unflatten(1, (blocks, DRAW_BLOCK)).sum(-1)
+    rest = p[:, blocks * DRAW_BLOCK :].sum(-1, keepdim=True)
+    cdf = torch.cat([torch.zeros_like(rest), sums, rest], 1).cumsum(-1, dtype=torch.float64)
+
+    # Block i is drawn if the goal lies between cdf[i] and cdf[i + 1].
+    total = cdf[:, -1:]
+    goal = below(uniforms[:, None] * total, total)
+    block = torch.searchsorted(cdf[:, 1:].contiguous(), goal, right=True)
+    first = block * DRAW_BLOCK
+    columns = first + torch.arange(DRAW_BLOCK, device=p.device)
+    inside = p.gather(1, columns.clamp(max=V - 1)) * (columns < V)
+    return DrawnBlock(first, inside, goal - cdf.gather(1, block), total)
+
+
+def below(goal, total):
+    """The goal, or the next number below the total: so that something with mass is drawn."""
+    return goal.minimum(torch.nextafter(total, torch.zeros_like(total)))
+
+
+def draw_in_block(drawn):
+    """DrawnBlocks of all rows, in a list -> tokens (n,), their log-probs (n,)"""
+    first = torch.cat([block.first for block in drawn])
+    p = torch.cat([block.p for block in drawn])
+    goal = torch.cat([block.goal for block in drawn])
+    total = torch.cat([block.total for block in drawn])
+    cdf = p.cumsum(-1, dtype=torch.float64)
+    place = torch.searchsorted(cdf, below(goal, cdf[:, -1:]), right=True)
+    log_probs = (p.gather(1, place) / total).log().to(p.dtype)
+    return (first + place)[:, 0], log_probs[:, 0]
+
+
 def sample_tokens(scores, uniforms):
     """Inverse CDF of softmax(scores), one uniform a row.
 
@@ -1017,22 +1085,183 @@ def sample_tokens(scores, uniforms):
 
     Scores may be unnormalised, or -inf; a token without mass is never drawn, whatever the rounding.
     """
-    block = len(scores)
-    if scores.is_cpu:
-        block = max(8, 2**19 // scores.shape[1])  # rows that fit a cache
+    n = rows_in_cache(scores)
     dtype = torch.promote_types(scores.dtype, torch.float32)
-    tokens, log_probs = [], []
-    for rows, u in zip(scores.split(block), uniforms.split(block)):
-        # The cumulated probabilities in float64: their total decides who is last.
+    drawn = []
+    for rows, u in zip(scores.split(n), uniforms.split(n)):
+        drawn.append(draw_block(rows.softmax(-1, dtype=dtype), u))
+    return draw_in_block(drawn)
+
+
+def log_sum_exp(scores):
+    """(n, V) -> (n,), a few rows at a time, which stay in the CPU's cache."""
+    return torch.cat([rows.logsumexp(-1) for rows in scores.split(rows_in_cache(scores))])
+
+
+def tempered(logits, T):
+    """Logits (n, V) divided by a temperature; up to a constant, so that the largest becomes 0."""
+    if T == 1:
+        return logits
+    return (logits - logits.amax(-1, keepdim=True)) / T  # a large score would lose digits
+
+
+def sample_kept(scores, uniforms, filters, kept_set):
+    """sample_tokens from the tokens that filters keep.
+
+    filters, kept_set: as for `kept_by_all`.
+    -> tokens (n,), their log-probs (n,), and the log-sum-exp (n,) of each row of scores
+    SystemExit: a row of scores is no distribution.
+    """
+    highest = scores.amax(-1, keepdim=True)
+    require_mass(highest, filters)
+    n = rows_in_cache(scores)
+    dtype = torch.promote_types(scores.dtype, torch.float32)
+    drawn, log_sums = [], []
+    for rows, high, u in zip(scores.split(n), highest.split(n), uniforms.split(n)):
+        # The likeliest token's score less its log-prob is the log-sum-exp of its row.
         p = rows.softmax(-1, dtype=dtype)
-        cdf = p.cumsum(-1, dtype=torch.float64)
-        total = cdf[:, -1:]
-        token = torch.searchsorted(cdf, u[:, None] * total, right=True)  # the first with cdf > u
-        last = torch.searchsorted(cdf, total.clone())  # u near 1: the last with mass
-        token = token.minimum(last)
-        tokens.append(token[:, 0])
-        log_probs.append((p.gather(1, token) / total).log()[:, 0].to(p.dtype))
-    return torch.cat(tokens), torch.cat(log_probs)
+        log_sum = high - p.amax(-1, keepdim=True).log()
+        if filters:
+            p = p * kept_by_all(rows - log_sum, p, filters, kept_set)
+        drawn.append(draw_block(p, u))
+        log_sums.append(log_sum)
+    tokens, log_probs = draw_in_block(drawn)
+    return tokens, log_probs, torch.cat(log_sums)[:, 0]
+
+
+def require_mass(highest, filters):
+    """SystemExit: rows whose highest score is -inf or nan, from which nothing can be drawn."""
+    empty = int((~highest.isfinite()).sum())
+    problem = f"adaptor {filters} keeps nothing at {empty} of {highest.numel()} positions: "
+    problem += "the logits there are -inf or nan; check the model and --dtype"
+    require(empty == 0, problem)
+
+
+def kept_by_all(log_pi, p, filters, kept_set):
+    """The tokens that are left by several filters, each of which acts on what the last one left.
+
+    log_pi, p (n, V): log-probs and probabilities.  filters: {name: value}, in their order.
+    kept_set(log_pi, p, name, value): the tokens that one filter keeps.
+    -> (n, V), 1.0 for the tokens that are kept, else 0.0
+    """
+    kept = None
+    for name, value in filters.items():
+        if kept is None:
+            kept = kept_set(log_pi, p, name, value)
+        else:
+            log_pi = log_pi.masked_fill(kept == 0, -math.inf).log_softmax(-1)
+            kept = kept * kept_set(log_pi, log_pi.exp(), name, value)
+    return kept
+
+
+# What filters have in common.  None of them sorts a whole row: of tokens of equal cost, those with
+# the lowest index come first, so that a kept set is always the same.
+
+BINS_A_NAT = 128
+BINS = 64 * BINS_A_NAT  # of a histogram by cost; the last bin has all costs from 64 nats on
+
+
+def at_most(values, limit):
+    """1.0 where values (n, V) <= limit (n, 1), else 0.0"""
+    if values.is_cpu:  # numpy compares several times as fast as torch
+        return torch.from_numpy((values.numpy() <= limit.numpy()).astype(np.float32))
+    return (values <= limit).float()
+
+
+def cheapest(cost, k):
+    """The k tokens of least cost.  (n, V) -> 1.0 for these tokens, else 0.0"""
+    cost = cost.float()
+    k = min(k, cost.shape[1])
+    if cost.is_cpu:
+        limit = torch.from_numpy(np.partition(cost.numpy(), k - 1)[:, k - 1 : k])
+    else:
+        limit = cost.topk(k, largest=False).values[:, -1:]
+    kept = at_most(cost, limit)
+
+    # Where several tokens have the largest kept cost, there may be more than k.
+    surplus = kept.sum(-1).long() - k
+    for row in surplus.nonzero()[:, 0].tolist():
+        ties = (cost[row] == limit[row]).nonzero()[:, 0]
+        kept[row, ties[len(ties) - surplus[row] :]] = 0.0
+    return kept
+
+
+def fewest_with_mass(cost, p, x):
+    """The fewest tokens, the cheapest first, whose probabilities add up to x.
+
+    Costs >= 0 and probabilities, (n, V) each -> 1.0 for these tokens, else 0.0
+
+    The token that reaches x is one of them; a mass that is met to 1e-6 is met.
+    """
+    cost = cost.float()
+    share = max(x - 1e-6, 1e-9)
+    if not cost.is_cpu:
+        return _compiled_bisection()(cost, p, share)
+
+    # A histogram of the mass by cost.
+    bins = (cost * BINS_A_NAT).clamp_(0, BINS - 1).long()
+    mass = p.new_zeros(len(p), BINS, dtype=torch.float64).scatter_add_(1, bins, p.double())
+    cdf = mass.cumsum(-1).numpy()
+    kept = torch.empty_like(cost)
+    for costs, p_row, cdf_row, kept_row in zip(cost.numpy(), p.numpy(), cdf, kept.numpy()):
+        # In which bin is x reached?  Cheaper tokens are kept.
+        goal = share * cdf_row[-1]
+        edge = min(np.searchsorted(cdf_row, goal), BINS - 1)
+        low = edge / BINS_A_NAT  # the costs of that bin begin here
+        kept_row[:] = costs < low
+
+        # Only the tokens of that bin are sorted.
+        inside = costs >= low
+        if edge < BINS - 1:
+            inside &= costs < low + 1 / BINS_A_NAT
+        tokens = np.flatnonzero(inside)
+        tokens = tokens[np.argsort(costs[tokens], kind="stable")]
+        reached = p_row[tokens].cumsum(dtype=np.float64)
+        if edge > 0:
+            reached += cdf_row[edge - 1]
+        kept_row[tokens[: np.searchsorted(reached, goal) + 1]] = 1.0
+    return kept
+
+
+@functools.cache
+def _compiled_bisection():
+    """_fewest_by_bisection, compiled where Triton is there: else each pass is several kernels."""
+    if importlib.util.find_spec("triton") is None:
+        return _fewest_by_bisection
+    return torch.compile(_fewest_by_bisection)
+
+
+def _fewest_by_bisection(cost, p, share):
+    """fewest_with_mass by passes over all tokens alone, for a GPU.  Not yet run on one."""
+    # Floats >= 0 are ordered as their bits are, read as whole numbers.
+    bits = cost.contiguous().view(torch.int32)
+    goal = share * p.sum(-1, keepdim=True, dtype=torch.float64)
+    low = torch.zeros_like(bits[:, :1])
+    high = torch.full_like(low, torch.iinfo(torch.int32).max)
+    for _ in range(31):  # the largest kept cost is in low ... high
+        middle = low + (high - low) // 2
+        mass = (p * (bits <= middle)).sum(-1, keepdim=True, dtype=torch.float64)
+        high = torch.where(mass >= goal, middle, high)
+        low = torch.where(mass >= goal, low, middle + 1)
+
+    # Of the tokens at that cost, those before which x is not reached yet.
+    ties = bits == high
+    below = (p * (bits < high)).sum(-1, keepdim=True, dtype=torch.float64)
+    up_to = below + (p * ties).cumsum(-1, dtype=torch.float64)
+    return ((bits < high) | (ties & (up_to - p < goal))).float()
+
+
+def above_cutoff(log_pi, log_cutoff):
+    """Tokens at least as likely as the cutoff up to rounding, and always the likeliest one.
+
+    Log-probs (n, V), and their cutoff: a number, or (n, 1) -> 1.0 for these tokens, else 0.0
+    """
+    if log_pi.is_cpu:  # again numpy is the faster one
+        likeliest = torch.from_numpy(log_pi.numpy().argmax(-1, keepdims=True))
+    else:
+        likeliest = log_pi.argmax(-1, keepdim=True)
+    limit = 1e-6 - torch.as_tensor(log_cutoff, dtype=log_pi.dtype, device=log_pi.device)
+    return at_most(-log_pi, limit).scatter_(1, likeliest, 1.0)
 
 
 # ---- tokenization

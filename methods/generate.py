@@ -27,6 +27,7 @@ the data, and no batch is left out.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -120,12 +121,12 @@ if __name__ == "__main__":  # before torch is imported, so that --help answers a
 import numpy as np
 import torch
 import torch.distributed as dist
-import transformers
 from matplotlib.figure import Figure
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
-from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
+from common import decode_step, prefill, reorder, stay_in_place  # sampling
+from common import above_cutoff, cheapest, fewest_with_mass, sample_kept, tempered  # sampling
 from common import end_tokens, tokenize_pairs  # tokenization
 from common import Unusable, require_context, show_example  # tokenization
 from common import load_prompts, read_rows, require_text, show_samples  # data
@@ -192,45 +193,44 @@ def summarise(rows):
 # Sampling.
 
 
-class Filters:
-    """Several filters of next-token logits as one function; each acts on what the last one left."""
+@dataclass
+class Sampler:
+    """How tokens are drawn: from the filtered softmax(logits / temperature)."""
 
-    def __init__(self, warpers):
-        """warpers: the library's name for its filters, in the order in which they act."""
-        self.warpers = warpers
-
-    def __call__(self, logits):
-        """(n, V) logits -> (n, V) logits, -inf for the tokens that are left out."""
-        for warper in self.warpers:
-            logits = warper(None, logits)  # None: the tokens before, which these do not look at
-        return logits
+    temperature: float
+    filters: dict  # name: value, in the library's order
 
 
 def sampler(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
-    """How tokens are to be drawn: from softmax(filters(logits)), with the Filters that it returns.
-
-    They act in the library's order.  Temperature 0 is greedy.
-    Raises SystemExit where an option is out of its range.
-    """
+    """The Sampler of these options, without what changes nothing.  Temperature 0 is greedy."""
     if temperature == 0:
-        return Filters([transformers.TopKLogitsWarper(1)])
-    warpers = []
-    try:
-        if temperature != 1:
-            warpers.append(transformers.TemperatureLogitsWarper(temperature))
-        if top_k != 0:
-            warpers.append(transformers.TopKLogitsWarper(top_k))
-        if top_p != 1:
-            warpers.append(transformers.TopPLogitsWarper(top_p))
-        if min_p != 0:
-            warpers.append(transformers.MinPLogitsWarper(min_p))
-    except ValueError as error:
-        raise SystemExit(f"--temperature, --top-k, --top-p or --min-p: {error}") from None
-    return Filters(warpers)
+        return Sampler(1.0, {"top_k": 1})
+    filters = {}
+    if top_k != 0:
+        filters["top_k"] = top_k
+    if top_p != 1:
+        filters["top_p"] = top_p
+    if min_p != 0:
+        filters["min_p"] = min_p
+    return Sampler(temperature, filters)
 
 
-def respond(model, prompts, uniforms, filters, ends, vocabulary):
-    """One response to each prompt, drawn from softmax(filters(logits)).
+def kept_set(log_pi, p, name, x):
+    """The tokens that one filter keeps.
+
+    Log-probs and probabilities (n, V) -> (n, V), 1.0 for the tokens that are kept, else 0.0
+    """
+    if name == "top_k":
+        return cheapest(-log_pi, x)
+    if name == "top_p":
+        return fewest_with_mass(-log_pi, p, x)
+    if name == "min_p":
+        return above_cutoff(log_pi, math.log(x) + log_pi.amax(-1, keepdim=True))
+    raise ValueError(f"unknown filter {name!r}")
+
+
+def respond(model, prompts, uniforms, how, ends, vocabulary):
+    """One response to each prompt, drawn as a Sampler says.
 
     N lists of ids and (N, T) uniforms in [0, 1) -> N lists of up to T ids; one of `ends`, the ids
     that end a response, is the last of its list.  A response depends on its own prompt and uniforms
@@ -243,8 +243,8 @@ def respond(model, prompts, uniforms, filters, ends, vocabulary):
     ends = torch.tensor(ends, device=model.device)
     cache, _, logits = prefill(model, prompts, uniforms.shape[1])
     for t in range(uniforms.shape[1]):
-        filtered = filters(logits[:, :vocabulary].float())
-        tokens, _ = sample_tokens(filtered, uniforms[rows, t])
+        scores = tempered(logits[:, :vocabulary].float(), how.temperature)
+        tokens, _, _ = sample_kept(scores, uniforms[rows, t], how.filters, kept_set)
         for row, token in zip(rows.tolist(), tokens.tolist()):
             responses[row].append(token)
 
@@ -388,7 +388,7 @@ def prompt_length(row):
 # Generation.
 
 
-def draw_batch(args, batch, rows, filters, model, tokenizer):
+def draw_batch(args, batch, rows, how, model, tokenizer):
     """The responses to a list of Items, as dictionaries that go to a file."""
     # The uniforms of a response depend on the seed, its prompt and its number, not on the batch.
     uniforms = []
@@ -396,15 +396,11 @@ def draw_batch(args, batch, rows, filters, model, tokenizer):
         stream = np.random.default_rng([args.seed, item.row, item.sample])
         uniforms.append(stream.random(args.max_new_tokens))
     u = torch.tensor(np.stack(uniforms), device=model.device)
-    if args.temperature == 0:
-        # Greedy: the likeliest token is the only one left.  Where several tie for that, a uniform
-        # of 0 draws the first of them.
-        u = torch.zeros_like(u)
 
     # The responses, with what a judge and a reader need to know of them.
     prompts = [item.prompt_ids for item in batch]
     ends = end_tokens(model, tokenizer)
-    found = respond(model, prompts, u, filters, ends, len(tokenizer))
+    found = respond(model, prompts, u, how, ends, len(tokenizer))
     show_example(tokenizer, prompts[0], found[0])
     texts = tokenizer.batch_decode(found, skip_special_tokens=True)
     responses = []
@@ -525,7 +521,7 @@ def is_drawn(args, work, out, number):
 
 def generate(args, work, out):
     """Write out/responses.jsonl.  Until it is complete, a finished batch is a file in out/parts."""
-    filters = sampler(args.temperature, args.top_k, args.top_p, args.min_p)
+    how = sampler(args.temperature, args.top_k, args.top_p, args.min_p)
     parts = out / "parts"
     on_rank0(partial(parts.mkdir, exist_ok=True), f"{parts}: cannot be made")
 
@@ -537,7 +533,7 @@ def generate(args, work, out):
         number = first + dist.get_rank()
         if number >= len(batches) or is_drawn(args, work, out, number):
             continue
-        found = draw_batch(args, batches[number], work.rows, filters, work.model, work.tokenizer)
+        found = draw_batch(args, batches[number], work.rows, how, work.model, work.tokenizer)
         write_part(part_path(out, number), found)
     dist.barrier()
 
@@ -879,9 +875,6 @@ def check(args):
     check_ranges(args, RANGES)
     problem = f"--temperature {args.temperature}: 0, which is greedy, or at least 1e-6"
     require(args.temperature == 0 or args.temperature >= 1e-6, problem)
-
-    # The library has its own rules; the result is not needed yet.
-    sampler(args.temperature, args.top_k, args.top_p, args.min_p)
 
 
 def is_judged(args):

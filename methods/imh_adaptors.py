@@ -159,7 +159,9 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
 from common import packs  # log-probabilities
-from common import decode_step, prefill, reorder, sample_tokens, stay_in_place  # sampling
+from common import decode_step, prefill, reorder, stay_in_place  # sampling
+from common import above_cutoff, cheapest, fewest_with_mass, kept_by_all  # sampling
+from common import log_sum_exp, require_mass, rows_in_cache, sample_kept, tempered  # sampling
 from common import pack_pairs  # tokenization
 from common import encode_prompt, encode_rows, end_tokens  # tokenization
 from common import show_example  # tokenization
@@ -236,83 +238,37 @@ def check_adaptor(name, value, vocabulary):
     require(good, f"adaptor: {name}={value:g} {rule}")
 
 
-def entropy(log_pi):
-    """The entropy of each distribution, in nats.  Log-probs (..., V) -> (..., 1)"""
-    return torch.special.entr(log_pi.exp()).sum(-1, keepdim=True)
+def entropy(log_pi, p):
+    """The entropy of each distribution, in nats.  Log-probs and probabilities (n, V) -> (n, 1)"""
+    finite = log_pi.clamp(min=-1000)  # 0 log 0 is 0, not nan
+    return -(p * finite).sum(-1, keepdim=True)
 
 
-# A sort may put tokens of equal cost in any order.  So that a kept set is always the same, tokens
-# are sorted by keys of which no two are equal: the cost in the high half of an int64, the token's
-# index in the low half.
-INDEX_BITS = 32
-
-
-def sort_keys(cost):
-    """Costs >= 0 (..., V) -> int64 keys that sort by cost, and equal costs by index."""
-    # The bits of a float32 >= 0, read as a whole number, grow as the float does; -0.0 comes first.
-    bits = cost.float().view(torch.int32).long()
-    high_half = bits.bitwise_left_shift_(INDEX_BITS)
-    return high_half.bitwise_or_(torch.arange(cost.shape[-1], device=cost.device))
-
-
-def smallest(keys, n):
-    """The n smallest keys of each row, ascending.  (..., V) -> (..., n)"""
-    if keys.is_cpu:  # there a partition, and a sort of its n keys, is faster than topk
-        first = np.partition(keys, n - 1)[..., :n]
-        return torch.from_numpy(np.sort(first))
-    return keys.topk(n, largest=False).values
-
-
-def least_with_mass(log_pi, keys, x):
-    """The fewest tokens, in the order of their keys, whose probabilities add up to x.
-
-    Log-probs and keys (..., V) -> booleans (..., V).  The token that reaches x is one of them.
-    """
-    reached = max(x - 1e-6, 1e-9)  # a mass that is met up to rounding is met
-    V = keys.shape[-1]
-
-    # The mass of the first token, of the first two, ...  To sort 1024 tokens is usually enough; all
-    # V are sorted if there is a row in which these hold less than x.
-    for n in (min(1024, V), V):
-        first_keys = smallest(keys, n)
-        tokens = first_keys & (2**INDEX_BITS - 1)
-        mass = log_pi.gather(-1, tokens).exp().cumsum(-1, dtype=torch.float64)
-        if (mass[..., -1] >= reached).all():
-            break
-
-    # Kept are the keys up to the one that reaches x; all n of them if rounding left too little.
-    goal = torch.full_like(mass[..., :1], reached)
-    last = torch.searchsorted(mass, goal).clamp(max=n - 1)
-    return keys <= first_keys.gather(-1, last)
-
-
-def above_cutoff(log_pi, log_cutoff):
-    """Tokens at least as likely as the cutoff up to rounding, and always the likeliest one."""
-    kept = log_pi >= log_cutoff - 1e-6
-    return kept.scatter(-1, log_pi.argmax(-1, keepdim=True), True)
-
-
-def kept_set(log_pi, name, x):
+def kept_set(log_pi, p, name, x):
     """The tokens S(pi) that the adaptor name=x keeps.
 
-    Log-probs (..., V), -inf for tokens dropped before -> booleans (..., V).  The sets are exact:
-    of tokens that tie, those with the lowest index; a mass or cutoff met to 1e-6 is met.
+    Log-probs, -inf for tokens dropped before, and probabilities, (n, V) each -> (n, V), 1.0 for the
+    tokens that are kept, else 0.0.  The sets are exact: of tokens that tie, those with the lowest
+    index; a mass or cutoff met to 1e-6 is met.
     """
     if name == "top_k":
-        keys = sort_keys(-log_pi)
-        largest_kept = smallest(keys, int(x))[..., -1:]
-        return keys <= largest_kept
+        return cheapest(-log_pi, int(x))
     if name == "top_p":
-        return least_with_mass(log_pi, sort_keys(-log_pi), x)
+        return fewest_with_mass(-log_pi, p, x)
     if name == "typical_p":  # tokens whose surprise is close to the expected surprise come first
-        distance = (-log_pi - entropy(log_pi)).abs()
-        return least_with_mass(log_pi, sort_keys(distance), x)
+        distance = (-log_pi - entropy(log_pi, p)).abs()
+        return fewest_with_mass(distance, p, x)
     if name == "min_p":  # pi >= x max pi
         return above_cutoff(log_pi, math.log(x) + log_pi.amax(-1, keepdim=True))
     if name == "eta_cutoff":  # pi >= min(x, sqrt(x) e^-H), H the entropy of pi
-        log_cutoff = (math.log(x) / 2 - entropy(log_pi)).clamp(max=math.log(x))
+        log_cutoff = (math.log(x) / 2 - entropy(log_pi, p)).clamp(max=math.log(x))
         return above_cutoff(log_pi, log_cutoff)
     raise ValueError(f"unknown adaptor {name!r}")
+
+
+def filters_of(adaptor):
+    """What an adaptor keeps S_t by, {name: value} in the order of generate()."""
+    return {name: adaptor[name] for name in ORDER if name in adaptor}
 
 
 def adapt(logits, adaptor):
@@ -326,26 +282,24 @@ def adapt(logits, adaptor):
     adaptor = parse_adaptor(adaptor, logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, torch.float32)
     log_p_plus = logits.log_softmax(-1, dtype=dtype)
+    require_mass(log_p_plus.amax(-1), adaptor)
 
-    # Eq. 2: temper, then drop what is not in S_t.  Each adaptor chooses from the distribution that
-    # the ones before it leave, so log_q is normalised after each of them.
+    # Eq. 2: temper, then drop what is not in S_t.
     log_a = log_p_plus / adaptor.get("temperature", 1.0)
     log_q = log_a
     if "temperature" in adaptor:
         log_q = log_a.log_softmax(-1)
-    for name in ORDER:
-        if name in adaptor:
-            kept = kept_set(log_q, name, adaptor[name])
-            log_a = log_a.masked_fill(~kept, -math.inf)
-            log_q = log_a.log_softmax(-1)  # Eq. 3
+    filters = filters_of(adaptor)
+    if filters:
+        log_pi = log_q.reshape(-1, logits.shape[-1])
+        kept = kept_by_all(log_pi, log_pi.exp(), filters, kept_set).view_as(log_a)
+        log_a = log_a.masked_fill(kept == 0, -math.inf)
+        log_q = log_a.log_softmax(-1)  # Eq. 3
 
     # By Eq. 3, log Z_t = log a_t - log q at any kept token, such as the likeliest.  To sum a_t, as
     # Eq. 2 does, gives the same, but logsumexp is slow with -inf.
     log_kept = log_a.amax(-1) - log_q.amax(-1)
-    empty = int((~log_kept.isfinite()).sum())
-    problem = f"adaptor {adaptor} keeps nothing at {empty} of {log_kept.numel()} positions: "
-    problem += "the logits there are -inf or nan; check the model and --dtype"
-    require(empty == 0, problem)
+    require_mass(log_kept, adaptor)
     return log_q, log_kept
 
 
@@ -748,25 +702,25 @@ class Response:
     log_kept: list = field(default_factory=list)  # log Z_t of every step
 
 
-def rows_in_cache(vocabulary):
-    """How many rows of logits stay in a CPU core's cache while an adaptor passes over them."""
-    return 1 + 2**19 // vocabulary  # 2 MB of float32
-
-
 def draw_tokens(logits, uniforms, adaptor):
-    """One token for each row by Eq. 3.  (R, V), (R,) -> tokens, their log q, log Z_t, (R,) each"""
-    # A block of rows at a time, small enough for the cache.
-    n = rows_in_cache(logits.shape[1])
-    tokens = []
-    log_q_drawn = []
-    log_kept = []
-    for block, u in zip(logits.split(n), uniforms.split(n)):
-        log_q, block_kept = adapt(block, adaptor)
-        block_tokens, block_log_q = sample_tokens(log_q, u)
-        tokens.append(block_tokens)
-        log_q_drawn.append(block_log_q)
-        log_kept.append(block_kept)
-    return torch.cat(tokens), torch.cat(log_q_drawn), torch.cat(log_kept)
+    """One token for each row by Eq. 3.  (R, V), (R,) -> tokens, their log q, log Z_t, (R,) each
+
+    adaptor: see parse_adaptor.  The law is that of `adapt`, but no (R, V) log q is made.
+    """
+    adaptor = parse_adaptor(adaptor, logits.shape[1])
+    T = adaptor.get("temperature", 1.0)
+
+    # Draw from a_t of Eq. 2, up to a factor.
+    log_a = tempered(logits, T)
+    tokens, log_q, log_sum = sample_kept(log_a, uniforms, filters_of(adaptor), kept_set)
+    if not adaptor:  # the model itself, so Z_t = 1
+        return tokens, log_q, torch.zeros_like(log_q)
+
+    # log Z_t = log a_t - log q, as in `adapt`, here at the drawn token.
+    if T != 1:
+        log_sum = log_sum_exp(logits)
+    log_p_plus = logits.gather(1, tokens[:, None])[:, 0] - log_sum
+    return tokens, log_q, log_p_plus / T - log_q
 
 
 @torch.no_grad()
@@ -992,7 +946,7 @@ def adaptor_logps(model, batch, adaptors, vocabulary):
     logits = output.logits[0, :, :vocabulary]
 
     # The adaptors pass over each block of rows while it is in a CPU core's cache.
-    n = rows_in_cache(vocabulary)
+    n = rows_in_cache(logits)
     blocks = []
     for block, block_targets in zip(logits.split(n), targets.split(n)):
         found = []

@@ -280,7 +280,8 @@ from torch.utils.checkpoint import checkpoint
 
 sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # common.py: here or one up
 # isort: off
-from common import prefill, decode_step, reorder, stay_in_place, sample_tokens  # sampling
+from common import prefill, decode_step, reorder, stay_in_place  # sampling
+from common import inputs_of_head, rows_in_cache, sample_tokens  # sampling
 from common import encode_prompt, head_logits, show_example  # tokenization, logits
 from common import load_prompts, prompt_row, show_samples, words  # data
 from common import load_model, load_tokenizer, load_score, model_folder  # models, and what rates
@@ -423,12 +424,9 @@ def follow(slot, home, parents, sources):
     return is_rth.int().argmax(-1, keepdim=True)
 
 
-def log_sum_exp(x):
-    """(n, V) -> (n,) in float64."""
-    rows = len(x)
-    if x.is_cpu:
-        rows = max(8, 2**18 // x.shape[1])  # so many rows fit the processor's cache
-    return torch.cat([part.logsumexp(-1) for part in x.split(rows)]).double()
+def log_sum_exp(x, tokens):
+    """(n, V) -> (n,), the value at any token that is not -inf less its log-prob; tokens (n,)."""
+    return pick(x, tokens) - pick(x.log_softmax(-1), tokens)  # faster than logsumexp
 
 
 def pick(x, tokens):
@@ -436,10 +434,11 @@ def pick(x, tokens):
     return x.gather(1, tokens[:, None])[:, 0].double()
 
 
-def propose(logits, log_psi, proposal, forced=None):
+def propose(logits, log_psi, proposal, uniforms, forced=None):
     """Draw s_t of n particles -> Step.
 
     logits (n, V): log p0(. | s_{1:t-1}), not normalised.  log_psi (n, V), or None for psi = 1.
+    uniforms (n,): a particle's draw depends on its own alone.
     forced (n,): tokens of retained particles, -1 for the others; None: all are free.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -452,7 +451,6 @@ def propose(logits, log_psi, proposal, forced=None):
         q_logits = p_psi_logits  # Eq. 14
 
     # Draw.  A token's logit less its log-prob is the log-normaliser of q: no sum over V is needed.
-    uniforms = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
     tokens, log_q_of_drawn = sample_tokens(q_logits, uniforms)
     log_sum_q = pick(q_logits, tokens) - log_q_of_drawn
 
@@ -461,11 +459,11 @@ def propose(logits, log_psi, proposal, forced=None):
         log_sum_p = log_sum_q
         log_sum_p_psi = log_sum_q
     elif proposal == "twist":
-        log_sum_p = log_sum_exp(logits)
+        log_sum_p = log_sum_exp(logits, tokens)
         log_sum_p_psi = log_sum_q
     else:
         log_sum_p = log_sum_q
-        log_sum_p_psi = log_sum_exp(p_psi_logits)
+        log_sum_p_psi = p_psi_logits.logsumexp(-1).double()
 
     # Retained particles take their own token, which has its own probability.
     if forced is not None:
@@ -480,6 +478,26 @@ def propose(logits, log_psi, proposal, forced=None):
         log_psi=log_psi_of_token,
         log_Z_pi=log_sum_p_psi - log_sum_p,  # Eq. 15
     )
+
+
+def propose_in_blocks(logits, log_psi, proposal, forced=None):
+    """propose, a few particles at a time: their (V,) values stay in the processor's cache."""
+    uniforms = torch.rand(len(logits), dtype=torch.float64, device=logits.device)
+    n = rows_in_cache(logits)
+    steps = []
+    for start in range(0, len(logits), n):
+        rows = slice(start, start + n)
+        psi_rows = None if log_psi is None else log_psi[rows]
+        forced_rows = None if forced is None else forced[rows]
+        steps.append(propose(logits[rows], psi_rows, proposal, uniforms[rows], forced_rows))
+
+    # One Step of all of them.
+    tokens = torch.cat([step.tokens for step in steps])
+    log_p = torch.cat([step.log_p for step in steps])
+    log_q = torch.cat([step.log_q for step in steps])
+    log_psi_of_token = torch.cat([step.log_psi for step in steps])
+    log_Z_pi = torch.cat([step.log_Z_pi for step in steps])
+    return Step(tokens, log_p, log_q, log_psi_of_token, log_Z_pi)
 
 
 def draw_ancestors(log_w, low, scheme, slot):
@@ -586,7 +604,7 @@ def smc(
         forced = None
         if retained is not None:
             forced = torch.full_like(own, -1).scatter(1, slot, retained[:, :, t]).view(-1)
-        step = propose(logits, log_psi, proposal, forced)
+        step = propose_in_blocks(logits, log_psi, proposal, forced)
         steps.append(step)
         log_psi_now = step.log_psi.view(N, K)
 
@@ -1186,7 +1204,8 @@ class LMWorld:
         sums = []
         for ids in self.after_prompt(tokens).split(256):
             # The logits for a token are those one position before it; those after all are not used.
-            logits = self.model(ids, use_cache=False, logits_to_keep=self.c + 1).logits
+            with inputs_of_head(self.model):  # in the order of memory, which is faster
+                logits = self.model(ids, use_cache=False, logits_to_keep=self.c + 1).logits
             log_p = logits[:, :-1, : self.V].float().log_softmax(-1)
             sums.append(log_p.gather(-1, ids[:, -self.c :, None]).sum((1, 2)))
         return torch.cat(sums)

@@ -39,7 +39,7 @@ import dpo
 import twisted_smc
 from dpl import add_head, base_loss
 from dpo import dpo_loss
-from generate import respond
+from generate import respond, sampler
 from imh_adaptors import adaptor_logps, imh_chain, sample
 
 from common import (
@@ -591,6 +591,7 @@ class Ids:
     """Stands in for a tokenizer: its size, the end token, and the prompt of ctl_update."""
 
     eos_token_id = -1  # no response ends early, so that all systems make the same number of tokens
+    chat_template = None
 
     def __len__(self):
         return V
@@ -602,37 +603,54 @@ class Ids:
         return [""] * len(ids)
 
 
-def no_adaptor(logits):
-    return logits
-
-
 @torch.no_grad()
-def generate(rounds=1, new=32, n=32):
-    """14M shape, no adaptor: n prompts at once, against the library's batch and one by one."""
-    model = pythia("14m").eval()  # not frozen, which would slow the library down
-    prompts = short_prompts(n)
-    settings = dict(do_sample=True, top_k=0, max_new_tokens=new, min_new_tokens=new, pad_token_id=0)
+def library_generate(model, rows, new, **settings):
+    """The library's own batch.  No end token, so nothing watches for one or keeps it from coming;
+    and weights as they are after loading, since frozen ones would slow its prefill.
+    """
+    ids = torch.tensor(rows)
+    model.generation_config.eos_token_id = None
+    model.requires_grad_(True)
+    settings = {"top_k": 0, "do_sample": True, "pad_token_id": 0} | settings
+    found = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **settings)
+    model.requires_grad_(False)
+    assert found.shape[1] == ids.shape[1] + new
+    return found
 
-    def library(rows):
-        ids = torch.tensor(rows)
-        return len(model.generate(ids, attention_mask=torch.ones_like(ids), **settings))
+
+def generate(rounds=1):
+    """generate.py, no adaptor and top-p: n prompts at once against the library's batch.
+
+    And one by one at the 14M shape; flat heads as made, peaked ones as a trained model's.
+    """
+    for shape, n, new in (("14m", 32, 32), ("70m", 16, 16)):
+        for head, make in (("flat", frozen), ("peaked", peaked)):
+            model = make(shape)
+            for top_p in (1.0, 0.9):
+                generate_of(model, f"{shape}, {head:6} head, top-p {top_p}", n, new, top_p, rounds)
+
+
+def generate_of(model, name, n, new, top_p, rounds):
+    prompts = short_prompts(n)
+    how = sampler(top_p=top_p)
 
     def ours(i):
         uniforms = torch.rand(n, new, generator=torch.Generator().manual_seed(i))
-        return len(respond(model, prompts, uniforms, no_adaptor, [-1], None))
+        return len(respond(model, prompts, uniforms, how, [-1], V))
 
     def batch(_):
-        return library(prompts)
+        return len(library_generate(model, prompts, new, top_p=top_p))
 
     def one_by_one(_):
-        return sum(library([ids]) for ids in prompts[: n // 4])
+        return sum(len(library_generate(model, [ids], new, top_p=top_p)) for ids in prompts[:4])
 
-    seconds, _ = interleave({"ours": ours, "batch": batch, "one by one": one_by_one}, rounds)
-    seconds["one by one"] = [4 * t for t in seconds["one by one"]]  # a quarter of them was run
-    for name in ("batch", "one by one"):
+    systems = {"ours": ours, "batch": batch, "one by one": one_by_one}
+    seconds, _ = interleave(systems, rounds)
+    seconds["one by one"] = [n / 4 * t for t in seconds["one by one"]]  # 4 of n were run
+    for other in ("batch", "one by one"):
         print(
-            f"generate   14m, {n} prompts x {new} tokens: ours against the library, {name:10} "
-            f"{ratio(seconds, name, 'ours')}  "
+            f"generate   {name}, {n} prompts x {new} tokens: ours against the library, {other:10} "
+            f"{ratio(seconds, other, 'ours')}  "
             f"{n * new * rounds / sum(seconds['ours']):6.0f} tokens/s",
             flush=True,
         )
@@ -826,49 +844,46 @@ def worst_log_q(model, prompts, drawn, adaptor):
 
 
 @torch.no_grad()
-def imh_generate(rounds=1, new=32, n=64):
-    """14M shape, 64 prompts of 20 tokens: ours in one batch, the library's generate in one batch.
+def imh_generate(rounds=1):
+    """imh_adaptors.sample: n prompts of 20 tokens in one batch, against generate in one batch.
 
     And as in the released code: two copies of one prompt per call.
     """
+    for shape, n, new in (("14m", 64, 32), ("70m", 16, 16)):
+        for head, make in (("flat", frozen), ("peaked", peaked)):
+            model = make(shape)
+            for name, adaptor in (("none", {}), ("top-p 0.9", {"top_p": 0.9})):
+                label = f"{shape}, {head:6} head, {name:9}"
+                imh_generate_of(model, label, adaptor, n, new, rounds)
+
+
+def imh_generate_of(model, label, adaptor, n, new, rounds):
     prompts = short_prompts(n)
-    cases = (
-        ("peaked", peaked("14m"), "none", {}),
-        ("peaked", peaked("14m"), "top-p 0.9", {"top_p": 0.9}),
-        ("flat", frozen("14m"), "top-p 0.9", {"top_p": 0.9}),
-    )
-    for head, model, name, adaptor in cases:
-        drawn = []
+    drawn = []
 
-        def ours(i, adaptor=adaptor, model=model, drawn=drawn):
-            generator = torch.Generator().manual_seed(i)
-            u = torch.rand(n, new, generator=generator, dtype=torch.float64)
-            drawn[:] = sample(model, prompts, 1, adaptor, u, Ids())
+    def ours(i):
+        generator = torch.Generator().manual_seed(i)
+        u = torch.rand(n, new, generator=generator, dtype=torch.float64)
+        drawn[:] = sample(model, prompts, 1, adaptor, u, Ids())
 
-        def library(rows, adaptor=adaptor, model=model):
-            ids = torch.tensor(rows)
-            settings = {"top_k": 0, **adaptor, "max_new_tokens": new, "min_new_tokens": new}
-            mask = torch.ones_like(ids)
-            model.generate(ids, attention_mask=mask, do_sample=True, pad_token_id=0, **settings)
+    def batch(_):
+        library_generate(model, prompts, new, **adaptor)
 
-        def batch(_, library=library):
-            library(prompts)
+    def released(_):
+        for ids in prompts[:2]:
+            library_generate(model, [ids, ids], new, **adaptor)
 
-        def released(_, library=library):
-            for ids in prompts[:2]:
-                library([ids, ids])
-
-        seconds, _ = interleave({"ours": ours, "batch": batch, "released": released}, rounds)
-        seconds["released"] = [n / 4 * t for t in seconds["released"]]  # 4 of n responses are made
-        worst = worst_log_q(model, prompts, drawn, adaptor)
-        for other in ("batch", "released"):
-            print(
-                f"imh_generate 14m, {head:6} head, {name:9}: ours against generate, {other:8} "
-                f"{ratio(seconds, other, 'ours')}  "
-                f"{n * new * rounds / sum(seconds['ours']):6.0f} tokens/s  "
-                f"log q agree to {worst:.0e}",
-                flush=True,
-            )
+    seconds, _ = interleave({"ours": ours, "batch": batch, "released": released}, rounds)
+    seconds["released"] = [n / 4 * t for t in seconds["released"]]  # 4 of n responses are made
+    worst = worst_log_q(model, prompts, drawn, adaptor)
+    for other in ("batch", "released"):
+        print(
+            f"imh_generate {label}: ours against generate, {other:8} "
+            f"{ratio(seconds, other, 'ours')}  "
+            f"{n * new * rounds / sum(seconds['ours']):6.0f} tokens/s  "
+            f"log q agree to {worst:.0e}",
+            flush=True,
+        )
 
 
 @torch.no_grad()

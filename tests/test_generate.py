@@ -7,6 +7,7 @@ import shutil
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import dpl
@@ -15,6 +16,7 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import torch
+import transformers
 from conftest import ROOT, run
 from generate import (
     Args,
@@ -60,12 +62,24 @@ def model(request):
     return model
 
 
+WARPERS = {  # the library's own filters
+    "top_k": transformers.TopKLogitsWarper,
+    "top_p": transformers.TopPLogitsWarper,
+    "min_p": transformers.MinPLogitsWarper,
+}
+
+
 @torch.no_grad()
-def naive(model, prompt, uniforms, adapt):
+def naive(model, prompt, uniforms, how, boost=0.0):
     """One response by full forward passes without padding or cache, by the inverse CDF."""
     ids = list(prompt)
     for u in uniforms.tolist():
-        p = adapt(model(torch.tensor([ids]), use_cache=False).logits[:, -1]).double().softmax(-1)[0]
+        logits = model(torch.tensor([ids]), use_cache=False).logits[:, -1]
+        logits[:, END] += boost
+        logits = logits / how.temperature
+        for name, x in how.filters.items():
+            logits = WARPERS[name](x)(None, logits)
+        p = logits.double().softmax(-1)[0]
         ids.append(int((p.cumsum(0) <= u).sum()))
         if ids[-1] == END:
             break
@@ -81,14 +95,15 @@ def test_left_padded_greedy_equals_unpadded_greedy(model):
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.7, "top_k": 20}, {"top_p": 0.9, "min_p": 0.02}]
 )
-def test_a_response_depends_on_its_own_prompt_and_uniforms(model, options):
+def test_a_response_depends_on_its_own_prompt_and_uniforms(model, options, monkeypatch):
     # 40 responses, of which most end early, against one by one: the last one is alone at the end
-    prompts, adapt = PROMPTS * 8, sampler(**options)
+    prompts, how = PROMPTS * 8, sampler(**options)
     u = torch.rand(40, 24, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    found = respond(model, prompts, u, lambda z: adapt(boost(z)), [END], V)
-    assert found == [
-        naive(model, prompt, row, lambda z: adapt(boost(z))) for prompt, row in zip(prompts, u)
-    ]
+    # The end-of-text token becomes likely enough that responses end at many different times.
+    for name in ("prefill", "decode_step"):
+        monkeypatch.setattr(method, name, partial(boosted, getattr(method, name)))
+    found = respond(model, prompts, u, how, [END], V)
+    assert found == [naive(model, prompt, row, how, 2.0) for prompt, row in zip(prompts, u)]
     ended = [ids for ids in found if END in ids]
     assert (
         len(ended) > 5
@@ -96,13 +111,14 @@ def test_a_response_depends_on_its_own_prompt_and_uniforms(model, options):
         and all(ids.index(END) == len(ids) - 1 for ids in ended)
     )
     assert all(len(ids) == 24 for ids in found if END not in ids)
-    part = respond(model, prompts[3:9], u[3:9], lambda z: adapt(boost(z)), [END], V)
+    part = respond(model, prompts[3:9], u[3:9], how, [END], V)
     assert part == found[3:9]
 
 
-def boost(logits):
-    """Makes the end-of-text token likely enough that responses end at many different times."""
-    return torch.cat([logits[:, :1] + 2, logits[:, 1:]], 1)
+def boosted(function, *inputs):
+    """What prefill or decode_step returns, with a higher logit of the end-of-text token."""
+    *others, logits = function(*inputs)
+    return *others, torch.cat([logits[:, :1] + 2, logits[:, 1:]], 1)
 
 
 def test_no_token_above_the_tokenizer_is_drawn(model):
@@ -125,11 +141,17 @@ def test_filters_keep_the_sets_of_their_definitions():
         (("temperature", 0), ("top_p", 0.9)): 1,
     }
     for options, n in kept.items():
-        assert sampler(**dict(options))(p.log()).isfinite().sum() == n, options
-    hot = sampler(temperature=2.0)(p.log()).softmax(-1)  # proportional to the square root
+        filters = sampler(**dict(options)).filters
+        if filters:
+            found = common.kept_by_all(p.log(), p, filters, method.kept_set)
+            assert found.sum() == n and found[0, :n].all(), options
+    # a temperature of 2 makes probabilities proportional to the square root
+    hot = common.tempered(p.log(), sampler(temperature=2.0).temperature).softmax(-1)
     torch.testing.assert_close(hot, p.sqrt() / p.sqrt().sum())
-    with pytest.raises(SystemExit, match="top_p"):
-        sampler(top_p=1.5)
+    with pytest.raises(SystemExit, match="top-p"):
+        method.check(Args(top_p=1.5))
+    with pytest.raises(ValueError, match="unknown filter"):
+        method.kept_set(p.log(), p, "top_q", 1)
 
 
 def test_wilson_interval():

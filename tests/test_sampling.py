@@ -1,10 +1,13 @@
 import copy
+import math
 
+import imh_adaptors
 import pytest
 import torch
 from scipy.stats import chisquare
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig
 
+import common
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place
 
 V = 61
@@ -299,3 +302,148 @@ def test_empty_prompt_is_refused():
         prefill(build("neox"), [[3], [], [4, 5]], 2)
     with pytest.raises(SystemExit, match="prompt 0 has no tokens"):
         prefill(build("neox"), [[]], 2)
+
+
+# ---- sets of tokens, and draws from them
+
+
+def adversarial_rows(V):
+    """Log-probs (n, V), float32: ties, flat, peaked, with -inf, one token, and ordinary rows."""
+    generator = torch.Generator().manual_seed(V)
+    rows = [torch.zeros(V), torch.randint(0, 3, (V,), generator=generator).float()]
+    rows.append((torch.arange(V) // 3).flip(0) * 0.01)  # ties of three
+    rows.append(60.0 * (torch.arange(V) == V // 2))  # the others have no mass in float32
+    rows.append(torch.where(torch.arange(V) == V - 1, 0.0, -torch.inf))  # one token
+    odd = torch.arange(V) % 2 == (V > 1)
+    rows.append(torch.where(odd, 0.0, -torch.inf))  # half of them, tied
+    for spread in (1e-6, 0.1, 1.0, 5.0, 40.0):
+        rows.append(spread * torch.randn(V, generator=generator))
+    return torch.stack(rows).log_softmax(-1)
+
+
+def defined_set(cost, p, x=None, k=None):
+    """By a sort of the whole row: by cost, and equal costs by index; then counted or added up."""
+    order = cost.argsort(stable=True)
+    if k is None:
+        mass = (p.double() / p.double().sum())[order].cumsum(0)
+        k = int((mass < max(x - 1e-6, 1e-9)).sum()) + 1
+    kept = torch.zeros_like(p)
+    kept[order[:k]] = 1.0
+    return kept
+
+
+@pytest.mark.parametrize("V", [1, 2, 50, 300, 3000])
+def test_sets_without_a_sort_are_those_of_the_definition(V):
+    log_pi = adversarial_rows(V)
+    p = log_pi.exp()
+    entropy = torch.special.entr(p).sum(-1, keepdim=True)
+    for cost in (-log_pi, (-log_pi - entropy).abs()):
+        for k in {1, min(2, V), (V + 1) // 2, V}:
+            found = common.cheapest(cost, k)
+            for row in range(len(cost)):
+                assert torch.equal(found[row], defined_set(cost[row], p[row], k=k)), (row, k)
+        for x in (1e-9, 0.1, 0.5, 0.9, 0.999, 1.0):
+            histogram = common.fewest_with_mass(cost, p, x)
+            bisection = common._fewest_by_bisection(cost, p, max(x - 1e-6, 1e-9))
+            for row in range(len(cost)):
+                expected = defined_set(cost[row], p[row], x=x)
+                assert torch.equal(histogram[row], expected), (row, x)
+                assert torch.equal(bisection[row], expected), (row, x)
+
+
+def test_the_bisection_compiles_in_one_piece():
+    """Traced without a break, as a GPU needs it; here the traced calls run as they are."""
+    p = adversarial_rows(300).exp()
+    compiled = torch.compile(common._fewest_by_bisection, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(-p.log(), p, 0.9), common._fewest_by_bisection(-p.log(), p, 0.9))
+
+
+def test_cutoffs_keep_what_reaches_them_and_the_likeliest():
+    log_pi = torch.tensor([[0.5, 0.25, 0.25, 0.0]]).log()
+    assert common.above_cutoff(log_pi, math.log(0.25)).tolist() == [[1, 1, 1, 0]]
+    assert common.above_cutoff(log_pi, torch.tensor([[0.0]])).tolist() == [[1, 0, 0, 0]]
+    ties = torch.full((1, 4), 0.25).log()
+    assert common.above_cutoff(ties, 0.0).tolist() == [[1, 0, 0, 0]]  # the first of them
+
+
+@pytest.mark.parametrize("V", [1, 255, 256, 257, 1000])
+def test_a_draw_in_two_steps_is_the_inverse_cdf(V):
+    """Against one cumulated sum in float64, with probabilities of which many are 0."""
+    generator = torch.Generator().manual_seed(V)
+    p = torch.rand(40, V, generator=generator, dtype=torch.float64)
+    p = p * (torch.rand(40, V, generator=generator) < 0.2)
+    p[:, V // 2] += 0.01
+    p[0] = 0.0
+    p[0, V - 1] = 1.0
+    cdf = p.cumsum(-1)
+    for u in (0.0, 0.1, 0.5, 0.999, 1 - 2**-53, 1.0):
+        uniforms = torch.full((40,), u, dtype=torch.float64)
+        tokens, log_probs = common.draw_in_block([common.draw_block(p, uniforms)])
+        assert (p.gather(1, tokens[:, None]) > 0).all()
+        torch.testing.assert_close(log_probs, (p / cdf[:, -1:])[range(40), tokens].log())
+        # The goal u lies on the token's stretch of the CDF.
+        high = (cdf / cdf[:, -1:])[range(40), tokens]
+        low = high - (p / cdf[:, -1:])[range(40), tokens]
+        assert (low - 1e-12 <= u).all() and (u <= high + 1e-12).all()
+
+
+@pytest.mark.parametrize("name, x", [("top_k", 20), ("top_p", 0.9), ("typical_p", 0.7)])
+def test_draws_from_a_kept_set(name, x):
+    """400,000 draws: none outside of the set, and total variation as of exact draws.
+
+    The mean distance of exact draws is at most sum_v sqrt(p (1 - p) / n) / 2, and it exceeds its
+    mean by 0.003 with a chance below exp(-2 n 0.003^2), which is 1e-3 (McDiarmid).
+    """
+    n, V = 400_000, 700
+    generator = torch.Generator().manual_seed(0)
+    scores = 2 * torch.randn(V, generator=generator)
+    scores[:5] = scores[5]  # ties
+    log_pi = scores.log_softmax(-1)
+    p = log_pi.exp()
+    cost = -log_pi
+    if name == "typical_p":
+        cost = (cost - (p * cost).sum()).abs()
+    kept = defined_set(cost, p, x=x, k=x if name == "top_k" else None)
+    law = (p * kept).double()
+    law = law / law.sum()
+
+    counts = torch.zeros(V, dtype=torch.float64)
+    for _ in range(10):
+        u = torch.rand(n // 10, generator=generator, dtype=torch.float64)
+        rows = scores.expand(n // 10, -1)
+        tokens, log_q, log_sum = common.sample_kept(rows, u, {name: x}, imh_adaptors.kept_set)
+        counts += tokens.bincount(minlength=V)
+        torch.testing.assert_close(log_q.double(), law.log()[tokens], atol=3e-6, rtol=0)
+        torch.testing.assert_close(log_sum, rows.logsumexp(-1), atol=3e-6, rtol=0)
+    assert counts[kept == 0].sum() == 0
+    distance = (counts / n - law).abs().sum().item() / 2
+    mean = (law * (1 - law) / n).sqrt().sum().item() / 2
+    assert distance < mean + 0.003
+
+
+def test_a_filter_acts_on_what_the_last_one_left():
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
+    kept = common.kept_by_all(p.log(), p, {"top_k": 3, "top_p": 0.7}, imh_adaptors.kept_set)
+    assert kept.tolist() == [[1, 1, 0, 0]]  # of 4/9, 3/9, 2/9 the first two hold .78
+    kept = common.kept_by_all(p.log(), p, {"top_p": 0.9, "top_k": 4}, imh_adaptors.kept_set)
+    assert kept.tolist() == [[1, 1, 1, 0]]  # four of three tokens are three
+
+
+def test_scores_that_are_no_distribution_are_refused():
+    u = torch.full((3,), 0.5)
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        scores = torch.zeros(3, 40)
+        scores[1] = bad
+        for filters in ({}, {"top_p": 0.9}, {"top_k": 3}):
+            with pytest.raises(SystemExit, match="keeps nothing at 1 of 3 positions"):
+                common.sample_kept(scores, u, filters, imh_adaptors.kept_set)
+
+
+def test_the_head_reads_contiguous_states(model):
+    """Of several prompts at once; a view with gaps would cost a product for each row."""
+    seen = []
+    head = model.requires_grad_(False).get_output_embeddings()
+    head.register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].is_contiguous()))
+    cache, hidden, _ = prefill(model, PROMPTS, 2)
+    decode_step(model, cache, torch.zeros(4, dtype=torch.long))
+    assert seen and all(seen) and hidden.shape == (4, 32)
