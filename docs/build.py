@@ -181,10 +181,10 @@ def page(source, pictures, common):
     links |= {name: f"#{name}" for name in source.spans}
     rows = []
     for block, code in zip(source.blocks, code_of_blocks(source, links)):
-        anchor = f'<a class="line" href="#{block.id}">{block.first}</a>'
-        left = f'<div class="notes">{anchor}\n{notes(source, block)}</div>'
+        anchor = f'<a class=line href=#{block.id}>{block.first}</a>'
+        left = f'<div class=notes>{anchor}\n{notes(source, block)}</div>'
         right = f"<pre><code>{code}</code></pre>"
-        rows.append(f'<div class="row" id="{block.id}">{left}\n{right}</div>')
+        rows.append(f'<div class=row id={block.id}>{left}\n{right}</div>')
     return f"{top(source, pictures)}\n<main>\n" + "\n".join(rows) + "\n</main>"
 
 
