@@ -195,10 +195,10 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 
 VARLEN = CUDA and varlen_attn is not None  # is its table part of a packed batch?
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # of compute; others attend piece by piece
-ROUNDED = 1024  # tokens of a packed row are rounded up to a multiple, with a piece of padding,
-ROUNDED_KEYS = 2048  # and so are keys,
-ROUNDED_PIECES = 64  # pieces
-ROUNDED_LENGTH = 512  # and the longest piece, so that a compiled layer sees few shapes
+ROUNDED = 1024  # tokens of a packed row are rounded up to a multiple by padding
+ROUNDED_KEYS = 2048  # and so are its keys
+ROUNDED_PIECES = 64  # and its pieces
+ROUNDED_LENGTH = 512  # and its longest piece: a compiled layer sees few shapes
 
 
 @dataclasses.dataclass
@@ -781,9 +781,6 @@ def wins(a, b):
 # a filter's edge, and its log-prob would be -inf.
 # Families whose state is no list of keys and values (Mamba, RWKV, hybrids) are found by a probe,
 # and get whole prefixes at every step: slow and exact.
-# On a CPU half of a step is the product with the output matrix.  A matrix packed once would make it
-# 1.3 to 1.9 times as fast, but torch packs by private functions alone: what torch.utils.mkldnn
-# makes is not packed, and 1.0 (width 128) to 1.4 times (512) as fast for twice the memory.
 
 
 class Slab(DynamicLayer):
@@ -829,6 +826,10 @@ def inputs_of_head(model):
 
     Each of these is made contiguous first.  The hidden states of the last positions are a view with
     gaps, which torch multiplies row by row where the weights are frozen: ten times as slow.
+
+    On a CPU half of a step is this product.  A matrix packed once would make it 1.3 to 1.9 times as
+    fast, but torch packs by private functions alone: what torch.utils.mkldnn makes is not packed,
+    and 1.0 (width 128) to 1.4 times (512) as fast for twice the memory.
     """
     given = []
 

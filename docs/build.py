@@ -17,6 +17,7 @@ import tomllib
 from html import escape
 from pathlib import Path
 from string import Template
+from textwrap import dedent
 
 from markdown_it import MarkdownIt
 from pygments.lexers import PythonLexer
@@ -48,7 +49,7 @@ def prose(text, is_top=False):
             # At the top of a page commands and equations are there already.
             is_there = re.search(r"^ *(python|torchrun) |Eq\. \d", chunk, re.M)
             if not (is_top and is_there):
-                parts.append(f"<pre>{escape(chunk)}</pre>")
+                parts.append(f"<pre>{escape(dedent(chunk))}</pre>")
             continue
         # Where lines hang, as those of parameters do, each that does not starts a paragraph.
         hanging = any(line.startswith("  ") for line in lines)
@@ -56,8 +57,18 @@ def prose(text, is_top=False):
             if i == 0 or line.startswith("- ") or (hanging and not line.startswith(" ")):
                 parts.append("<p>")
             parts.append(escape(line.strip()))
-    text = "\n".join(parts).replace("-&gt;", "→")
+    return with_marks("\n".join(parts))
+
+
+def with_marks(text):
+    """Escaped text with its arrows, and with `names` as code."""
+    text = text.replace("-&gt;", "→")
     return re.sub(r"`([^`]+)`", r"<code>\1</code>", text)
+
+
+def is_definition(source, block):
+    """Whether a paragraph begins with a function or a class."""
+    return source.lines[block.first - 1].lstrip().startswith(("def ", "class ", "@"))
 
 
 def equation(entry):
@@ -73,15 +84,17 @@ def equation(entry):
 
 
 def notes(source, block):
-    """The left side of a paragraph: its comment or docstring, else what its lines' comments say."""
+    """The left side of a paragraph: its comment or docstring, or what its lines' comments say."""
     parts = []
     if block.heading:
         parts.append(f"<h2>{escape(block.heading)}</h2>")
-    if block.id in source.spans and block.note:
+    if block.id in source.spans and (block.note or is_definition(source, block)):
         parts.append(f"<h3>{block.id}</h3>")
     if block.note:
         parts.append(prose(block.note, block.first == 1))
-    elif block.remarks:
+    # A comment above one field of a class says nothing of the fields below it.
+    in_class = re.fullmatch(r"[A-Z]+[a-z]\w*", block.owner)
+    if block.remarks and (in_class or not block.note):
         parts.append("<ul>")
         for name, comment in block.remarks:
             label = f"<code>{escape(name)}</code>: " if name else ""
@@ -148,8 +161,10 @@ def contents(source):
         elif block.id in source.spans and "." not in block.id and not block.id.isupper():
             if block.id.startswith("_"):
                 continue  # a helper is found where it is called
-            line = block.note.partition("\n")[0].partition(".  ")[0].rstrip(".")
-            parts.append(f'<li><a href="#{block.id}">{block.id}</a> {escape(line)}</li>')
+            line = block.note.partition("\n\n")[0].replace("\n", " ")
+            line = line.partition(".  ")[0].rstrip(".")
+            line = with_marks(escape(line))
+            parts.append(f'<li><a href="#{block.id}">{block.id}</a> {line}</li>')
     return "\n".join(parts) + "\n</ul>"
 
 
@@ -181,10 +196,10 @@ def page(source, pictures, common):
     links |= {name: f"#{name}" for name in source.spans}
     rows = []
     for block, code in zip(source.blocks, code_of_blocks(source, links)):
-        anchor = f'<a class=line href=#{block.id}>{block.first}</a>'
-        left = f'<div class=notes>{anchor}\n{notes(source, block)}</div>'
+        anchor = f"<a class=line href=#{block.id}>{block.first}</a>"
+        left = f"<div>{anchor}\n{notes(source, block)}</div>"
         right = f"<pre><code>{code}</code></pre>"
-        rows.append(f'<div class=row id={block.id}>{left}\n{right}</div>')
+        rows.append(f"<div class=row id={block.id}>{left}\n{right}</div>")
     return f"{top(source, pictures)}\n<main>\n" + "\n".join(rows) + "\n</main>"
 
 

@@ -69,6 +69,7 @@ def to_mathml(latex, place):
         if "\\" in formula or line.count("{") != line.count("}"):
             fail(place, f"cannot convert {line}: an unknown command, or braces without their pair")
         formula = formula.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
+        formula = formula.replace("</mi><mi>log</mi>", f"</mi>{THIN_SPACE}<mi>log</mi>")
         formulas.append(formula.replace("<mi>log</mi>", "<mi>log</mi>" + THIN_SPACE))
     return "\n".join(formulas)
 
@@ -183,7 +184,9 @@ def add_spans(spans, node, prefix=""):
             spans[prefix + child.name] = (first, child.end_lineno + 1, docstring)
             add_spans(spans, child, f"{prefix}{child.name}.")
         elif isinstance(child, ast.Assign) and isinstance(node, ast.Module):
-            spans[ast.unparse(child.targets[0])] = (child.lineno, child.end_lineno + 1, "")
+            # Of several names the first.
+            name = ast.unparse(child.targets[0]).strip("(").partition(",")[0]
+            spans[name] = (child.lineno, child.end_lineno + 1, "")
 
 
 def read_source(path, papers):
@@ -225,7 +228,9 @@ def make_block(source, comments, first, end):
     n = first
     while n < end and source.lines[n - 1].lstrip().startswith("#"):
         n += 1
-    own = [comments[i].lstrip("#").strip(" -=") for i in range(first, n)]
+    # Without the rules around a heading; "--flag" keeps its dashes.
+    own = [comments[i].lstrip("#").strip() for i in range(first, n)]
+    own = [re.sub(r"^[-=]+( |$)|( |^)[-=]+$", "", line).strip() for line in own]
     own = [line for line in own if line and not line.startswith(DIRECTIVES)]
     heading = ""
     stands_alone = n == end or not source.lines[n - 1].strip()
@@ -243,6 +248,12 @@ def make_block(source, comments, first, end):
     block = Block(anchor, owner, first, end, heading, "\n\n".join(notes).strip(), [])
     for i in range(n, end):
         if i in comments:
-            name = re.match(r'\s*"?(\w+)"?(?=[:=]| =)', source.lines[i - 1])
-            block.remarks.append((name[1] if name else "", comments[i].lstrip("# ")))
+            line = source.lines[i - 1]
+            name = re.match(r'\s*"?([\w.]+)"?(?=[:=]| =)', line)
+            # An import: the name of what is imported; of several the name of the module.
+            name = name or re.match(r"from \w+ import (\w+)  #", line)
+            name = name or re.match(r"from (\w+) import", line)
+            remark = (name[1] if name else "", comments[i].lstrip("# "))
+            if remark not in block.remarks:
+                block.remarks.append(remark)
     return block

@@ -47,7 +47,7 @@ class Args:
     ref_model: str = ""  # frozen reference; empty: the initial policy
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
     # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which is the
-    # last 5 % of a file alone, of fewer than 200 rows 10.
+    # last 5 % of a file alone, or the last 10 of fewer than 200 rows.
     test_data: str = ""
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length
@@ -75,8 +75,8 @@ class Args:
 
 PYTHIA = Args(  # the released commands for Pythia-2.8B
     model="EleutherAI/pythia-2.8b",  # give the SFT run: --model results/sft-hh
-    lr=5e-7,  # App. B.1: 5e-6
-    batch_size=64,  # App. B.1: 128
+    lr=5e-7,  # as released; App. B.1 has 5e-6
+    batch_size=64,  # as released; App. B.1 has 128
     warmup_steps=150,  # App. B.1
     max_grad_norm=10.0,
     dtype="bfloat16",

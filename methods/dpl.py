@@ -7,10 +7,10 @@ orders alternatives by their Borda count and not by their expected utility (Theo
 every alternative a distribution of utility instead, and fits it by the likelihood (Sec. 4)
 P(a beats b) = P(u_a > u_b) + P(u_a = u_b) / 2, where u_a and u_b are independent. Reward types:
 
-    base               one number r                  -log sigmoid(r_a - r_b), Eq. 1
-    mean_and_variance  N(mu, softplus(f)^2)          -log Phi((mu_a - mu_b) / sqrt(var_a + var_b))
-    categorical        softmax over K atoms          -log sum_ij p_i(a) p_j(b) M_ij
-                                                     M_ij = 1 if i > j, 1/2 if i = j, else 0
+    base               one number r          -log sigmoid(r_a - r_b)
+    mean_and_variance  N(mu, softplus(f)^2)  -log Phi(mean / sd of u_a - u_b)
+    categorical        softmax over K atoms  -log sum_ij p_i(a) p_j(b) M_ij
+                                             M_ij = 1 (i > j), 1/2 (i = j), 0
 
     python methods/dpl.py                hidden-context: two reward types in the tiny world
     python methods/dpl.py synthetic 1d   a small Figure 3, in seconds; 2d: the released second world
@@ -62,15 +62,15 @@ class Args:
     entropy_coeff: float = 0.1  # kappa, weight of the entropy bonus of categorical; App. C.2
     sigma_floor: float = 1e-4  # its square is added to var_a + var_b; none in the released code
     soft_labels: bool = False  # p_u(a, b) of Eq. 1 is the row's p_chosen in training, not 1
-    # both: all pairs; else a group of any name: a sub-folder, or the value of a column data_subset,
-    # subset or group
+    # Which pairs: both, which is all of them, or a group of any name: a sub-folder, or the value of
+    # a column data_subset, subset or group
     subset: str = "both"
     lora: bool = False  # train rank 8, alpha 32 (App. C.2) and merge it at the end; needs peft
 
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
     data: str = "tiny"  # tiny, hh, ultrafeedback, ..., a file, a folder or a hub id
     # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which is the
-    # last 5 % of a file alone, of fewer than 200 rows 10.
+    # last 5 % of a file alone, or the last 10 of fewer than 200 rows.
     test_data: str = ""
     max_length: int = 1024  # tokens; pairs with a longer side are dropped, not cut; App. C.2
     lr: float = 3e-3  # of AdamW, for the tiny model; the paper's is 3e-6
@@ -114,7 +114,7 @@ class ScoreArgs:
     """Options of evaluate and score."""
 
     checkpoints: tuple[str, ...] = ("results/dpl-train",)  # run or model folders
-    # one for each, of its columns mean_NAME, sd_NAME, risk_NAME and reward_outputs_NAME
+    # A NAME for each checkpoint: its columns are mean_NAME, sd_NAME, risk_NAME, reward_outputs_NAME
     names: tuple[str, ...] = ("both",)
     data: str = ""  # JSON lines of prompt and responses; or pairs, as for train
     split: Literal["train", "test"] = "test"  # of pairs
@@ -711,10 +711,11 @@ def batch_losses(model, batch, args, log_mean_p=None):
         swapped_losses = pair_losses(rejected, chosen, args.type, args.link, args.sigma_floor)
         losses = p * hard_losses + (1 - p) * swapped_losses
 
+    # The entropy bonus: of each alternative (App. C.2), or of the batch's mean p (released code).
     objective = losses
-    if args.type == "categorical" and log_mean_p is None:  # App. C.2
+    if args.type == "categorical" and log_mean_p is None:
         objective = losses - args.entropy_coeff * entropy(chosen, rejected)
-    elif args.type == "categorical":  # released code
+    elif args.type == "categorical":
         shares = entropy_shares(chosen, rejected, log_mean_p)
         objective = losses - args.entropy_coeff * shares
     return objective, {"loss": losses.detach(), "accuracy": right(hard_losses)}
@@ -2004,6 +2005,8 @@ def check(args):
 
 def main(args):
     check(args)
+
+    # synthetic and figure3; evaluate and score; summarize; hidden-context; train and hh.
     if isinstance(args, SyntheticArgs):
         return synthetic(args)
     if isinstance(args, ScoreArgs):

@@ -47,7 +47,7 @@ class Args:
     ref_model: str = ""  # frozen reference; empty: the initial policy
     data: str = "tiny"  # tiny, hh, tldr, shp, se, ultrafeedback, a file, a folder or a hub id
     # Held-out pairs: a file, a folder or a hub id; empty: the test split of --data, which is the
-    # last 5 % of a file alone, of fewer than 200 rows 10.
+    # last 5 % of a file alone, or the last 10 of fewer than 200 rows.
     test_data: str = ""
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length

@@ -12,7 +12,7 @@ chosen responses of the data, or with the responses of another model:
     python methods/generate.py --responses FILE --judge-command "python ask.py"
     python methods/generate.py --model M --data prompts.txt --judge own.py:short
 
-FILE is the responses.jsonl of another run: the samples, which every run writes.
+FILE is the responses.jsonl of another run, which holds its samples; every run writes one.
 Presets: tiny (default) | hh: as released with Cal-DPO | tldr: as in EXO (arxiv.org/abs/2402.00856).
 
 A judge command reads questions, one line of JSON {"prompt", "a", "b"} for each, and prints A, B or
@@ -51,7 +51,7 @@ class Args:
     max_new_tokens: int = 100  # responses end at the end-of-text token or here
     samples: int = 1  # responses per prompt
     prompts: int = 0  # only this many, the first of the test split; 0: all
-    # tiny (the reward of the tiny world, for its prompts alone), none, FILE.py:FUNCTION (yours:
+    # The judge: tiny (for prompts of the tiny world alone), none, FILE.py:FUNCTION (yours:
     # function(prompts, responses) -> a number for each), or a reward model's folder or hub id
     judge: str = "tiny"
     judge_command: str = ""  # a shell command, instead of --judge
@@ -59,7 +59,7 @@ class Args:
     responses: str = ""  # a responses.jsonl to judge, instead of generating one
 
     model: str = "tiny"  # tiny, a local or run folder, or a hub id
-    # whose test prompts: tiny, hh, tldr, tldr-sft, a file, a folder or a hub id; a file of prompts
+    # The test prompts of: tiny, hh, tldr, tldr-sft, a file, a folder or a hub id. A file of prompts
     # alone (.txt: one a line; or rows with only prompt, text or chat messages) is taken whole
     data: str = "tiny"
     # one prompt instead of --data: text as it stands, without a chat template, unless it is JSON:
@@ -357,7 +357,7 @@ def load_items(args, rows, tokenizer):
     return items
 
 
-ROW_BYTES = 1000  # in memory, of a response with its prompt and the chosen one: no less
+ROW_BYTES = 1000  # what a response takes in memory, with its prompt and the chosen one, at least
 
 
 def check_sizes(args, prompts, vocabulary):
@@ -466,7 +466,7 @@ def write_part(path, rows):
     write(path, lines + json.dumps(seal).encode() + b"\n")
 
 
-TOKEN_BYTES = 10**4  # that a token takes in a file: no more
+TOKEN_BYTES = 10**4  # what a token takes in a file, at most
 
 
 def read_part(args, work, out, number):
@@ -959,6 +959,8 @@ def write_results(args, rows, summary, out):
 def main(args):
     check(args)
     setup(args.seed)
+
+    # A folder that cannot hold this run is refused before anything is drawn or judged.
     out = Path(args.out or "results/generate")
     problem = f"{out}: cannot hold a run; choose another --out"
     on_rank0(partial(require_free, args, out), problem)

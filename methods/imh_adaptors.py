@@ -67,7 +67,7 @@ class Args:
     prompts: int = 1000  # distinct prompts of the test split, drawn at random
     samples: int = 2  # responses per prompt and setting
     template: str = "{}"  # {}: prompts as they are; else {} in it becomes their first human turn
-    # tiny (that of the tiny world, for its prompts alone), implicit, FILE.py:FUNCTION (yours:
+    # The reward: tiny (for the tiny world's prompts alone), implicit, FILE.py:FUNCTION (yours:
     # function(prompts, responses) -> a number for each), or a reward model's folder or hub id
     reward: str = "tiny"
     beta: float = 0.5  # KL weight of Eq. 1: of the implicit reward and of --target posterior
@@ -623,12 +623,16 @@ def draw_prompts(args, tokenizer):
     context = tokenizer.model_max_length
     too_long = f"--max-length {args.max_length}: the model reads {context} tokens; lower it"
     require(args.max_length <= context, too_long)
+
+    # The prompts as they stand in the data, then within the template.
     rows = []
     for row in load_prompts(args.data, args.prompt):
         rows.append({"prompt": row["prompt"], "responses": [], "tools": row.get("tools")})
     for row in rows:
         if args.template != "{}" and isinstance(row["prompt"], str):
             row["prompt"] = args.template.replace("{}", first_turn(row["prompt"]))
+
+    # As token ids; what cannot be used or is too long is dropped, and what comes again is counted.
     for number, (row, found) in enumerate(zip(rows, encode_rows(rows, tokenizer)), 1):
         if isinstance(found, str):
             dropped[found].append(number)
@@ -2117,7 +2121,8 @@ def main(args, command="all"):
     check(args, command)
     setup(args.seed)
     begun = Path(args.out, "config.json").is_file()
-    if command == "all" and not begun:  # it was killed before generate: --resume begins that
+    # A run that was killed before generate had begun: --resume begins it.
+    if command == "all" and not begun:
         args = replace(args, resume=False)
 
     # A toy, and a p_+ that is Eq. 1 to the last digit; all runs it where the reward is known.

@@ -44,7 +44,7 @@ class Args:
     model: tuple[str, ...] = ()  # run or model folders, hub ids; empty: tiny, its runs in results/
     ref_model: str = ""  # the reference of all of them; empty: the first
     data: tuple[str, ...] = ("tiny",)  # tiny, hh, tldr, se, ..., files, folders or hub ids
-    # Of the data; of a file alone "test" is all of it if it is named test*, else its end, as in
+    # The split of the data. Of a file alone "test" is all if it is named test*, else its end, as in
     # training.
     split: Literal["train", "test", "all"] = "test"
     sample: int = 0  # items, drawn as in the released code; 0: all
@@ -67,11 +67,11 @@ PRESETS = {
     "tiny": Args(),
     "fig1": Args(
         data=("hh", "stanfordnlp/SHP", "se"), **PAPER
-    ),  # all of HH, as in the released code
+    ),  # fig1: all of HH, as in the released code
     "fig1-train": Args(data=TRAIN_ONLY, split="train", **PAPER),
     "table1": Args(
         data=("alpaca_farm_human_crossannotations.json",), split="all", **PAPER
-    ),  # of alpaca_eval
+    ),  # table1: a file of alpaca_eval
 }
 
 if __name__ == "__main__":  # before torch is imported, so that --help answers at once
@@ -712,6 +712,7 @@ def all_pairs(items, records, proportion):
             b = found[k]
             rank_a = items[i].ranks[j]
             rank_b = items[i].ranks[k]
+            # alpha, the share of raters who prefer a; where it is not known, by the ranks.
             if items[i].share is not None:
                 share = items[i].share
             elif rank_a < rank_b:
@@ -725,6 +726,8 @@ def all_pairs(items, records, proportion):
             logps.append((a.logp, b.logp))
             tokens.append((a.tokens, b.tokens))
             responses.append((j, k))
+
+    # Of no pairs at all the arrays still have two rows.
     logps = np.array(logps, float).reshape(-1, 2).T
     tokens = np.array(tokens, float).reshape(-1, 2).T
     responses = np.array(responses, int).reshape(-1, 2).T

@@ -33,14 +33,15 @@ import tyro
 
 @dataclass
 class Args:
-    objective: Literal["sum", "mean"] = "sum"  # over a response's tokens; mean: over the step's
+    # sum: over the tokens of each response; mean: over all scored tokens of the step
+    objective: Literal["sum", "mean"] = "sum"
     all_turns: bool = False  # score every assistant turn of a dialogue, not only the last
     one_per_prompt: bool = False  # keep only the last row of each prompt; as released, for HH
 
-    model: str = "tiny-untrained"  # initial policy: this, tiny, a local or run folder, or a hub id
+    model: str = "tiny-untrained"  # initial policy: tiny-untrained, tiny, a folder or a hub id
     data: str = "tiny"  # tiny, hh, tldr-sft, shp, se, ultrafeedback, a file, a folder or a hub id
     # Held-out examples: a file, a folder or a hub id; empty: the test split of --data, which is the
-    # last 5 % of a file alone, of fewer than 200 rows 10.
+    # last 5 % of a file alone, or the last 10 of fewer than 200 rows.
     test_data: str = ""
     max_length: int = 512  # tokens of prompt and response together
     max_prompt_length: int = 256  # tokens a prompt is cut to if the row exceeds max_length

@@ -139,16 +139,18 @@ TOXICITY = Args(  # App. G: prompt, T, K and evaluation; updates and rates from 
     bound_K=(32, 500),
     runs=4,
 )
+# Table 3: reviews of one star of five.
 SENTIMENT = replace(
     TOXICITY,
     model="gpt2-medium",
     prompt="I bought this",
     T=10,
-    potential="class:0",  # one star of five
+    potential="class:0",
     classifier="LiYuan/amazon-review-sentiment-analysis",
     twist="mlp",
     rates="sentiment",
 )
+# Table 4: 15 tokens before 10 that are given.
 INFILLING = replace(
     TOXICITY,
     T=15,
@@ -163,6 +165,7 @@ INFILLING = replace(
     eval_every=500,
     runs=30,
 )
+# Table 8: 2 tokens before one that is given.
 INFILLING_2_1 = replace(
     INFILLING,
     T=2,
@@ -173,6 +176,7 @@ INFILLING_2_1 = replace(
     max_steps=8192,
     eval_every=0,
 )
+# Fig. 3: a score below a threshold, and bounds for many K.
 TOXICITY_THRESHOLD = replace(
     TOXICITY,
     T=10,
@@ -186,6 +190,7 @@ TOXICITY_THRESHOLD = replace(
     bound_K=(4, 8, 16, 32, 128, 512, 2048),
     runs=20,
 )
+# App. H.1: toxic stories and reviews of one star, to be read; without exact samples.
 TOXICITY_STORY = replace(
     TOXICITY,
     T=200,
@@ -199,6 +204,7 @@ TOXICITY_STORY = replace(
     bound_K=(8, 32),
 )
 SENTIMENT_REVIEW = replace(SENTIMENT, T=20, beta=1e2, twist="linear", max_steps=16384, exact=0)
+# By the name that is given on the command line.
 PRESETS = {
     "tiny": Args(),
     "toxicity": TOXICITY,
@@ -206,7 +212,7 @@ PRESETS = {
     "toxicity-threshold": TOXICITY_THRESHOLD,
     "toxicity-story": TOXICITY_STORY,
     "sentiment": SENTIMENT,
-    # as released, one rate for all learners
+    # On exact samples; as released, one rate for all learners.
     "sentiment-exact": replace(SENTIMENT, max_steps=512, train_on_exact=True, lr=1e-4),
     "sentiment-review": SENTIMENT_REVIEW,
     "infilling": INFILLING,
@@ -1463,25 +1469,30 @@ def batch_loss(learner, world, twist, batch):
     samples = batch.samples
     positives = batch.positives
     if learner == "ctl":
+        # CTL: the positives stand for sigma, the prefixes of the samples for pi_t.
         log_psi_neg = log_psi_of_particles(world, twist, samples)
         log_psi_pos = log_psi_neg
         if positives is not samples:
             log_psi_pos = log_psi_of_particles(world, twist, positives)
         return (batch.hit * ctl_loss(log_psi_pos, batch.W, log_psi_neg, batch.w_neg)).mean()
     if learner == "sixo":
+        # SIXO: the positives stand for sigma, the samples are draws of p0.
         log_psi_pos = log_psi_of_particles(world, twist, positives)
         log_psi_neg = log_psi_of_particles(world, twist, samples)
         return (batch.hit * sixo_loss(log_psi_pos, batch.W, log_psi_neg)).mean()
     if learner == "dpg":
+        # DPG: q becomes likely to draw the positives.
         log_q_pos = log_q_of_particles(world, twist, positives)
         return (batch.hit * dpg_loss(log_q_pos, batch.W)).mean()
     if learner in ("rl", "fudge"):
+        # RL and FUDGE fit targets: those of own samples, and of exact ones if there are any.
         loss = regression_loss(learner, world, twist, samples, batch.targets).mean()
         if batch.positive_targets is None:
             return loss
         on_exact = regression_loss(learner, world, twist, positives, batch.positive_targets).mean()
         return (loss + on_exact) / 2
     if learner == "ppo":
+        # PPO: its policy q and its critic, on samples from before the update.
         z, e = head_inputs(world, twist, samples)
         values = twist.value(z, e).double()
         log_q = log_q_of_particles(world, twist, samples)
@@ -2334,7 +2345,8 @@ def check_potential(args):
         fits = args.continuation
         problem = "give its text with --continuation"
     elif kind == "tiny":
-        attributes = list(tiny_attributes(""))  # the names of those that any story has or lacks
+        # The attributes that any story has or lacks, by name.
+        attributes = list(tiny_attributes(""))
         fits = what == "reward" or what in attributes
         problem = f"choose tiny:reward, or one of {', '.join(attributes)} after tiny:"
         if fits and not are_tiny_prompts([prompt_row(args.prompt)["prompt"]]):
@@ -2345,7 +2357,8 @@ def check_potential(args):
         fits = args.classifier and what.isdecimal() and len(what) < 10
         problem = "give a label (0, 1, ...) after class:, and a --classifier"
     elif kind == "threshold":
-        digits = what.removeprefix("-").replace(".", "", 1)  # of a number such as -1.5
+        # A number such as -1.5: what is left without its sign and point are digits.
+        digits = what.removeprefix("-").replace(".", "", 1)
         fits = args.classifier and digits.isdecimal() and args.beta == 1
         problem = (
             "give a number after threshold:, a --classifier, and --beta 1, since no power changes "
@@ -2610,6 +2623,7 @@ def main(args, earlier=""):
     if earlier:
         return sample_run(args, earlier)
     out = Path(args.out or "results/twisted_smc")
+    # Each of several prompts has a run of its own.
     prompts = prompts_of(args)
     if len(prompts) > 1:
         check_prompts(args, prompts)

@@ -383,7 +383,7 @@ async function measure(page, width) {
   const doc = frame.contentDocument;
   const formulas = [...doc.querySelectorAll("math")];
   const boxes = formulas.map(f => f.getBoundingClientRect());
-  const blocks = [...doc.querySelectorAll("pre, .eq, .notes, table, p, li, img")];
+  const blocks = [...doc.querySelectorAll("pre, .eq, .row > div, table, p, li, img")];
   const resources = frame.contentWindow.performance.getEntriesByType("resource");
   found.push({
     page: page, width: width,
