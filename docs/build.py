@@ -15,6 +15,7 @@ import shutil
 import sys
 import tomllib
 from html import escape
+from itertools import groupby
 from pathlib import Path
 from string import Template
 from textwrap import dedent
@@ -51,13 +52,31 @@ def prose(text, is_top=False):
             if not (is_top and is_there):
                 parts.append(f"<pre>{escape(dedent(chunk))}</pre>")
             continue
-        # Where lines hang, as those of parameters do, each that does not starts a paragraph.
-        hanging = any(line.startswith("  ") for line in lines)
-        for i, line in enumerate(lines):
+        parts += paragraphs(lines)
+    return with_marks("\n".join(parts))
+
+
+def paragraphs(lines):
+    """Lines of prose; those that stand four spaces in, a formula or code, stay as they are."""
+    parts = []
+    # Where lines hang, as those of parameters do, each that does not starts a paragraph.
+    hanging = any(line.startswith("  ") and not stands_apart(line) for line in lines)
+    for is_apart, group in groupby(lines, stands_apart):
+        group = list(group)
+        if is_apart:
+            apart = dedent("\n".join(group))
+            parts.append(f"<pre>{escape(apart)}</pre>")
+            continue
+        for i, line in enumerate(group):
             if i == 0 or line.startswith("- ") or (hanging and not line.startswith(" ")):
                 parts.append("<p>")
             parts.append(escape(line.strip()))
-    return with_marks("\n".join(parts))
+    return parts
+
+
+def stands_apart(line):
+    """Whether a line of prose, which stands four spaces in, is a formula or code."""
+    return re.match(r" {4}\S", line) is not None
 
 
 def with_marks(text):

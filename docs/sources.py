@@ -229,8 +229,8 @@ def make_block(source, comments, first, end):
     while n < end and source.lines[n - 1].lstrip().startswith("#"):
         n += 1
     # Without the rules around a heading; "--flag" keeps its dashes.
-    own = [comments[i].lstrip("#").strip() for i in range(first, n)]
-    own = [re.sub(r"^[-=]+( |$)|( |^)[-=]+$", "", line).strip() for line in own]
+    own = [comments[i].lstrip("#").removeprefix(" ") for i in range(first, n)]
+    own = [re.sub(r"^[-=]+( |$)|( |^)[-=]+$", "", line).rstrip() for line in own]
     own = [line for line in own if line and not line.startswith(DIRECTIVES)]
     heading = ""
     stands_alone = n == end or not source.lines[n - 1].strip()

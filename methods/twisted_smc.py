@@ -581,14 +581,14 @@ def smc(
     """Alg. 1, and Alg. 2 if a particle is retained: N runs of twisted SMC -> Particles.
 
     scores(last, ancestors) -> logits, log_psi: (N K, V) each, log p0(. | s_{1:t-1}), unnormalised,
-        and log psi_t(s_{1:t-1}, .), None for psi = 1.  It first reorders its state by `ancestors`
-        (N K,), then appends the tokens `last` (N K,).  Both are None in the first call;
-        `ancestors` is also None after a step without resampling.
+      and log psi_t(s_{1:t-1}, .), None for psi = 1.  It first reorders its state by `ancestors`
+      (N K,), then appends the tokens `last` (N K,).  Both are None in the first call;
+      `ancestors` is also None after a step without resampling.
     log_phi(tokens (N, K, T)) -> (N, K): the terminal potential; -inf is allowed.
     proposal: "twist" (Eq. 14) or "base", which is q = p0.
     tau: a run resamples where ESS < tau K, so never for 0 (SIS) and at every step above 1.
     retained (N, R, T): the tokens that the first R particles of each run must take; where it is -1
-        the token is drawn.  With resampling R must be 1, and that particle survives.
+      the token is drawn.  With resampling R must be 1, and that particle survives.
     Weights are float64, and in log space throughout.
     """
     if proposal not in ("twist", "base"):
