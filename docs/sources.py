@@ -69,7 +69,8 @@ def to_mathml(latex, place):
         if "\\" in formula or line.count("{") != line.count("}"):
             fail(place, f"cannot convert {line}: an unknown command, or braces without their pair")
         formula = formula.replace(' xmlns="http://www.w3.org/1998/Math/MathML"', "")
-        formula = formula.replace("</mi><mi>log</mi>", f"</mi>{THIN_SPACE}<mi>log</mi>")
+        factor = r"(</mi>|</msub>|&#x00029;</mo>)(?=<mi>log</mi>)"  # a letter or a parenthesis
+        formula = re.sub(factor, rf"\1{THIN_SPACE}", formula)
         formulas.append(formula.replace("<mi>log</mi>", "<mi>log</mi>" + THIN_SPACE))
     return "\n".join(formulas)
 
