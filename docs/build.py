@@ -32,6 +32,7 @@ COLOURS = {  # the class of a type of tokens
     "s": Token.Literal.String,
     "k": Token.Keyword,
 }
+ROOM = 80  # characters that any line of a comment or a docstring has room for
 HEAD_OF_MAP = """Made by build.py from equations/*.toml. A row for every numbered equation,
 statement, algorithm, figure and table of the five papers: its place in the code, or why it is not
 here. Numbers are the papers'; where they are not known to us, a row has none, or says ours."""
@@ -70,8 +71,16 @@ def paragraphs(lines):
         for i, line in enumerate(group):
             if i == 0 or line.startswith("- ") or (hanging and not line.startswith(" ")):
                 parts.append("<p>")
+            elif not hanging and is_cut_short(group[i - 1], line):
+                parts.append("<p>")
             parts.append(escape(line.strip()))
     return parts
+
+
+def is_cut_short(line, following):
+    """Whether a line ends with its sentence, although the word that follows had room in it."""
+    word = following.split()[0]
+    return line.endswith(".") and len(line) + 1 + len(word) <= ROOM
 
 
 def stands_apart(line):
