@@ -26,12 +26,12 @@ from pygments.token import Token
 from sources import ROOT, check_citations, cited_entries, fail, read_paper, read_source
 
 DOCS = ROOT / "docs"
-COLOURS = {  # the class of a type of tokens
-    "d": Token.Literal.String.Doc,
-    "c": Token.Comment,
-    "s": Token.Literal.String,
-    "k": Token.Keyword,
-}
+COLOURS = [  # types of tokens, and what stands before and after them: short, there are thousands
+    (Token.Literal.String.Doc, "<i>", "</i>"),
+    (Token.Comment, "<i>", "</i>"),
+    (Token.Literal.String, "<q>", "</q>"),
+    (Token.Keyword, "<b>", "</b>"),
+]
 ROOM = 80  # characters that any line of a comment or a docstring has room for
 HEAD_OF_MAP = """Made by build.py from equations/*.toml. A row for every numbered equation,
 statement, algorithm, figure and table of the five papers: its place in the code, or why it is not
@@ -136,12 +136,12 @@ def notes(source, block):
 
 
 def tags(kind, value, is_call, links):
-    """What stands before and after a token: a link for a call, a class for a colour, or nothing."""
+    """What stands before and after a token: a link for a call, an element, or nothing."""
     if is_call and kind in Token.Name and value in links:
         return f'<a href="{links[value]}">', "</a>"
-    for name, coloured in COLOURS.items():
+    for coloured, start, stop in COLOURS:
         if kind in coloured and value.strip():
-            return f"<i class={name}>", "</i>"  # short, since a page has thousands of them
+            return start, stop
     return "", ""
 
 
@@ -169,12 +169,12 @@ def code_of_blocks(source, links):
         parts[i] += start + escape(value, quote=False) + stop
 
     # The tokens of a string have one colour: one element is enough for all of them.
-    return [re.sub(r"(?<=<i class=s>)(?:[^<]|</i><i class=s>)*", joined, part) for part in parts]
+    return [re.sub(r"(?<=<q>)(?:[^<]|</q><q>)*", joined, part) for part in parts]
 
 
 def joined(found):
     """A match of tokens of one colour as one token."""
-    return found[0].replace("</i><i class=s>", "")
+    return found[0].replace("</q><q>", "")
 
 
 # ---- Pages
@@ -226,7 +226,7 @@ def page(source, pictures, common):
     for block, code in zip(source.blocks, code_of_blocks(source, links)):
         anchor = f"<a class=line href=#{block.id}>{block.first}</a>"
         left = f"<div>{anchor}\n{notes(source, block)}</div>"
-        right = f"<pre><code>{code}</code></pre>"
+        right = f"<pre>{code}</pre>"
         rows.append(f"<div class=row id={block.id}>{left}\n{right}</div>")
     return f"{top(source, pictures)}\n<main>\n" + "\n".join(rows) + "\n</main>"
 

@@ -1,8 +1,12 @@
-"""Sampling on a GPU against the CPU: the same sets, the same draws for the same uniforms."""
+"""Sampling on a GPU against the CPU: the same sets, the same draws for the same uniforms; the pool
+of token rows and its captured step.
+"""
 
 import imh_adaptors
 import pytest
+import test_pool
 import torch
+from test_sampling import PROMPTS, build, full_forward
 
 import common
 
@@ -75,3 +79,93 @@ def test_draws_have_the_law_of_the_kept_set(filters):
     assert counts[kept[0] == 0].sum() == 0
     distance = (counts / n - law).abs().sum().item() / 2
     assert distance < (law * (1 - law) / n).sqrt().sum().item() / 2 + 0.003
+
+
+@pytest.mark.parametrize("case", test_pool.CASES, ids=str)
+def test_the_kernel(case):
+    common.setup(0)
+    test_pool.compare_kernel(*case, "cuda")
+
+
+def on_gpu(family, dtype=torch.float32):
+    common.setup(0)
+    return build(family).to("cuda", dtype)
+
+
+@pytest.mark.parametrize("family", ["neox", "llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_captured_steps(family, dtype):
+    """Against the eager step, which writes and reads the same rows, and against whole texts."""
+    model = on_gpu(family, dtype)
+    turn, _, _ = common.prefill(model, PROMPTS, 6, copies=2)
+    assert model.pools and model.decodes
+    texts = [list(prompt) for prompt in PROMPTS for _ in range(2)]
+    reference = build(family)
+    a_logit = 1e-4 if dtype == torch.float32 else 5e-2
+    for step in range(6):
+        ancestors = (torch.arange(8) * 3 + step) % 8 // 2 * 2
+        common.reorder(turn, ancestors.cuda())
+        tokens = torch.arange(8) + 5 * step
+        texts = [texts[i] + [token] for i, token in zip(ancestors.tolist(), tokens.tolist())]
+        hidden, logits = common.decode_step(model, turn, tokens.cuda())
+        again = common._run_in_pool(model, turn.pool, 8)
+        torch.testing.assert_close(hidden, again[0], atol=a_logit, rtol=a_logit)
+        torch.testing.assert_close(logits, again[1], atol=a_logit, rtol=a_logit)
+        expected = torch.stack([full_forward(reference, text)[1] for text in texts])
+        worst = (logits.float().cpu() - expected).abs().max()
+        assert worst <= a_logit * expected.abs().max()
+    assert list(turn.pool.captured) == [8]
+
+
+@pytest.mark.parametrize("family", ["neox", "llama"])
+def test_the_same_tokens_as_on_the_cpu(family):
+    """For the same uniforms, resampled at every step, in two batches with one capture."""
+    generator = torch.Generator().manual_seed(3)
+    uniforms = torch.rand(20, 16, generator=generator, dtype=torch.float64)
+    ancestors = torch.randint(0, 16, (20, 16), generator=generator)
+    expected, expected_logps = test_pool.decode(build(family), uniforms, ancestors)
+    model = on_gpu(family)
+    steps = []
+    for _ in range(2):
+        tokens, logps = test_pool.decode(model, uniforms.cuda(), ancestors.cuda())
+        assert torch.equal(tokens.cpu(), expected)
+        torch.testing.assert_close(logps.cpu(), expected_logps, atol=1e-3, rtol=0)
+        steps.append(common.POOLS[model].captured[16])
+    assert steps[0] is steps[1]
+
+
+def test_resampling_does_not_wait_for_the_gpu():
+    model = on_gpu("llama")
+    turn, _, _ = common.prefill(model, PROMPTS[:1], 4, copies=32)
+    tokens = torch.arange(32, device="cuda")
+    ancestors = tokens.flip(0) // 2
+    common.decode_step(model, turn, tokens)  # captured
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            common.reorder(turn, common.stay_in_place(ancestors))
+            common.decode_step(model, turn, tokens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_without_triton(monkeypatch, capsys):
+    monkeypatch.setattr(common, "triton", None)
+    model = on_gpu("llama")
+    cache, _, _ = common.prefill(model, PROMPTS, 4)
+    assert model.decodes and not isinstance(cache, common.PoolTurn)
+    assert "slabs, and steps are not captured: Triton is not" in capsys.readouterr().out
+
+
+def test_a_trained_body_is_read_anew():
+    """A captured step reads the weights as they are, moved in place."""
+    model = on_gpu("neox")
+    for change in (0.0, 0.1):
+        with torch.no_grad():
+            model.base_model.layers[0].mlp.dense_4h_to_h.weight.add_(change)
+        turn, _, _ = common.prefill(model, PROMPTS, 2)
+        _, logits = common.decode_step(model, turn, torch.zeros(4, dtype=torch.long).cuda())
+        del turn
+        whole = [prompt + [0] for prompt in PROMPTS]
+        _, expected = common._run_whole(model, whole)
+        torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
