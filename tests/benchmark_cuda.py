@@ -35,9 +35,8 @@ from benchmark import (
     pythia_config,
     short_prompts,
 )
-from generate import respond
+from generate import respond, sampler
 from transformers import GPTNeoXForCausalLM, PreTrainedTokenizerFast
-from transformers.generation import TopPLogitsWarper
 
 import common
 from common import clip_gradients, compile_layers, load_model, pack_pairs, response_logps
@@ -437,11 +436,6 @@ def smc(setting, shape, peer=""):
     )
 
 
-def plain(logits):
-    """No adaptor."""
-    return logits
-
-
 def generate(setting, shape, peer=""):
     """Tokens a second, plain and with top-p .9, against the library's batch."""
     model = load_model(saved_model(setting, shape), compute_dtype(setting))
@@ -451,15 +445,12 @@ def generate(setting, shape, peer=""):
     never = V + 1  # an end token that is never drawn, so that every row has its full length
 
     for name, top_p in (("plain", 1.0), ("top-p .9", 0.9)):
-        adaptor = plain
-        if top_p < 1:
-            warper = TopPLogitsWarper(top_p)
-            adaptor = lambda logits, warper=warper: warper(None, logits)
+        how = sampler(top_p=top_p)
 
-        def ours(i, adaptor=adaptor):
+        def ours(i, how=how):
             generator = torch.Generator().manual_seed(i)
             uniforms = torch.rand(n, new, generator=generator, dtype=torch.float64)
-            respond(model, prompts, uniforms.to(setting.device), adaptor, [-1], None)
+            respond(model, prompts, uniforms.to(setting.device), how, [-1], V)
 
         def library(i, top_p=top_p):
             torch.manual_seed(i)

@@ -54,7 +54,7 @@ def flags(**options):
 def commands(blank, own):
     """What is run of each changed method.  own: a file with a potential."""
     model, data = blank / "model", blank / "pairs.jsonl"
-    loss = dict(beta=0.1, lr=1e-4, batch_size=46, max_steps=4, warmup_steps=0, eval_pairs=2)
+    loss = dict(beta=0.1, lr=1e-4, batch_size=39, max_steps=4, warmup_steps=0, eval_pairs=2)
     learner = dict(prompt="Once", T=2, potential=f"{own}:lower", learner="cdq", lr=3e-3)
     learner |= dict(twist="linear", K=64, max_steps=30, eval_every=30, exact=20, bound_K=(4, 8))
     adaptor = dict(sampling_types="epsilon_cutoff=0.0025", temperatures=1.0, max_length=96)

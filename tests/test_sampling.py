@@ -389,12 +389,12 @@ def test_a_draw_in_two_steps_is_the_inverse_cdf(V):
 
 @pytest.mark.parametrize("name, x", [("top_k", 20), ("top_p", 0.9), ("typical_p", 0.7)])
 def test_draws_from_a_kept_set(name, x):
-    """400,000 draws: none outside of the set, and total variation as of exact draws.
+    """100,000 draws: none outside of the set, and total variation as of exact draws.
 
     The mean distance of exact draws is at most sum_v sqrt(p (1 - p) / n) / 2, and it exceeds its
-    mean by 0.003 with a chance below exp(-2 n 0.003^2), which is 1e-3 (McDiarmid).
+    mean by 0.006 with a chance below exp(-2 n 0.006^2), which is 1e-3 (McDiarmid).
     """
-    n, V = 400_000, 700
+    n, V = 100_000, 700
     generator = torch.Generator().manual_seed(0)
     scores = 2 * torch.randn(V, generator=generator)
     scores[:5] = scores[5]  # ties
@@ -418,7 +418,7 @@ def test_draws_from_a_kept_set(name, x):
     assert counts[kept == 0].sum() == 0
     distance = (counts / n - law).abs().sum().item() / 2
     mean = (law * (1 - law) / n).sqrt().sum().item() / 2
-    assert distance < mean + 0.003
+    assert distance < mean + 0.006
 
 
 def test_a_filter_acts_on_what_the_last_one_left():
