@@ -20,6 +20,7 @@ from pathlib import Path
 from string import Template
 from textwrap import dedent
 
+from equation_map import HEAD_OF_MAP, equation_map
 from markdown_it import MarkdownIt
 from pygments.lexers import PythonLexer
 from pygments.token import Token
@@ -33,9 +34,6 @@ COLOURS = [  # types of tokens, and what stands before and after them: short, th
     (Token.Keyword, "<b>", "</b>"),
 ]
 ROOM = 80  # characters that any line of a comment or a docstring has room for
-HEAD_OF_MAP = """Made by build.py from equations/*.toml. A row for every numbered equation,
-statement, algorithm, figure and table of the five papers: its place in the code, or why it is not
-here. Numbers are the papers'; where they are not known to us, a row has none, or says ours."""
 
 
 # ---- The left column
@@ -229,31 +227,6 @@ def page(source, pictures, common):
         right = f"<pre>{code}</pre>"
         rows.append(f"<div class=row id={block.id}>{left}\n{right}</div>")
     return f"{top(source, pictures)}\n<main>\n" + "\n".join(rows) + "\n</main>"
-
-
-def equation_map(papers, for_page):
-    """All equations as tables in Markdown, with links to paragraphs of pages or lines of files."""
-    parts = []
-    for paper in papers:
-        parts.append(f"\n### [{paper['title']}]({paper['link']})\n\n{paper['note']}\n")
-        parts.append("| number | what | where |\n|---|---|---|")
-        for entry in paper["entry"]:
-            where = []
-            for source, line in entry["lines"]:
-                target = f"../{source.path}#L{line}"
-                if for_page:
-                    block = [b for b in source.blocks if b.first <= line < b.end][0]
-                    target = f"{Path(source.path).stem}.html#{block.id}"
-                where.append(f"[{source.path}:{line}]({target})")
-            place = ", ".join(where) or f"Not here. {entry['reason']}"
-            number = entry["number"] or entry.get("section", "")
-            if entry["number"] and "ours" in paper:
-                number = f"{number} (ours)"
-            what = entry["name"]
-            if "note" in entry:
-                what = f"{what}. {entry['note']}"
-            parts.append(f"| {number} | {what} | {place} |")
-    return "\n".join(parts).replace("^", "\\^") + "\n"
 
 
 def index(sources, papers, pictures):
