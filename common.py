@@ -1429,7 +1429,7 @@ def draw_block(p, uniforms):
     goal = below(uniforms[:, None] * total, total)
     block = torch.searchsorted(cdf[:, 1:].contiguous(), goal, right=True)
     first = block * DRAW_BLOCK
-    columns = first + torch.arange(DRAW_BLOCK, device=p.device)
+    columns = first + torch.arange(min(V, DRAW_BLOCK), device=p.device)
     inside = p.gather(1, columns.clamp(max=V - 1)) * (columns < V)
     return DrawnBlock(first, inside, goal - cdf.gather(1, block), total)
 
@@ -3085,12 +3085,13 @@ def _base_of(folder):
     return json.loads((folder / ADAPTER).read_text())["base_model_name_or_path"]
 
 
-def load_model(name, dtype="float32", train=False):
+def load_model(name, dtype="float32", train=False, reshard=True):
     """A causal language model without dropout on this process's device.
 
     train=False: whole on every rank, frozen, in `dtype`.  train=True: fp32 weights and gradient
     sums, `dtype` compute, a slice of every layer on every rank if there are several.  Optimisers,
-    clipping and checkpoints see fp32 weights and gradients either way.
+    clipping and checkpoints see fp32 weights and gradients either way.  reshard=False: weights that
+    a training step has gathered from several ranks in forward are there until backward.
     A folder with a LoRA adapter is its base model with the adapter merged in (peft).
     SystemExit: not a model that transformers can load, weights missing or not finite, not a
     decoder-only model.
@@ -3121,6 +3122,7 @@ def load_model(name, dtype="float32", train=False):
         raise SystemExit(f"{folder}: not a model that transformers can load ({why})") from None
     if sharded:
         model = _shard(model, compute_dtype).train()
+        model.reshard = reshard
     elif train:
         model = model.to(DEVICE).train()
     else:
@@ -3245,6 +3247,9 @@ def computing(model):
     """The module that computes: the model's copy, up to date, or the model itself."""
     if hasattr(model, "compute_copy"):
         return model.compute_copy.current()
+    if not getattr(model, "reshard", True):
+        # What an evaluation gathered would be there when the optimiser changes the weights.
+        model.set_reshard_after_forward(not torch.is_grad_enabled())
     return model
 
 
@@ -3306,7 +3311,7 @@ def _shard(model, compute_dtype):
     """Rank 0's values on all ranks, then FSDP2 layer by layer.
 
     The root is resharded after forward as well: else the embeddings and the head that an evaluation
-    has gathered would outlive the optimiser's step.
+    has gathered would outlive the optimiser's step (see `computing`).
     """
     layers = _decoder_layers(model)
     name = type(model).__name__
@@ -3427,7 +3432,9 @@ def need(model, args, rows, world, state, trained=True):
         weights = size * n
         n = 0
     elif world > 1:
-        weights = 4 * n / world + 2 * size * (outside + layer)  # gathered, with their gradients
+        unit = size * (outside + layer)  # gathered at a time, and their gradients
+        gathered = unit if getattr(args, "reshard_after_forward", True) else size * n
+        weights = 4 * n / world + gathered + unit
     elif size == 2:
         weights = 4 * n + size * n
     else:
@@ -3515,6 +3522,9 @@ def _why_no_room(model, args, rows, state, trained):
         less = dataclasses.replace(args, gradient_checkpointing=True)
         if need(model, less, rows, world, state, trained).peak() <= room():
             remedies.append("--gradient-checkpointing")
+        less = dataclasses.replace(args, reshard_after_forward=True)
+        if need(model, less, rows, world, state, trained).peak() <= room():
+            remedies.append("--reshard-after-forward")
     for budget in (8192, 4096, 2048, 1024, 512):
         less = dataclasses.replace(args, tokens_per_microbatch=budget)
         if need(model, less, rows, world, state, trained).peak() <= room():
@@ -4127,7 +4137,13 @@ def setup(seed, timeout=1800):
             alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}
         patience = datetime.timedelta(seconds=timeout)  # with a rank that keeps the others waiting
         backend = "cpu:gloo,cuda:nccl" if CUDA else "gloo"
-        dist.init_process_group(backend, timeout=patience, **alone)
+        try:
+            dist.init_process_group(backend, timeout=patience, **alone)
+        except RuntimeError as error:
+            # gloo looks for the loopback interface, although one process has nobody to talk to.
+            lacks_loopback = "interface" in str(error)
+            require(not lacks_loopback, f"{first_line(error)}; `ip link set lo up` may help")
+            raise
         if dist.get_backend() != "gloo":  # the one that has monitored_barrier
             meeting = dist.new_group(backend="gloo")
         atexit.register(leave)

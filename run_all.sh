@@ -41,20 +41,21 @@ for name in $asked; do
   fi
 done
 
-one() {
+one() {  # imh draws beside the DPO model, which is there by then
   run dpl methods/dpl.py --overwrite &&
-    run dpo_gamma methods/dpo_gamma.py --overwrite &&
-    run dpo_gamma_figures studies/dpo_gamma_figures.py &&
+    run imh_adaptors methods/imh_adaptors.py --overwrite &&
     run compare-quick studies/compare_preferences.py --quick
 }
 
-other() {  # generate answers with the DPO model, imh draws beside it
+other() {  # generate answers with the DPO model; ranking reads all models that were trained
   run dpo methods/dpo.py --overwrite &&
     run generate methods/generate.py --model results/dpo --overwrite &&
     run cal_dpo methods/cal_dpo.py --overwrite &&
+    run dpo_gamma methods/dpo_gamma.py --overwrite &&
+    run dpo_gamma_figures studies/dpo_gamma_figures.py &&
+    run ranking_accuracy methods/ranking_accuracy.py --overwrite &&
     run sft methods/sft.py --overwrite &&
-    run twisted_smc methods/twisted_smc.py --overwrite &&
-    run imh_adaptors methods/imh_adaptors.py --overwrite
+    run twisted_smc methods/twisted_smc.py --overwrite
 }
 
 "$python" -c "import common; common.tiny_folder()" || exit 1
@@ -65,6 +66,5 @@ second=$!
 failed=0
 wait $first || failed=1
 wait $second || failed=1
-run ranking_accuracy methods/ranking_accuracy.py --overwrite || failed=1  # of the models that were trained
 "$python" studies/summary.py || failed=1
 exit $failed

@@ -46,10 +46,12 @@ def prose(text, is_top=False):
         lines = chunk.splitlines()
         in_columns = len(lines) > 1 and re.search(r"[^.:;)\s] {2,}\S", chunk)
         if in_columns or all(line.startswith("    ") for line in lines):
-            # At the top of a page commands and equations are there already.
-            is_there = re.search(r"^ *(python|torchrun) |Eq\. \d", chunk, re.M)
+            # At the top of a page commands, equations and functions are there already.
+            is_there = re.search(r"^ *(python|torchrun) |Eq\. \d|response_logps: ", chunk, re.M)
             if not (is_top and is_there):
                 parts.append(f"<pre>{escape(dedent(chunk))}</pre>")
+            continue
+        if is_top and chunk.startswith("Contents, "):
             continue
         parts += paragraphs(lines)
     return with_marks("\n".join(parts))

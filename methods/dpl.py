@@ -82,6 +82,7 @@ class Args:
     max_steps: int = 0  # optimiser steps; 0: as many as the epochs hold
     max_grad_norm: float = 1.0  # longer gradients are cut to this norm; released code
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
+    compile: bool = True  # decoder layers, on a GPU, in bfloat16, in runs of 300 steps and more
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; head and losses stay float32
     seed: int = 0  # of the head's first weights and the order of the pairs
 
@@ -860,7 +861,7 @@ def fit(args, pairs):
     start = 0
     if args.resume:
         start, _ = load_checkpoint(out, model, optimizer)
-    compile_layers(model, True, steps - start)
+    compile_layers(model, args.compile, steps - start)
 
     history = []
     for step in progress(range(start, steps)):

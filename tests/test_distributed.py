@@ -6,6 +6,9 @@ import pytest
 import torch
 from conftest import records, run
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
+
+import common
 
 PAIRS = (
     "methods/dpo.py",
@@ -100,6 +103,30 @@ def test_bf16_compute_keeps_fp32_weights(blank, one, tmp_path):
     assert a[1]["grad_norm"] == pytest.approx(b[1]["grad_norm"], rel=5e-2)
     weights = load_file(tmp_path / "run" / "model" / "model.safetensors")
     assert all(w.dtype == torch.float32 for w in weights.values())
+
+
+def test_weights_that_stay_gathered(blank, one, tmp_path):
+    """The same run, with weights that a step gathers once; evaluations are between the steps."""
+    flags = ("--no-reshard-after-forward", "--out", tmp_path / "run")
+    run(*PAIRS, *inputs(blank), *flags, processes=2)
+    same(one, tmp_path / "run", 1e-5)
+
+
+def test_when_weights_stay_gathered(blank, monkeypatch):
+    """From forward to backward of a training step, and not after an evaluation."""
+    common.setup(0)
+    monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))  # so that load_model shards
+    model = common.load_model(blank / "model", train=True, reshard=False)
+    batch = next(iter(common.pack_pairs([{"prompt_ids": [5, 6], "responses": [[7, 8], [9]]}], 64)))
+    weight = model.base_model.layers[0].mlp.dense_h_to_4h
+
+    loss = common.response_logps(model, batch)[0].sum()
+    assert not isinstance(weight.weight, DTensor)
+    loss.backward()
+    assert isinstance(weight.weight, DTensor)
+    with torch.no_grad():
+        common.response_logps(model, batch)
+    assert isinstance(weight.weight, DTensor)
 
 
 def test_sft_with_two_processes(blank, tmp_path):

@@ -95,3 +95,25 @@ def test_a_gpu_without_bf16(monkeypatch):
         common.load_model("tiny", "bfloat16", train=True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     common._require_dtype("bfloat16")
+
+
+WITHOUT_A_NETWORK = """
+import ctypes, sys
+sys.path[:0] = ['.', 'methods']
+NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000
+if ctypes.CDLL(None).unshare(NEW_USER | NEW_NETWORK):
+    raise SystemExit(77)  # not allowed here
+import common
+common.setup(0)
+"""
+
+
+def test_no_loopback_interface(tmp_path):
+    """gloo needs it, also for a process alone: one line, exit code 1."""
+    (tmp_path / "script.py").write_text(WITHOUT_A_NETWORK)
+    done = run(tmp_path / "script.py", check=False, PYTHONPATH=str(ROOT))
+    if done.returncode == 77:
+        pytest.skip("a process may not leave the network here")
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert "`ip link set lo up` may help" in line and len(line) <= 200

@@ -129,6 +129,12 @@ def test_what_lowers_it():
     )
     peaks = [common.need(model, args, rows, n, 1).peak() for n in (1, 2, 4, 8)]
     assert peaks == sorted(peaks, reverse=True)
+    # All weights gathered, in place of one unit, are two bytes a weight more.
+    layer = sum(w.numel() for w in model.base_model.layers[0].parameters())
+    others = 23 * layer  # the unit is a layer, and what is outside of the layers
+    gathered = dataclasses.replace(args, reshard_after_forward=False)
+    grown = common.need(model, gathered, rows, 4, 1).weights
+    assert grown == common.need(model, args, rows, 4, 1).weights + 2 * others
 
 
 COMMANDS = {
