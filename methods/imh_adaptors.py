@@ -1233,8 +1233,6 @@ def stratify(points):
 
 def toy(args):
     """Print and draw the toy experiment -> {strings or corpora: (n, Pearson, Spearman)}"""
-    out = Path(f"{args.out}-toy")
-    hold_folder(out)
     p_plus, log_p, r = toy_world()
     H = -p_plus @ np.log(p_plus)
     print(f"toy: E r {p_plus @ r:.4f} = -H(p_+) {-H:.4f} - E log p {p_plus @ log_p:.4f}")
@@ -1266,6 +1264,8 @@ def toy(args):
         f"p, the prior: entropy {-np.exp(log_p) @ log_p:.2f} nats": np.exp(log_p),
         "r = log p_+/p, the reward: unlikely strings cost most": r,
     }
+    out = Path(f"{args.out}-toy")
+    hold_folder(out)
     draw_toy(out / "figures", columns, panels)
     return found
 

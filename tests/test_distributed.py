@@ -117,6 +117,7 @@ def test_when_weights_stay_gathered(blank, monkeypatch):
     common.setup(0)
     monkeypatch.setattr(common, "rank_and_world", lambda: (0, 2))  # so that load_model shards
     model = common.load_model(blank / "model", train=True, reshard=False)
+    monkeypatch.undo()
     batch = next(iter(common.pack_pairs([{"prompt_ids": [5, 6], "responses": [[7, 8], [9]]}], 64)))
     weight = model.base_model.layers[0].mlp.dense_h_to_4h
 
