@@ -14,7 +14,7 @@ numbers of the equations are ours)
                              (g of Eq. 4), aligned (p_+ as --model gives it), posterior (Eq. 1,
                              with p as --ref-model and r as --reward give it)
 
-    python methods/imh_adaptors.py                 all on the tiny world: toy, exact, generate, ...
+    python methods/imh_adaptors.py                 all on the tiny world: generate, ..., toy, exact
     python methods/imh_adaptors.py exact           p_+ known exactly, under every adaptor
     python methods/imh_adaptors.py generate --model results/dpo --out results/mine
                                                    then score, imh, figures with the same flags
@@ -2122,30 +2122,26 @@ def alone(function, args):
 def main(args, command="all"):
     check(args, command)
     setup(args.seed)
-    begun = Path(args.out, "config.json").is_file()
-    # A run that was killed before generate had begun: --resume begins it.
-    if command == "all" and not begun:
-        args = replace(args, resume=False)
-
-    # A toy, and a p_+ that is Eq. 1 to the last digit; all runs it where the reward is known.
-    if command == "toy":
-        alone(toy_alone, args)
-    if command == "all":
-        alone(toy, args)
     tiny = args.data == "tiny" and args.reward == "tiny" and args.prompt == ""
     known = exact_options(args)
-    if command == "exact" or (command == "all" and tiny):
-        exact(known)
-        alone(imh, known)
-        alone(figures, known)
-    if command == "exact":
-        alone(conclude_alone, known)
 
     # Without an aligned model the prior proposes, and IMH alone goes to Eq. 1.
     if command == "all" and args.model == args.ref_model:
         say(f"IMH from the prior {args.ref_model} to the posterior of Eq. 1: --target posterior")
         args = replace(args, target="posterior")
     run_commands(args, command)
+
+    # A toy, and a p_+ that is Eq. 1 to the last digit; all runs it where the reward is known.
+    if command == "toy":
+        alone(toy_alone, args)
+    if command == "all":
+        alone(toy, args)
+    if command == "exact" or (command == "all" and tiny):
+        exact(known)
+        alone(imh, known)
+        alone(figures, known)
+    if command == "exact":
+        alone(conclude_alone, known)
 
     # How it ends: the exact posterior and, if there is one, the DPO run; else what imh found.
     if command == "all" and tiny:

@@ -193,7 +193,7 @@ class Bench:
 
     def may_resume(self, name, out):
         """What a user sees of it: a run folder with its config.json."""
-        if name in ("imh score", "imh all"):  # they begin where nothing has begun
+        if name == "imh score":  # it begins where nothing has begun
             return True
         if name == "dpo_gamma":  # a folder for each run of the sweep
             out = out / "gamma-0"

@@ -194,6 +194,8 @@ class Plan:
         options = options_of(method, names)
         self.place[command] = len(self.jobs)
         flags = {name: value for name, value in SMALL.items() if hasattr(options, name)}
+        if method == "imh_adaptors":  # its responses end with this length, on a blank model
+            flags["max_length"] = "40"
         if needs_hub(options):
             self.at_the_hub.add(command)
         else:
