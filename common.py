@@ -90,14 +90,14 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 
-try:  # of torch 2.10 and later
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
 CUDA = torch.cuda.is_available()
+varlen_attn = None
 triton = None
 if CUDA:
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # of torch 2.10 and later
+    except ImportError:
+        pass  # packed rows then attend piece by piece, as on a CPU
     try:
         import triton
         import triton.language as tl

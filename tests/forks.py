@@ -12,6 +12,7 @@ its variables, and when one of them fails the others are told to leave.
 import atexit
 import contextlib
 import gc
+import inspect
 import json
 import os
 import runpy
@@ -90,7 +91,7 @@ class Server:
         self.starts = 0
         fixed = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, self.folder.name],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -248,7 +249,8 @@ def import_all():
         transformers transformers.generation.utils transformers.integrations.tensor_parallel
         transformers.models.auto.modeling_auto transformers.models.auto.tokenization_auto
         transformers.models.gpt_neox.modeling_gpt_neox transformers.models.llama.modeling_llama
-        transformers.tokenization_utils_tokenizers"""
+        transformers.tokenization_utils_tokenizers tyro._backends._tyro_backend
+        encodings.latin_1 encodings.utf_8_sig"""
     for name in names.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
@@ -259,6 +261,12 @@ def serve():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing but answers goes to the tests
     import_all()
+    # Where operators are registered torch asks for the caller's module, and inspect then looks at
+    # the files of all modules, once.
+    inspect.getmodule(inspect.currentframe(), "no file")
+    # What a child imports of this repository is compiled once for all of them.
+    sys.dont_write_bytecode = False
+    sys.pycache_prefix = sys.argv[1]
     gc.freeze()  # a child need not look at these objects, nor copy their pages
     codes = {}
     for line in sys.stdin:
