@@ -2,6 +2,7 @@
 run a method.
 """
 
+import gc
 import inspect
 import json
 import os
@@ -10,6 +11,10 @@ import subprocess
 import sys
 import types
 from pathlib import Path
+
+# The garbage collector need not walk what is imported and collected from here on, now or in tests:
+# see pytest_collection_modifyitems.
+gc.disable()
 
 import forks
 import pytest
@@ -95,6 +100,8 @@ def pytest_collection_modifyitems(items):
         slow = item.originalname in SLOW
         if not (names & NOT_QUICK or random or real or slow):
             item.add_marker(pytest.mark.quick)
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

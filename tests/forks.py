@@ -260,6 +260,7 @@ def serve():
     """Answer requests until there are no more."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing but answers goes to the tests
+    gc.disable()
     import_all()
     # Where operators are registered torch asks for the caller's module, and inspect then looks at
     # the files of all modules, once.
@@ -268,6 +269,7 @@ def serve():
     sys.dont_write_bytecode = False
     sys.pycache_prefix = sys.argv[1]
     gc.freeze()  # a child need not look at these objects, nor copy their pages
+    gc.enable()
     codes = {}
     for line in sys.stdin:
         request = json.loads(line)
