@@ -220,8 +220,8 @@ def top(source, pictures):
 
 def page(source, pictures, common):
     """The body of a file's page."""
-    links = {name: f"common.html#{name}" for name in common.spans}
-    links |= {name: f"#{name}" for name in source.spans}
+    links = {block.id: f"common.html#{block.id}" for block in common.blocks}
+    links |= {block.id: f"#{block.id}" for block in source.blocks}
     rows = []
     for block, code in zip(source.blocks, code_of_blocks(source, links)):
         anchor = f"<a class=line href=#{block.id}>{block.first}</a>"
