@@ -54,10 +54,10 @@ other() {  # generate answers with the DPO model; ranking reads all models that 
   run dpo methods/dpo.py --overwrite &&
     run generate methods/generate.py --model results/dpo --overwrite || failed=1
   run cal_dpo methods/cal_dpo.py --overwrite || failed=1
+  run sft methods/sft.py --overwrite || failed=1
   run dpo_gamma methods/dpo_gamma.py --overwrite &&
     run dpo_gamma_figures studies/dpo_gamma_figures.py || failed=1
   run ranking_accuracy methods/ranking_accuracy.py --overwrite || failed=1
-  run sft methods/sft.py --overwrite || failed=1
   run twisted_smc methods/twisted_smc.py --overwrite || failed=1
   return $failed
 }
