@@ -4135,7 +4135,7 @@ meeting = None  # on GPUs: the group of gloo in which all ranks meet at the end
 def setup(seed, timeout=1800):
     """Join the process group (a plain `python` run is a group of one); seed all ranks -> device.
 
-    SystemExit: a machine with fewer GPUs than processes.
+    SystemExit: fewer GPUs than processes, or no loopback interface.
     """
     global meeting
     if not dist.is_initialized():

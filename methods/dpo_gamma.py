@@ -6,7 +6,7 @@ The loss (Eq. 4); gamma = 1 is DPO, and gamma = 0 forgets the reference:
 
     L = -log sigmoid( beta [ log pi(y_w|x)/pi(y_l|x) - gamma log pi_ref(y_w|x)/pi_ref(y_l|x) ] )
 
-    python methods/dpo_gamma.py                             tiny world, gamma 0, 1 and 2, a minute
+    python methods/dpo_gamma.py                             tiny world, gamma 0, 1 and 2, three minutes
     python methods/dpo_gamma.py --gamma 0 0.25 0.5 0.75 1   a sweep: one cached reference serves all
     torchrun --standalone --nproc-per-node 4 methods/dpo_gamma.py hh --model results/sft-hh
 
@@ -60,7 +60,7 @@ class Args:
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
-    reshard_after_forward: bool = True  # several GPUs; no: faster, 2 bytes a weight more (bfloat16)
+    reshard_after_forward: bool = True  # several GPUs; no: gathered once, 2 bytes a weight more
     compile: bool = True  # decoder layers, on a GPU, in bfloat16, in runs of 300 steps and more
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights and sums are float32
     seed: int = 0  # of the order of the data

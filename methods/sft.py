@@ -54,7 +54,7 @@ class Args:
     max_grad_norm: float = 10.0  # longer gradients are cut to this norm
     tokens_per_microbatch: int = 8192  # memory knob: packed tokens per forward pass and process
     gradient_checkpointing: bool = False  # recompute in backward: less memory, a third more time
-    reshard_after_forward: bool = True  # several GPUs; no: faster, 2 bytes a weight more (bfloat16)
+    reshard_after_forward: bool = True  # several GPUs; no: gathered once, 2 bytes a weight more
     compile: bool = True  # decoder layers, on a GPU, in bfloat16, in runs of 300 steps and more
     dtype: Literal["float32", "bfloat16"] = "float32"  # of compute; weights and sums are float32
     seed: int = 0  # of the order of the data

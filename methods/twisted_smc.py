@@ -11,7 +11,7 @@ Zhao, Brekelmans, Makhzani, Grosse 2024, https://arxiv.org/abs/2404.17546
                          a block is the steps from one resampling to the next
     bounds, Eq. 24       E log Z-hat <= log Z <= E log Z-hat with one exact sample retained
 
-    python methods/twisted_smc.py                          the tiny world, six learners, 80 seconds
+    python methods/twisted_smc.py                          the tiny world, six learners, 90 seconds
     python methods/twisted_smc.py toxicity --learner ctl   one row of Table 2 (GPU, downloads)
     python methods/twisted_smc.py --model M --prompt "Once" --potential own.py:short --learner ctl
     python methods/twisted_smc.py sample results/twisted_smc --runs 20     with the twists of a run
