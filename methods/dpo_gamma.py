@@ -6,7 +6,7 @@ The loss (Eq. 4); gamma = 1 is DPO, and gamma = 0 forgets the reference:
 
     L = -log sigmoid( beta [ log pi(y_w|x)/pi(y_l|x) - gamma log pi_ref(y_w|x)/pi_ref(y_l|x) ] )
 
-    python methods/dpo_gamma.py                             tiny world, gamma 0, 1 and 2, three minutes
+    python methods/dpo_gamma.py                             tiny world, gamma 0, 1, 2, three minutes
     python methods/dpo_gamma.py --gamma 0 0.25 0.5 0.75 1   a sweep: one cached reference serves all
     torchrun --standalone --nproc-per-node 4 methods/dpo_gamma.py hh --model results/sft-hh
 
