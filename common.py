@@ -3897,7 +3897,7 @@ TINY_GRAMMAR = {
 }
 # Hidden context: the share of readers in each group, and what the monster is worth to them.
 TINY_GROUPS = ((0.75, 1.5), (0.25, -5.5))
-TINY_VERSION = 2  # raise it with every change of what the functions below make
+TINY_VERSION = 3  # raise it with every change of what the functions below make
 
 
 TINY_PROMPT = re.compile(r"\n\nHuman: Tell me a story about a \w+ in a \w+\.\n\nAssistant:")
@@ -4110,7 +4110,7 @@ def _build_folder(folder):
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a killed process
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(2)  # on any machine: how many there are decides the last bits
     generators = torch.random.fork_rng(devices=[])
     with generators, torch.enable_grad(), torch.device("cpu"), removed_on_failure(partial):
         torch.default_generator.manual_seed(0)
