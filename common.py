@@ -30,6 +30,7 @@ import dataclasses
 import datetime
 import fcntl
 import functools
+import gc
 import gzip
 import hashlib
 import heapq
@@ -55,6 +56,9 @@ import warnings
 import weakref
 import zlib
 from pathlib import Path
+
+# Libraries make a million objects that stay; looking for garbage among them is a third of a start.
+gc.disable()
 
 import numpy as np
 import tokenizers
@@ -89,6 +93,9 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
+
+gc.freeze()  # nor are they looked through later, or at the end
+gc.enable()
 
 CUDA = torch.cuda.is_available()
 varlen_attn = None

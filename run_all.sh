@@ -41,24 +41,24 @@ for name in $asked; do
   fi
 done
 
-one() {  # imh draws beside the DPO model, which is there by then
+one() {  # nothing of these waits for another
   local failed=0
   run dpl methods/dpl.py --overwrite || failed=1
-  run imh_adaptors methods/imh_adaptors.py --overwrite || failed=1
   run compare-quick studies/compare_preferences.py --quick || failed=1
+  run twisted_smc methods/twisted_smc.py --overwrite || failed=1
   return $failed
 }
 
-other() {  # generate answers with the DPO model; ranking reads all models that were trained
+other() {  # generate and imh draw from the DPO model; ranking reads all models that were trained
   local failed=0
   run dpo methods/dpo.py --overwrite &&
     run generate methods/generate.py --model results/dpo --overwrite || failed=1
+  run imh_adaptors methods/imh_adaptors.py --overwrite || failed=1
   run cal_dpo methods/cal_dpo.py --overwrite || failed=1
   run sft methods/sft.py --overwrite || failed=1
   run dpo_gamma methods/dpo_gamma.py --overwrite &&
     run dpo_gamma_figures studies/dpo_gamma_figures.py || failed=1
   run ranking_accuracy methods/ranking_accuracy.py --overwrite || failed=1
-  run twisted_smc methods/twisted_smc.py --overwrite || failed=1
   return $failed
 }
 

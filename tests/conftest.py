@@ -30,6 +30,8 @@ if "TEST_CUDA" not in os.environ:
 
 import common
 
+gc.disable()  # common.py has enabled it again
+
 os.environ["OMP_NUM_THREADS"] = (
     "1"  # their number decides the last bits, and tests compare bytes across processes
 )
