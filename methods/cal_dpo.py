@@ -15,7 +15,7 @@ Presets: tiny (default) | hh, tldr: Pythia-2.8B on Anthropic HH, TL;DR | ultrafe
 
 Does r_w stay positive? It cannot exceed -log pi_ref(y_w|x). If its target is below that ceiling,
 one pair alone has its minimum at r_w > 0. Two things pull it down: pairs that want the opposite,
-and that all probabilities add up to 1. In the tiny world r_w ends near 0, where DPO loses 11 nats.
+and that all probabilities add up to 1. In the tiny world r_w ends near 0, where DPO loses 12 nats.
 If the target is above the ceiling (logged as "unreachable"), as at beta = 0.001, r_w can fall as
 in DPO: while |r| is far below 1/(2 beta), the calibration pushes y_w up and y_l down with nearly
 the same force 1/beta. At beta = 0.001 that is 1000 and the sigmoid adds 0.5: every step is clipped.

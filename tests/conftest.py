@@ -17,6 +17,7 @@ from pathlib import Path
 gc.disable()
 
 import forks
+import matplotlib.figure
 import pytest
 import tokenizers
 import torch
@@ -149,6 +150,17 @@ def blank(tmp_path_factory):
     model.save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     return folder
+
+
+# Figures are made but not drawn, which takes longer than a short run.
+draw = matplotlib.figure.Figure.savefig
+matplotlib.figure.Figure.savefig = forks.plain_picture
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """In the tests that ask for it, figures are drawn."""
+    monkeypatch.setattr(matplotlib.figure.Figure, "savefig", draw)
 
 
 _servers = []  # of forks.py: the one of this process, once it is needed

@@ -25,6 +25,8 @@ import traceback
 import warnings
 from pathlib import Path
 
+from forks import plain_picture
+
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = (
     "sft",
@@ -274,15 +276,6 @@ def start(request):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-
-def plain_picture(figure, file, dpi=None):
-    """In place of Figure.savefig, which takes longer than a run: the points of its lines."""
-    found = []
-    for axis in figure.axes:
-        for line in axis.lines:
-            found.append([line.get_label(), line.get_xydata().tolist()])
-    file.write(json.dumps(found).encode())
 
 
 def warm_up():

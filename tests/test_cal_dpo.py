@@ -483,7 +483,7 @@ def args(blank, out, **changes):
 @pytest.mark.parametrize(
     "options", [{}, {"beta": 0.001, "lam": 0.5}, {"contrast": "ipo"}, {"contrast": "slic"}]
 )
-def test_run(blank, tmp_path, options):
+def test_run(blank, tmp_path, options, pictures):
     history = cal_dpo.main(args(blank, tmp_path / "run", lr=1e-4, **options))
     training = [r for r in history if "loss" in r]
     last = [r for r in history if "eval_loss" in r][-1]

@@ -628,7 +628,7 @@ def test_links_recover_the_distribution_up_to_scale():
 # ---- synthetic worlds
 
 
-def test_synthetic_1d_shows_hidden_context(tmp_path):
+def test_synthetic_1d_shows_hidden_context(tmp_path, pictures):
     """Bounds far from what seeds 0 and 1 gave (0.49 to 0.51, 0.96, ...); runs are deterministic."""
     table = dpl.main(dpl.SyntheticArgs(out=str(tmp_path / "run")))
     curves = {
@@ -653,7 +653,7 @@ def test_synthetic_1d_shows_hidden_context(tmp_path):
     assert (tmp_path / "run/figures/dpl.png").stat().st_size > 10_000
 
 
-def test_synthetic_2d_follows_the_true_borda_count(tmp_path):
+def test_synthetic_2d_follows_the_true_borda_count(tmp_path, pictures):
     table = dpl.main(dpl.SyntheticArgs(env="2d", steps=200, out=str(tmp_path / "run")))
     assert table["base"]["corr. Borda"] > 0.97 > table["base"]["corr. E[u]"] + 0.2
     assert (tmp_path / "run/figures/dpl.png").stat().st_size > 10_000
@@ -688,7 +688,7 @@ def test_readers_of_the_tiny_world():
     assert column["best of 4 by 1 % quantile: monsters"] == 0
 
 
-def test_hidden_context_in_a_few_steps(tmp_path, capsys):
+def test_hidden_context_in_a_few_steps(tmp_path, capsys, pictures):
     """All of the command, too short to learn; a second call with --resume trains nothing again."""
     options = dict(type="compare", soft_labels=True, batch_size=4, max_steps=2, eval_pairs=8)
     table = dpl.main(dpl.Args(out=str(tmp_path / "run"), **options))
@@ -1588,7 +1588,7 @@ def test_found_by_spread_is_the_rank_sum_statistic():
 
 
 @pytest.mark.parametrize("column", ["group", "subset", "data_subset"])
-def test_groups_of_any_name_in_a_csv(blank, tmp_path, capsys, column):
+def test_groups_of_any_name_in_a_csv(blank, tmp_path, capsys, column, pictures):
     """Train on one's own CSV, evaluate it: means and sds, a table of the groups, a figure."""
     rows = [json.loads(line) for line in (blank / "pairs.jsonl").read_text().splitlines()]
     data = tmp_path / "test.csv"

@@ -179,7 +179,7 @@ def args(blank, out, **changes):
     return Args(**{**settings, **changes})
 
 
-def test_learns_and_writes_a_run(blank, tmp_path):
+def test_learns_and_writes_a_run(blank, tmp_path, pictures):
     history = dpo.main(args(blank, tmp_path / "run", max_steps=24))
     training = [r for r in history if "loss" in r]
     held_out = [r for r in history if "eval_loss" in r]

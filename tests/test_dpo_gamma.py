@@ -214,7 +214,7 @@ def args(blank, out, **changes):
     return Args(**{**settings, **changes})
 
 
-def test_sweep(blank, tmp_path, monkeypatch):
+def test_sweep(blank, tmp_path, monkeypatch, pictures):
     monkeypatch.setattr(common, "CACHE", tmp_path / "cache")
     loaded, load_model = [], common.load_model
     monkeypatch.setattr(
@@ -272,7 +272,8 @@ def test_sweep(blank, tmp_path, monkeypatch):
         assert len(below) == 40 and torch.equal(
             below, pairs["eval_ranking_accuracy"] == 1
         )  # Theorem 4.1
-    run(ROOT / "studies" / "dpo_gamma_figures.py", "--sweep", tmp_path / "run")
+    figures = ROOT / "studies" / "dpo_gamma_figures.py"
+    run(figures, "--sweep", tmp_path / "run", PICTURES="drawn")
     assert (tmp_path / "run" / "figures" / "ranking.png").stat().st_size > 10_000
 
 

@@ -239,7 +239,7 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_run_writes_responses_verdicts_and_figure(options, tmp_path):
+def test_run_writes_responses_verdicts_and_figure(options, tmp_path, pictures):
     summary = main(Args(**options, samples=2, out=str(tmp_path / "a")))
     rows, data = lines(tmp_path / "a" / "responses.jsonl"), lines(ROOT / options["data"])
     data = data[-(len(data) // 5) :]  # the test split of a file alone that is so short

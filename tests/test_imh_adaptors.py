@@ -632,7 +632,7 @@ def test_the_dpo_run_beside_a_run(tmp_path):
     assert imh.all_settings(found.sampling_types, found.temperatures) == [imh.PLAIN]
 
 
-def test_the_main_figure_and_its_claim(tmp_path, capsys):
+def test_the_main_figure_and_its_claim(tmp_path, capsys, pictures):
     """Drawn from two imh.json alone, one with Eq. 1 and one without."""
     rng = np.random.default_rng(0)
     common.setup(0)

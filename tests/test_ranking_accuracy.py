@@ -1178,7 +1178,7 @@ def run(world, out, **options):
     )
 
 
-def test_run_against_enumeration(world, tmp_path, capsys):
+def test_run_against_enumeration(world, tmp_path, capsys, pictures):
     ref, policy = run(world, tmp_path / "run")
     delta, ref_delta = (
         [
@@ -1231,7 +1231,7 @@ def test_run_against_enumeration(world, tmp_path, capsys):
     assert (tmp_path / "run" / "figures" / "ranking.png").stat().st_size > 10_000
 
 
-def test_figure_2_follows_the_evaluations_of_a_run(world, tmp_path):
+def test_figure_2_follows_the_evaluations_of_a_run(world, tmp_path, pictures):
     policy = tmp_path / "policy"
     policy.mkdir()
     (policy / "model").symlink_to(world["policy"])
