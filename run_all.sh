@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every method at its default setting: the tiny world, on this machine, about nine minutes on two cores.
+# Every method at its default setting: the tiny world, on this machine, about eight minutes on two cores.
 #
 #   bash run_all.sh               all that has not finished before, two at a time, one thread each
 #   bash run_all.sh dpo cal_dpo   these, again
