@@ -53,6 +53,7 @@ from common import (
     prefill,
     read_rows,
     reorder,
+    require,
     require_text,
     response_hiddens,
     response_logps,
@@ -1021,10 +1022,13 @@ if __name__ == "__main__":
 
         benchmark_cuda.main(sys.argv[1:])
     else:
+        names = sys.argv[1:] or list(BENCHMARKS)
+        for name in names:
+            require(name in BENCHMARKS, f"{name}: no line of these: {', '.join(BENCHMARKS)}")
         setup(0)
         signal.signal(signal.SIGINT, signal.default_int_handler)  # setup's wait for a training loop
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         torch.set_num_threads(1)
         print(f"torch {torch.__version__}, one thread; ratios are medians over rounds, with range")
-        for name in sys.argv[1:] or BENCHMARKS:
+        for name in names:
             BENCHMARKS[name]()

@@ -43,12 +43,15 @@ def test_useful_flops_are_those_of_the_library():
             function(ids)
         return counter.get_total_flops()
 
+    # Older releases of the library make the angles of a position as a product of matrices.
+    angles = 2 * len(model.base_model.rotary_emb.inv_freq)
     rows = [dict(prompt_ids=[5], responses=[])]
-    assert benchmark_cuda.useful_flops("mini", rows) == counted(model.base_model)
+    one = benchmark_cuda.useful_flops("mini", rows)
+    assert counted(model.base_model) - one in (0, angles)
 
     # A response of two tokens after the prompt of one attends to 2 + 3 keys, the prompt to 1.
     rows = [dict(prompt_ids=[5], responses=[[6, 7]])]
     head = counted(model) - counted(model.base_model)
     attention = 4 * 2 * 16  # of one query and key, in two layers of width 16
-    body = counted(model.base_model) - attention
+    body = one - attention
     assert benchmark_cuda.useful_flops("mini", rows) == 3 * body + 6 * attention + 2 * head

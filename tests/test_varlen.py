@@ -33,8 +33,10 @@ def varlen_reference(
         n, m = int(b - a), int(d - c)
         assert n <= longest_query and m <= longest_key
         scores = torch.einsum("nhd,mhd->hnm", q[a:b], k[c:d]) * (scale or q.shape[2] ** -0.5)
-        at_query = torch.arange(n)[:, None] + m - n  # the last query stands at the last key
-        at_key = torch.arange(m)[None]
+        at_query = (
+            torch.arange(n, device=q.device)[:, None] + m - n
+        )  # the last query stands at the last key
+        at_key = torch.arange(m, device=q.device)[None]
         seen = at_key <= at_query
         if left >= 0:
             seen &= at_key >= at_query - left
