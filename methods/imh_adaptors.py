@@ -1375,7 +1375,8 @@ def listed_worlds(args, tokenizer, prior, prompts, support):
 
         # Strings of the prior; a string that is drawn twice is listed once.
         rng = np.random.default_rng([args.seed, number])
-        uniforms = torch.tensor(rng.random((support, args.max_length - len(prompt))))
+        uniforms = rng.random((support, args.max_length - len(prompt)))
+        uniforms = torch.tensor(uniforms, device=prior.device)
         drawn = sample(prior, [prompt], support, {}, uniforms, tokenizer)
 
         # log p of every different string, and what its text earns.

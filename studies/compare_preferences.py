@@ -149,7 +149,7 @@ def sample(model, tokenizer, rows, copies, seed):
     """Responses of a model, `copies` to each prompt: rows with their token ids and true reward."""
     # A response depends on its own row of uniforms only, not on the batch it is drawn in.
     generator = torch.Generator().manual_seed(seed)
-    uniforms = torch.rand(len(rows) * copies, 64, generator=generator)
+    uniforms = torch.rand(len(rows) * copies, 64, generator=generator).to(model.device)
     repeated = []
     for row in rows:
         repeated += [row] * copies
