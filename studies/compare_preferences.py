@@ -175,7 +175,7 @@ def score(folder, rows):
     model = load_model(str(folder))
     logps = torch.zeros(len(rows))
     for batch in pack_pairs(rows, 8192):
-        logps[batch["index"]] = response_logps(model, batch)[0]
+        logps[batch["index"]] = response_logps(model, batch)[0].cpu()
     return logps
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import imh_adaptors as imh
 import numpy as np
@@ -1919,3 +1920,20 @@ def test_exact_knows_the_tiny_world_alone(models, tmp_path):
     args = Args(**SETTINGS | models | dict(prompt="A fox", out=str(tmp_path / "run")))
     with pytest.raises(SystemExit, match="exact: its reward is known"):
         imh.exact(args)
+
+
+def test_exact_draws_where_the_model_is(monkeypatch):
+    """The uniforms lie on the model's device: here one that holds no numbers."""
+    devices = []
+
+    def drawn(model, prompts, copies, adaptor, uniforms, tokenizer):
+        devices.append(uniforms.device.type)
+        return [imh.Response(ids=[5], log_q=[-1.0], log_kept=[0.0])]
+
+    monkeypatch.setattr(imh, "sample", drawn)
+    tokenizer = imh.load_tokenizer("tiny")
+    prompt = "\n\nHuman: Tell me a story about a fox in a cave.\n\nAssistant:"
+    prior = SimpleNamespace(device=torch.device("meta"))
+    args = Args(max_length=8)
+    imh.listed_worlds(args, tokenizer, prior, [(prompt, [5, 6])], support=2)
+    assert devices == ["meta"]

@@ -6,10 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
+import torch
 from conftest import ROOT
 
 sys.path.append(str(ROOT / "studies"))
@@ -118,3 +120,20 @@ def test_run_all_goes_on_where_it_was_stopped(tmp_path):
     assert run_all("dpl", "sft")[1] == ["dpl", "sft"]
     done, ran = run_all("sgd")
     assert done.returncode == 1 and ran == [] and done.stdout.startswith("no sgd: choose from dpl")
+
+
+def test_study_draws_where_the_model_is(monkeypatch):
+    """The uniforms lie on the model's device: here one that holds no numbers."""
+    devices = []
+
+    def drawn(model, prompts, uniforms, *_):
+        devices.append(uniforms.device.type)
+        return [[5] for _ in prompts]
+
+    monkeypatch.setattr(study, "respond", drawn)
+    tokenizer = study.load_tokenizer("tiny")
+    rows = [{"prompt": "\n\nHuman: Hi.\n\nAssistant:", "prompt_ids": [5, 6]}]
+    monkeypatch.setattr(study, "tiny_reward", lambda prompt, text: 0.0)
+    model = SimpleNamespace(device=torch.device("meta"))
+    study.sample(model, tokenizer, rows, copies=2, seed=0)
+    assert devices == ["meta"]
