@@ -36,6 +36,7 @@ import hashlib
 import heapq
 import html
 import importlib.util
+import inspect
 import io
 import itertools
 import json
@@ -49,6 +50,7 @@ import resource
 import shutil
 import signal
 import sys
+import sysconfig
 import time
 import traceback
 import types
@@ -209,6 +211,8 @@ AttentionMaskInterface.register("packed", sdpa_mask)
 # launches a step.  The varlen kernel takes all pieces of a layer at once, by cumulative lengths.
 
 VARLEN = CUDA and varlen_attn is not None  # is its table part of a packed batch?
+# Since torch 2.13 it wants to be told where heads share their keys.
+VARLEN_ASKS = VARLEN and "enable_gqa" in inspect.signature(varlen_attn).parameters
 VARLEN_DTYPES = (torch.bfloat16, torch.float16)  # of compute; others attend piece by piece
 ROUNDED = 1024  # tokens of a packed row are rounded up to a multiple by padding
 ROUNDED_KEYS = 2048  # and so are its keys
@@ -366,17 +370,24 @@ def _varlen_attention(query, key, value, table, scaling, window):
     options = {"scale": scaling, "window_size": (-1, 0)}
     if window is not None:
         options["window_size"] = (window - 1, 0)
-    if query.shape[1] != key.shape[1]:
+    if query.shape[1] != key.shape[1] and VARLEN_ASKS:
         options["enable_gqa"] = True
     lengths = (table.queries, table.keys, table.longest_query, table.longest_key)
     return varlen_attn(q, k, v, *lengths, **options)[None]
 
 
+moved_last = (None, None)  # a packed batch, and the same with its tensors on a GPU
+
+
 def _on_device(batch, device):
-    """The packed batch with its tensors on the device, copied once, at first use."""
+    """The packed batch with its tensors on the device, copied once.
+
+    They are there until the next batch is copied: a data set that is scored has many.
+    """
+    global moved_last
     if device.type == "cpu":
         return batch
-    if "on_device" not in batch:
+    if moved_last[0] is not batch:
         # The tensors of the batch, and those of its table.
         moved = {}
         for name, value in batch.items():
@@ -386,8 +397,8 @@ def _on_device(batch, device):
             for name, value in vars(batch["table"]).items():
                 fields[name] = to_device(value, device) if torch.is_tensor(value) else value
             moved["table"] = VarlenTable(**fields)
-        batch["on_device"] = moved
-    return batch["on_device"]
+        moved_last = (batch, moved)
+    return moved_last[1]
 
 
 # What walks the vocabulary.  On a CPU it goes by blocks of 8 rows, so that a block's logits stay in
@@ -849,6 +860,7 @@ LARGEST_HEAD = 128  # numbers of a key: what the prototype's kernel was checked 
 HEADS = 2  # of one program of the kernel
 TOKENS = 8  # that it reads at a time: a program is one warp, small since loading takes the time
 FEWEST_SLOTS = 16  # for which a step is captured
+MOST_CAPTURED = 8  # steps of a pool, for several numbers of slots
 POOLS = weakref.WeakKeyDictionary()  # the last pool of each model, for its next batch
 
 
@@ -900,8 +912,9 @@ class Pool:
 class PoolTurn:
     """In place of a cache: a batch's turn with a pool, which no other gets while this lives."""
 
-    def __init__(self, pool, room):
+    def __init__(self, pool, slots, room):
         self.pool = pool
+        self.slots = slots  # of this batch; the pool may have more
         self.room = room  # steps left
         pool.turn = weakref.ref(self)
 
@@ -1053,7 +1066,7 @@ def _begin_turn(model, cache, lengths, copies, room):
     pool.used.zero_()
     pool.used[:slots] = lengths.int().repeat_interleave(copies).to(pool.used.device)
     pool.where.copy_(torch.arange(prompt_tokens - len(pool.where), prompt_tokens))
-    turn = PoolTurn(pool, room)
+    turn = PoolTurn(pool, slots, room)
     POOLS[model] = pool
     return turn
 
@@ -1115,11 +1128,13 @@ def _step_pool(model, turn, tokens):
     pool.used += 1
 
     # As slots become fewer, a step for a quarter of them, as long as that has many.
-    slots = len(pool.where)
+    slots = turn.slots
     while slots // 4 >= max(n, FEWEST_SLOTS):
         slots //= 4
     if CUDA:
         if slots not in pool.captured:
+            if len(pool.captured) == MOST_CAPTURED:
+                pool.captured.clear()
             pool.captured[slots] = _capture(model, pool, slots)
         graph, hidden, logits = pool.captured[slots]
         graph.replay()
@@ -1154,11 +1169,14 @@ def _run_in_pool(model, pool, slots):
 
 def _capture(model, pool, slots):
     """Record a step -> CUDA graph, and the hidden states and logits that its replay writes."""
-    # Three runs on a stream of their own come first: they compile, and make what is made once.
-    stream = torch.cuda.Stream()
+    # Runs on a stream of their own come first: they compile, and make what is made once.
+    stream = _warming_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(2):
+            _run_in_pool(model, pool, slots)
+        # What waits for the GPU cannot be captured, and torch does not recover from trying.
+        with refusing_waits():
             _run_in_pool(model, pool, slots)
     torch.cuda.current_stream().wait_stream(stream)
 
@@ -1167,6 +1185,25 @@ def _capture(model, pool, slots):
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         hidden, logits = _run_in_pool(model, pool, slots)
     return graph, hidden, logits
+
+
+@functools.cache
+def _warming_stream():
+    """One for all captures: cuBLAS keeps memory for every stream."""
+    return torch.cuda.Stream()
+
+
+@contextlib.contextmanager
+def refusing_waits():
+    """While open, an operation that makes the program wait for the GPU is a RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls this a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _reorder_pool(pool, ancestors):
@@ -1247,6 +1284,8 @@ def _decoding_problem(model):
         decode_step(model, cache, torch.tensor(ids[13:15], device=model.device))
         reorder(cache, torch.tensor([1, 0], device=model.device))
         _, found = decode_step(model, cache, torch.tensor([ids[15], ids[0]], device=model.device))
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # hybrids fail in many ways
         return f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else "an error"
     swapped = [texts[1] + [ids[14], ids[15]], texts[0] + [ids[13], ids[0]]]
@@ -1562,9 +1601,14 @@ def cheapest(cost, k):
         limit = torch.from_numpy(np.partition(cost.numpy(), k - 1)[:, k - 1 : k])
     else:
         limit = cost.topk(k, largest=False).values[:, -1:]
+        # Where several tokens have the largest kept cost, the first ones of them.
+        cheaper = cost < limit
+        ties = cost == limit
+        room = k - cheaper.sum(-1, keepdim=True)
+        return (cheaper | (ties & (ties.cumsum(-1) <= room))).float()
     kept = at_most(cost, limit)
 
-    # Where several tokens have the largest kept cost, there may be more than k.
+    # The same, row by row where there are more than k: few rows, and a pass less.
     surplus = kept.sum(-1).long() - k
     for row in surplus.nonzero()[:, 0].tolist():
         ties = (cost[row] == limit[row]).nonzero()[:, 0]
@@ -1582,7 +1626,7 @@ def fewest_with_mass(cost, p, x):
     cost = cost.float()
     share = max(x - 1e-6, 1e-9)
     if not cost.is_cpu:
-        return _compiled_bisection()(cost, p, share)
+        return _fewest_by_bisection(cost, p, share)
     if cost.shape[1] <= SHORT_ROW:
         return _fewest_by_sorting(cost, p, share)
 
@@ -1620,32 +1664,40 @@ def _fewest_by_sorting(cost, p, share):
     return torch.zeros_like(cost).scatter_(1, order, kept.float())
 
 
-@functools.cache
-def _compiled_bisection():
-    """_fewest_by_bisection, compiled where Triton is there: else each pass is several kernels."""
-    if importlib.util.find_spec("triton") is None:
-        return _fewest_by_bisection
-    return torch.compile(_fewest_by_bisection)
-
-
 def _fewest_by_bisection(cost, p, share):
     """fewest_with_mass by passes over all tokens alone, for a GPU.  Not yet run on one."""
     # Floats >= 0 are ordered as their bits are, read as whole numbers.
     bits = cost.contiguous().view(torch.int32)
     goal = share * p.sum(-1, keepdim=True, dtype=torch.float64)
+    search = _compiled_search() if cost.is_cuda else _largest_kept
+    largest, below = search(bits, p, goal)
+
+    # Of the tokens at that cost, those before which x is not reached yet.  Outside of what is
+    # compiled: torch 2.11 does not compile sums along a row of 32,000 tokens.
+    ties = bits == largest
+    up_to = below + (p * ties).cumsum(-1, dtype=torch.float64)
+    return ((bits < largest) | (ties & (up_to - p < goal))).float()
+
+
+def _largest_kept(bits, p, goal):
+    """The cost of the token that reaches the goal, and the mass of the cheaper ones; (n, 1) each.
+
+    Costs as whole numbers, and probabilities, (n, V); goal (n, 1)
+    """
     low = torch.zeros_like(bits[:, :1])
     high = torch.full_like(low, torch.iinfo(torch.int32).max)
-    for _ in range(31):  # the largest kept cost is in low ... high
+    for _ in range(31):  # it is in low ... high
         middle = low + (high - low) // 2
         mass = (p * (bits <= middle)).sum(-1, keepdim=True, dtype=torch.float64)
         high = torch.where(mass >= goal, middle, high)
         low = torch.where(mass >= goal, low, middle + 1)
+    return high, (p * (bits < high)).sum(-1, keepdim=True, dtype=torch.float64)
 
-    # Of the tokens at that cost, those before which x is not reached yet.
-    ties = bits == high
-    below = (p * (bits < high)).sum(-1, keepdim=True, dtype=torch.float64)
-    up_to = below + (p * ties).cumsum(-1, dtype=torch.float64)
-    return ((bits < high) | (ties & (up_to - p < goal))).float()
+
+@functools.cache
+def _compiled_search():
+    """_largest_kept, compiled where that is possible: else each pass is several kernels."""
+    return _largest_kept if _why_no_compiler() else torch.compile(_largest_kept)
 
 
 def above_cutoff(log_pi, log_cutoff):
@@ -3125,6 +3177,7 @@ def load_model(name, dtype="float32", train=False, reshard=True):
     if (folder / ADAPTER).exists():
         adapter = folder
         folder = model_folder(_base_of(folder))
+    gc.collect()  # models that the run is done with: they are in cycles
     rank, world = rank_and_world()
     _require_dtype(dtype)
     compute_dtype = getattr(torch, dtype)
@@ -3232,7 +3285,10 @@ class ComputeCopy:
         # Buffers, such as rotary frequencies, stay as they are.
         for mine, weight in zip(self.copies, self.weights):
             mine.data = mine.data.to(model.compute_dtype)
-            mine.register_post_accumulate_grad_hook(functools.partial(self.add_gradient, weight))
+            # A hook that held this object would be a cycle that Python cannot see: no weight would
+            # ever be freed.
+            add = functools.partial(ComputeCopy.add_gradient, weakref.proxy(self), weight)
+            mine.register_post_accumulate_grad_hook(add)
 
     def add_gradient(self, weight, mine):
         """Add the gradient of a weight's copy to that of the weight, in fp32."""
@@ -3311,17 +3367,26 @@ def _why_not_compiled(module, steps):
         return f"{steps} steps are too few to pay for it"
     if not module.varlen or _decoder_layers(module) is None:
         return "their attention goes piece by piece"
+    return _why_no_compiler()
+
+
+def _why_no_compiler():
+    """Why torch.compile cannot work for a GPU here; "" if it can."""
     if importlib.util.find_spec("triton") is None:
         return "Triton is missing"
     compilers = [os.environ.get("CC") or "cc", "gcc", "clang"]
     if not any(map(shutil.which, compilers)):
         return "a C compiler is missing"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python's headers are missing"
     return ""
 
 
 def _compile(module, backend="inductor"):
     """Compile the decoder layers in place, and the passes over the vocabulary."""
     global _log_softmax_at, _logits_gradient
+    # Its products in float32 are few, and stay exact.
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
     # A layer has a form for each size, with and without gradients.
     torch._dynamo.config.recompile_limit = 32
     for layer in _decoder_layers(module):
@@ -4173,6 +4238,7 @@ def setup(seed, timeout=1800):
         if dist.get_backend() != "gloo":  # the one that has monitored_barrier
             meeting = dist.new_group(backend="gloo")
         atexit.register(leave)
+        sys.excepthook = functools.partial(_say_in_one_line, None)  # start_run knows more
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _note_signal)
     torch.manual_seed(seed)
@@ -4200,7 +4266,11 @@ def leave():
     try:
         dist.monitored_barrier(meeting, timeout=datetime.timedelta(seconds=30))
     except RuntimeError:
-        pass  # another rank is gone: torchrun ends the job
+        # Another rank is gone, or waits for this one in a step: to end the group of NCCL would wait
+        # for it, too.  torchrun ends the job.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     dist.destroy_process_group()
 
 
@@ -4217,12 +4287,19 @@ def _require_gpus(there):
 
 def _say_in_one_line(args, kind, error, trace):
     """An excepthook: errors of a GPU that a flag can prevent are one line, others as ever."""
-    if issubclass(kind, torch.OutOfMemoryError):
+    if _is_out_of_memory(kind, error):
         print(_out_of_memory(args), file=sys.stderr)
     elif kind.__module__.startswith(("torch._dynamo", "torch._inductor")):
-        print(f"layers cannot be compiled ({first_line(error)}): --no-compile", file=sys.stderr)
+        remedy = "--no-compile" if hasattr(args, "compile") else "set TORCHDYNAMO_DISABLE=1"
+        print(f"torch cannot compile here ({first_line(error)}): {remedy}", file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
+
+
+def _is_out_of_memory(kind, error):
+    """Is a GPU full?  Libraries that torch calls have their own words for it."""
+    words = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return issubclass(kind, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
 def _out_of_memory(args):

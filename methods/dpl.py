@@ -242,7 +242,7 @@ def categorical_loss(chosen, rejected):
     """
     log_p_chosen = chosen.log_softmax(-1)
     log_p_rejected = rejected.log_softmax(-1)
-    atom = torch.arange(chosen.shape[-1]).to(chosen)
+    atom = torch.arange(chosen.shape[-1], dtype=chosen.dtype, device=chosen.device)
     M = (1 + torch.sign(atom[:, None] - atom)) / 2
 
     # In log space a sum of products that are too small for a float is still finite. Where M is 0,
@@ -321,7 +321,7 @@ def categorical_utility(logits, measure, alpha):
         return filled.sum(-1) / K
 
     # Moments of the points.
-    atoms = torch.arange(K).to(logits) / (K - 1)
+    atoms = torch.arange(K, dtype=logits.dtype, device=logits.device) / (K - 1)
     mean = (p * atoms).sum(-1)
     if measure == "mean":
         return mean

@@ -113,7 +113,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import pair_metrics, reference_logps, response_logps  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, load_split, plan_steps, subset  # data
-from common import clip_gradients, compile_layers, load_model, load_tokenizer  # models
+from common import CUDA, clip_gradients, compile_layers, load_model, load_tokenizer  # models
 from common import plan_memory, save_model  # models
 from common import check_ranges, log, merge, progress, setup  # processes
 from common import speed, start_run, to_device  # processes
@@ -270,7 +270,7 @@ def train_one(args):
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     first_weights = copy_weights(model)
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=args.lr, foreach=CUDA)
     start = 0
     clipped = 0  # steps whose gradient was clipped so far
     if args.resume:

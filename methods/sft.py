@@ -105,7 +105,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))
 from common import reference_logps, response_logps, wins  # log-probabilities
 from common import pack_pairs, tokenize_pairs  # tokenization
 from common import batch_order, every_turn, load_split, plan_steps, subset  # data
-from common import clip_gradients, compile_layers, load_model, load_tokenizer  # models
+from common import CUDA, clip_gradients, compile_layers, load_model, load_tokenizer  # models
 from common import plan_memory, save_model  # models
 from common import check_ranges, log, merge, progress, require, setup  # processes
 from common import speed, start_run, to_device  # processes
@@ -234,7 +234,7 @@ def main(args):
     model = load_model(args.model, args.dtype, train=True, reshard=args.reshard_after_forward)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=args.lr)
+    optimizer = torch.optim.RMSprop(model.parameters(), lr=args.lr, foreach=CUDA)
     start = 0
     clipped = 0  # steps whose gradient was clipped so far
     if args.resume:

@@ -2,7 +2,9 @@
 same numbers, the same checkpoints, bit for bit on a CPU.
 """
 
+import gc
 import shutil
+import weakref
 
 import pytest
 import torch
@@ -176,3 +178,15 @@ def test_runs_of_one_and_of_two_processes(blank, tmp_path):
     last = [[r for r in records(tmp_path / n) if "loss" in r][-1] for n in ("1-on", "2-on")]
     assert last[0]["step"] == last[1]["step"] == 4
     assert last[0]["loss"] == pytest.approx(last[1]["loss"], abs=5e-2)
+
+
+def test_a_model_is_freed_with_its_copy(blank):
+    """Weights, their copies and gradients: nothing of a trained model outlives it."""
+    model = copied_model(blank)
+    for batch in pack_pairs(ROWS, 1000):
+        response_logps(model, batch)[0].sum().backward()
+    copy = model.compute_copy
+    kept = [weakref.ref(x) for x in (model, copy, *copy.weights, *copy.copies, copy.module)]
+    del model, copy
+    gc.collect()
+    assert all(reference() is None for reference in kept)

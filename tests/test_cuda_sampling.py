@@ -34,10 +34,11 @@ def rows(n, V, spread, ties):
 
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("ties", [False, True])
-def test_kept_sets_are_those_of_the_cpu(filters, ties):
+@pytest.mark.parametrize("V", [5000, 50304])
+def test_kept_sets_are_those_of_the_cpu(filters, ties, V):
     if not filters:
         pytest.skip("no filter, no set")
-    log_pi = rows(64, 5000, 2.0, ties).log_softmax(-1)  # made once, so that both get the same bits
+    log_pi = rows(64, V, 2.0, ties).log_softmax(-1)  # made once, so that both get the same bits
     p = log_pi.exp()
     here = common.kept_by_all(log_pi, p, filters, imh_adaptors.kept_set)
     there = common.kept_by_all(log_pi.cuda(), p.cuda(), filters, imh_adaptors.kept_set)
@@ -87,6 +88,26 @@ def test_the_kernel(case):
     test_pool.compare_kernel(*case, "cuda")
 
 
+def test_a_step_that_cannot_be_captured(monkeypatch, capsys):
+    """Refused before the capture, after which torch would be of no use."""
+    model = on_gpu("llama")
+    layer = model.base_model.layers[0]
+    forward = layer.forward
+
+    def waits(hidden, *others, **options):
+        hidden.sum().item()
+        return forward(hidden, *others, **options)
+
+    monkeypatch.setattr(layer, "forward", waits)
+    stream = torch.cuda.current_stream()
+    cache, _, _ = common.prefill(model, PROMPTS, 4)
+    assert model.decodes and not isinstance(cache, common.PoolTurn)
+    assert "slabs, and steps are not captured" in capsys.readouterr().out
+    assert torch.cuda.current_stream() == stream
+    assert torch.cuda.get_sync_debug_mode() == 0
+    assert torch.rand(2, device="cuda").isfinite().all()
+
+
 def on_gpu(family, dtype=torch.float32):
     common.setup(0)
     return build(family).to("cuda", dtype)
@@ -115,6 +136,12 @@ def test_captured_steps(family, dtype):
         worst = (logits.float().cpu() - expected).abs().max()
         assert worst <= a_logit * expected.abs().max()
     assert list(turn.pool.captured) == [8]
+    del turn
+
+    # A batch with fewer slots has a step of its own in the same pool.
+    turn, _, _ = common.prefill(model, PROMPTS, 6)
+    common.decode_step(model, turn, torch.arange(4).cuda())
+    assert list(turn.pool.captured) == [8, 4]
 
 
 @pytest.mark.parametrize("family", ["neox", "llama"])

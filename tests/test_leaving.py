@@ -3,6 +3,7 @@
 There is no GPU here: what it would say or do is put in its place.
 """
 
+import dpo
 import pytest
 import torch
 from conftest import ROOT, run
@@ -66,12 +67,41 @@ def test_out_of_gpu_memory(blank, tmp_path):
         assert flag in line
 
 
+@pytest.mark.parametrize("words", ["CUDA error: out of memory\n...", "CUBLAS_STATUS_ALLOC_FAILED"])
+def test_a_library_out_of_gpu_memory(words, capsys):
+    """NCCL, cuBLAS and captured steps have errors and words of their own."""
+    common._say_in_one_line(None, RuntimeError, RuntimeError(words), None)
+    line = capsys.readouterr().err
+    assert line == "out of GPU memory: --dtype bfloat16, or more processes under torchrun\n"
+
+
+GONE = """
+if dist.get_rank() == 0:
+    os._exit(3)
+print("what it had to say")
+def wait(*_):
+    import time
+    time.sleep(60)
+dist.destroy_process_group = wait  # NCCL waits for the rank that is gone
+"""
+
+
+def test_a_rank_that_is_gone_is_not_waited_for(tmp_path):
+    """The others end, with what they have printed and exit code 1."""
+    lines = "import os\ncommon.setup(0)\n" + GONE
+    (tmp_path / "script.py").write_text(COMPOSITE + lines)
+    done = run(tmp_path / "script.py", processes=2, check=False, timeout=50)
+    assert done.returncode == 1 and "exit code 1" in done.stderr
+    assert done.stdout == "what it had to say\n" and "Traceback" not in done.stderr
+
+
 def test_a_compiler_that_fails_and_other_errors(capsys):
     """The first has a remedy in one line; an error of ours keeps its traceback."""
     broken = type("InductorError", (RuntimeError,), {"__module__": "torch._inductor.exc"})
-    common._say_in_one_line(None, broken, broken("no ptxas\nat ..."), None)
-    line = capsys.readouterr().err
-    assert line == "layers cannot be compiled (InductorError: no ptxas): --no-compile\n"
+    for args, remedy in ((dpo.Args(), "--no-compile"), (None, "set TORCHDYNAMO_DISABLE=1")):
+        common._say_in_one_line(args, broken, broken("no ptxas\nat ..."), None)
+        line = capsys.readouterr().err
+        assert line == f"torch cannot compile here (InductorError: no ptxas): {remedy}\n"
     common._say_in_one_line(None, ValueError, ValueError("ours"), None)
     assert "ValueError: ours" in capsys.readouterr().err
 

@@ -16,26 +16,12 @@ import numpy as np
 import pytest
 import test_families
 import torch
+from loops import attend_reference
 from test_sampling import CONFIGS, PROMPTS, V, build, check, full_forward, grow
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 import common
 from common import decode_step, prefill, reorder, sample_tokens, stay_in_place
-
-
-def attend_reference(q, keys, values, table, used, scale):
-    """What the kernel computes, a slot at a time: gather by the table, softmax, sum."""
-    assert keys.shape == values.shape and table.dtype == used.dtype == torch.int32
-    out = []
-    for slot in range(len(q)):
-        rows = table[slot, : used[slot]].long()
-        group = q.shape[1] // keys.shape[1]
-        k = keys[rows].repeat_interleave(group, dim=1).float()  # (tokens, heads, d)
-        v = values[rows].repeat_interleave(group, dim=1).float()
-        scores = torch.einsum("hd,thd->ht", q[slot].float(), k) * scale
-        out.append(torch.einsum("ht,thd->hd", scores.softmax(-1), v))
-    return torch.stack(out).to(q.dtype)
-
 
 SIZES = dict(
     vocab_size=V,
@@ -185,7 +171,8 @@ def capture(pool):
     capture = Capture(common._run_in_pool)
     pool.setattr(common, "CUDA", True)
     pool.setattr(common, "_run_in_pool", capture.run)
-    pool.setattr(torch.cuda, "Stream", lambda: capture)
+    pool.setattr(common, "refusing_waits", contextlib.nullcontext)
+    pool.setattr(common, "_warming_stream", lambda: capture)
     pool.setattr(torch.cuda, "current_stream", lambda: capture)
     pool.setattr(torch.cuda, "stream", contextlib.nullcontext)
     pool.setattr(torch.cuda, "CUDAGraph", Recorded)
@@ -213,7 +200,12 @@ def test_captured_steps(capture):
         model.model.layers[0].mlp.down_proj.weight.mul_(1.5)
     del turn
     grow(model, [[0, 1, 2, 3], [3, 2, 1, 0]], PROMPTS, 1)
-    assert capture.captures == [80, 20]
+    assert capture.captures == [80, 20, 4]  # a batch with fewer slots has its own step
+
+    # There is a bound on steps that are kept.
+    for slots in range(5, 5 + common.MOST_CAPTURED):
+        grow(model, [list(range(slots))], PROMPTS[:1], slots)
+    assert 0 < len(common.POOLS[model].captured) <= common.MOST_CAPTURED
 
 
 def test_no_key_moves(pool):

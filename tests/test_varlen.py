@@ -6,44 +6,12 @@ import random
 
 import pytest
 import torch
+from loops import varlen_reference
 from test_logps import FAMILIES, TINY, gradients, make, naive, random_rows
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
 
 import common
 from common import pack_pairs, response_hiddens, response_logps, setup
-
-
-def varlen_reference(
-    q, k, v, queries, keys, longest_query, longest_key, scale=None, window_size=(-1, -1), **options
-):
-    """What torch.nn.attention.varlen.varlen_attn computes, a piece at a time.
-
-    q (N, heads, d), k and v (keys, fewer heads, d), cumulative lengths -> (N, heads, d)
-    """
-    assert queries.dtype == keys.dtype == torch.int32 and len(queries) == len(keys)
-    assert options.get("enable_gqa", False) == (q.shape[1] != k.shape[1])
-    copies = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(copies, dim=1) for x in (k, v))
-    left, right = window_size
-    assert right == 0
-    out = []
-    for i in range(len(queries) - 1):
-        a, b = queries[i], queries[i + 1]
-        c, d = keys[i], keys[i + 1]
-        n, m = int(b - a), int(d - c)
-        assert n <= longest_query and m <= longest_key
-        scores = torch.einsum("nhd,mhd->hnm", q[a:b], k[c:d]) * (scale or q.shape[2] ** -0.5)
-        at_query = (
-            torch.arange(n, device=q.device)[:, None] + m - n
-        )  # the last query stands at the last key
-        at_key = torch.arange(m, device=q.device)[None]
-        seen = at_key <= at_query
-        if left >= 0:
-            seen &= at_key >= at_query - left
-        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
-        out.append(torch.einsum("hnm,mhd->nhd", weights, v[c:d]))
-    assert queries[-1] == len(q) and keys[-1] <= len(k)
-    return torch.cat(out)
 
 
 @pytest.fixture
@@ -52,6 +20,7 @@ def varlen(monkeypatch):
     setup(0)
     monkeypatch.setattr(common, "VARLEN", True)
     monkeypatch.setattr(common, "VARLEN_DTYPES", (torch.float32, torch.float64))
+    monkeypatch.setattr(common, "VARLEN_ASKS", True)
     monkeypatch.setattr(common, "varlen_attn", varlen_reference)
     return monkeypatch
 
@@ -160,6 +129,24 @@ def test_log_probs_and_gradients_of_a_model(family, responses, varlen):
     (piecewise,) = pack_pairs(rows, 10_000)
     model.varlen = False
     torch.testing.assert_close(response_logps(model, piecewise)[0], sums, atol=1e-5, rtol=1e-5)
+
+
+def before_2_13(q, k, v, *lengths, scale=None, window_size=(-1, -1)):
+    """varlen_attn of torch 2.11, which sees from the sizes that heads share their keys."""
+    options = dict(scale=scale, window_size=window_size, enable_gqa=q.shape[1] != k.shape[1])
+    return varlen_reference(q, k, v, *lengths, **options)
+
+
+def test_grouped_heads_before_torch_2_13(varlen):
+    varlen.setattr(common, "VARLEN_ASKS", False)
+    varlen.setattr(common, "varlen_attn", before_2_13)
+    model = make(FAMILIES["llama"])
+    assert model.config.num_key_value_heads < model.config.num_attention_heads
+    rows = random_rows(4)
+    (batch,) = pack_pairs(rows, 10**5)
+    found, _ = response_logps(model, batch)
+    assert model.varlen and model.packs
+    torch.testing.assert_close(found, naive(model, rows), atol=1e-5, rtol=1e-5)
 
 
 def test_hiddens_and_gradient_checkpointing(varlen):
@@ -395,4 +382,8 @@ def test_a_batch_is_moved_once(varlen):
     tensors = [x for x in [*moved.values(), *vars(moved["table"]).values()] if torch.is_tensor(x)]
     assert len(tensors) == 7 + 6 and all(x.is_meta for x in tensors)
     assert common._on_device(batch, torch.device("meta")) is moved
+    # It stays until another one comes.
+    (other,) = pack_pairs(random_rows(3), 10_000)
+    assert common._on_device(other, torch.device("meta")) is not moved
+    assert common.moved_last[0] is other
     assert common._on_device(batch, torch.device("cpu")) is batch
