@@ -13,6 +13,7 @@ Not shown are kernels and their roundings, streams, memory, compiled layers, and
 """
 
 import contextlib
+import functools
 import importlib.machinery
 import math
 import os
@@ -24,6 +25,7 @@ from pathlib import Path
 
 import loops
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
@@ -291,6 +293,7 @@ class Varlen(torch.autograd.Function):
         return *(Pretended(x) for x in found), None, None, None, None
 
 
+@functools.wraps(loops.varlen_reference)
 def varlen_attn(q, k, v, queries, keys, *sizes, **options):
     return Varlen.apply(q, k, v, queries, keys, sizes, options)
 
@@ -438,6 +441,14 @@ def install():
             kwargs["device"] = OWN
         return plain_to(tensor, *args, **kwargs)
 
+    _device_constructors()  # `with torch.device(...)` looks them up once: before they are replaced
+    plain_tensor = torch.tensor
+
+    def tensor(data, device=None, **how):
+        made = plain_tensor(data, **how)
+        return made if device is None else made.to(device)
+
+    torch.tensor = tensor
     torch.Tensor.to = to
     torch.Tensor.cuda = lambda tensor, *device, **how: to(tensor, OWN, **how)
     torch.__future__.set_swap_module_params_on_conversion(True)  # so that modules move their own
@@ -453,7 +464,8 @@ def install():
     Rules().__enter__()
 
 
-if __name__ == "__main__":
+def main():
+    """Run the file, or "-m" and the module, that the command names."""
     root = Path(__file__).resolve().parents[1]
     sys.path[:0] = [str(root), str(root / "methods")]
     os.environ.setdefault("PRETEND_GPU", "1")  # for processes that forks.py starts, too
@@ -464,3 +476,9 @@ if __name__ == "__main__":
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+if __name__ == "__main__":
+    import pretend  # this file, by the name that tests have for it
+
+    pretend.main()

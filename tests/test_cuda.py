@@ -6,6 +6,7 @@ gradient within 2e-2 of its norm.  In fp32 both are sums in another order.
 
 import copy
 import json
+import os
 import shutil
 
 import benchmark
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(),
     reason="no GPU here, or hidden: run `python -m pytest -n 0 tests/test_cuda.py` where there is",
 )
+needs_card = pytest.mark.skipif("PRETEND_GPU" in os.environ, reason="only a card shows it")
 GPU = "cuda"
 
 SMALL = dict(vocab_size=97, hidden_size=256, num_hidden_layers=2, intermediate_size=512)
@@ -104,6 +106,7 @@ def test_rows_beyond_a_sliding_window():
     assert ((found - expected).abs() <= 5e-2 * tokens).all()
 
 
+@needs_card
 def test_compiled_layers():
     """The same numbers but for roundings, for batches of several sizes; few compilations."""
     torch._dynamo.reset()
@@ -157,6 +160,7 @@ def test_a_copy_gives_the_numbers_of_fsdp(blank):
     assert (found[0] - found[1]).norm() <= 1e-3 * found[1].norm()
 
 
+@needs_card
 def test_the_plan_against_the_measured_peak():
     """A DPO step of 64 pairs with HH's lengths in the shape of Pythia-410m, in bf16: 15 %."""
     shape = pythia(1024, 24, 16)
@@ -246,6 +250,7 @@ def test_more_processes_than_gpus(blank, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@needs_card
 def test_out_of_memory_is_one_line(blank, tmp_path):
     """A share of the memory that holds the model and not a step."""
     config = json.loads((blank / "model" / "config.json").read_text())

@@ -6,7 +6,8 @@ import imh_adaptors
 import pytest
 import test_pool
 import torch
-from test_sampling import PROMPTS, build, full_forward
+import twisted_smc
+from test_sampling import PROMPTS, V, build, full_forward
 
 import common
 
@@ -174,6 +175,53 @@ def test_resampling_does_not_wait_for_the_gpu():
             common.decode_step(model, turn, tokens)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+class Twisted:
+    """What smc asks for: p0 of a model, and beside it a random linear twist on its states."""
+
+    def __init__(self, model, prompt, n, T):
+        self.decoder = twisted_smc.Decoder(model, prompt, n, T, V)
+        weight = torch.randn(32, V, generator=torch.Generator().manual_seed(0))
+        self.weight = 0.1 * weight.to(model.device)
+
+    def __call__(self, last, ancestors):
+        hidden, logits = self.decoder.step(last, ancestors)
+        return logits, hidden @ self.weight
+
+
+def log_phi(tokens):
+    return (tokens.sum(-1) % 7).double() / 2
+
+
+def true_log_Z(model, prompt, T):
+    """Of all V^T sequences, by whole texts on the CPU."""
+    texts = [list(prompt)]
+    log_p = torch.zeros(1)
+    for _ in range(T):
+        _, logits = common._run_whole(model, texts)
+        log_p = (log_p[:, None] + logits.log_softmax(-1)).flatten()
+        texts = [text + [token] for text in texts for token in range(V)]
+    tokens = torch.tensor(texts)[:, len(prompt) :]
+    return (log_p.double() + log_phi(tokens)).logsumexp(0)
+
+
+@pytest.mark.parametrize("proposal", ["twist", "base"])
+def test_smc_against_enumeration(proposal):
+    """E Z-hat = Z: the mean of 200 runs, resampled at every step, is within five standard errors.
+
+    False alarm: one in a million.
+    """
+    T, K, N = 2, 16, 200
+    model = on_gpu("llama")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        scores = Twisted(model, PROMPTS[0], N * K, T)
+        found = twisted_smc.smc(scores, log_phi, T, K, N, proposal=proposal)
+    assert model.pools
+    ratio = (found.log_Z.cpu() - true_log_Z(build("llama"), PROMPTS[0], T)).exp()
+    assert ratio.std() < 0.5
+    assert abs(ratio.mean() - 1) < 5 * ratio.std() / N**0.5
 
 
 def test_without_triton(monkeypatch, capsys):
