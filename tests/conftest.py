@@ -77,6 +77,7 @@ def names_used(function, seen):
 
 # Files that take minutes: two run side by side, so that the longest must not come last.
 LONG = (
+    "test_pretend",
     "test_readme",
     "test_imh_adaptors",
     "test_twisted_smc",

@@ -27,7 +27,6 @@ import loops
 import torch
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 CPU = torch.device("cpu")
@@ -171,8 +170,24 @@ def is_there(x):
     return isinstance(x, Pretended)
 
 
+def mapped(function, nested):
+    """The function of what lists, tuples and dictionaries hold."""
+    if isinstance(nested, (list, tuple)):
+        return type(nested)([mapped(function, x) for x in nested])
+    if isinstance(nested, dict):
+        return {name: mapped(function, x) for name, x in nested.items()}
+    return function(nested)
+
+
 def tensors_in(nested):
-    return [x for x in tree_flatten(nested)[0] if isinstance(x, torch.Tensor)]
+    found = []
+
+    def collect(x):
+        if isinstance(x, torch.Tensor):
+            found.append(x)
+
+    mapped(collect, nested)
+    return found
 
 
 def storage_of(tensor):
@@ -186,10 +201,12 @@ def names_gpu(device):
 INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index")
 
 
-def check(function, args, kwargs, there):
-    """RuntimeError for what CUDA refuses; notes what waits.  there: is the result on the GPU?"""
+def check(function, args, kwargs, tensors, there):
+    """RuntimeError for what CUDA refuses; notes what waits.
+
+    tensors: those of the arguments.  there: is the result on the GPU?
+    """
     name = function.__name__.split(".")[0]
-    tensors = tensors_in((args, kwargs))
     if kwargs.get("generator") is not None:
         raise RuntimeError(f"{function}: a generator of the CPU draws nothing on the GPU")
     if name in WAITING or (name == "repeat_interleave" and kwargs.get("output_size") is None):
@@ -217,22 +234,30 @@ def check(function, args, kwargs, there):
         raise RuntimeError(f"{function}: a result of the GPU into a tensor of the CPU")
 
 
+def of_the_cpu(x):
+    """An argument as the CPU gets it."""
+    if is_there(x):
+        return x.held
+    if isinstance(x, torch.device) and names_gpu(x):
+        return CPU
+    return x
+
+
 def launch(function, args, kwargs):
     """Run an operation that has to do with the GPU -> its result."""
-    flat, structure = tree_flatten((args, kwargs))
-    there = any(is_there(x) for x in flat)
+    tensors = tensors_in((args, kwargs))
+    there = any(is_there(x) for x in tensors)
     if kwargs.get("device") is not None:
         there = names_gpu(kwargs["device"])
     if function is aten.copy_.default:
         there = is_there(args[0])
     if function is aten._fused_sdp_choice.default:
         return 0  # plain operations: a CPU has no other of CUDA's kernels
-    check(function, args, kwargs, there)
+    check(function, args, kwargs, tensors, there)
 
     # The same with tensors of the CPU.
-    inner = [x.held if is_there(x) else x for x in flat]
-    inner = [CPU if isinstance(x, torch.device) and names_gpu(x) else x for x in inner]
-    held_args, held_kwargs = tree_unflatten(inner, structure)
+    held_args = mapped(of_the_cpu, args)
+    held_kwargs = mapped(of_the_cpu, kwargs)
     if capturing is not None:
         save_what_is_written(function, held_args, held_kwargs)
     out = function(*held_args, **held_kwargs)
@@ -242,14 +267,14 @@ def launch(function, args, kwargs):
         return out
 
     # What was written in place is the same tensor again.
-    same = {id(x.held): x for x in flat if is_there(x)}
+    same = {id(x.held): x for x in tensors if is_there(x)}
 
     def wrapped(x):
         if not isinstance(x, torch.Tensor):
             return x
         return same[id(x)] if id(x) in same else Pretended(x)
 
-    return tree_map(wrapped, out)
+    return mapped(wrapped, out)
 
 
 def save_what_is_written(function, args, kwargs):

@@ -29,6 +29,7 @@ COMMANDS = {
     + ("--top-p", 0.9, "--max-new-tokens", 6),
     "imh": ("imh_adaptors", "--model", "{model}", "--ref-model", "{model}", "--data", "{pairs}")
     + ("--reward", "{own}:short", "--prompts", 3, "--samples", 4, "--max-length", 60)
+    + ("--sampling-types", "ancestral_strict", "top_p090", "--temperatures", 1.0)
     + ("--chain-length", 200, "--burn-in", 9, "--corpus-size", 20),
     "ctl": ("twisted_smc", *SMC, *SHORT, "--learner", "ctl"),
     "rl with a body": ("twisted_smc", *SMC, *SHORT, "--learner", "rl", "--twist", "body"),
