@@ -9,7 +9,7 @@ Its tensors are computed on the CPU, and held to the rules of CUDA:
 - what makes the program wait for the GPU is noted in `waits`, and refused within a capture.
 
 So the branches for a GPU run to their ends where there is none, and give the numbers of the CPU.
-Not shown are kernels and their roundings, streams, memory, compiled layers, and several GPUs.
+Not shown are kernels and their roundings, streams, memory, compiled layers, and NCCL.
 """
 
 import contextlib
@@ -447,6 +447,30 @@ STAND_INS = dict(
 )
 
 
+def move_where_rules_see_it():
+    """Functions that would look for a card before `Rules` is asked name the device by OWN."""
+    _device_constructors()  # `with torch.device(...)` looks them up once: before they are replaced
+    plain_to = torch.Tensor.to
+    plain_tensor = torch.tensor
+
+    def to(tensor, *args, **kwargs):
+        args = [OWN if isinstance(x, (str, torch.device)) and names_gpu(x) else x for x in args]
+        if names_gpu(kwargs.get("device")):
+            kwargs["device"] = OWN
+        return plain_to(tensor, *args, **kwargs)
+
+    def tensor(data, device=None, **how):
+        made = plain_tensor(data, **how)
+        return made if device is None else made.to(device)
+
+    torch.tensor = tensor
+    torch.Tensor.to = to
+    torch.Tensor.cuda = lambda tensor, *device, **how: to(tensor, OWN, **how)
+    torch.Tensor.pin_memory = torch.Tensor.clone
+    torch._C._set_only_lift_cpu_tensors(True)
+    torch.__future__.set_swap_module_params_on_conversion(True)  # so that ties survive
+
+
 def install():
     """From here on, this process has a GPU: to be called before common.py is imported."""
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
@@ -456,36 +480,14 @@ def install():
     for name, value in STAND_INS.items():
         setattr(torch.cuda, name, value)
     _setup_privateuseone_for_python_backend("pretend", torch.cuda)  # a device that autograd knows
-    torch._C._set_only_lift_cpu_tensors(True)  # so that torch.tensor copies where Rules sees it
-    torch.Tensor.pin_memory = torch.Tensor.clone
-    plain_to = torch.Tensor.to
+    torch.autograd.set_multithreading_enabled(False)  # backward in the program's own thread
+    move_where_rules_see_it()
 
-    def to(tensor, *args, **kwargs):
-        args = [OWN if isinstance(x, (str, torch.device)) and names_gpu(x) else x for x in args]
-        if names_gpu(kwargs.get("device")):
-            kwargs["device"] = OWN
-        return plain_to(tensor, *args, **kwargs)
-
-    _device_constructors()  # `with torch.device(...)` looks them up once: before they are replaced
-    plain_tensor = torch.tensor
-
-    def tensor(data, device=None, **how):
-        made = plain_tensor(data, **how)
-        return made if device is None else made.to(device)
-
-    torch.tensor = tensor
-    torch.Tensor.to = to
-    torch.Tensor.cuda = lambda tensor, *device, **how: to(tensor, OWN, **how)
-    torch.__future__.set_swap_module_params_on_conversion(True)  # so that modules move their own
+    # gloo for NCCL, and loops for kernels.
     start = torch.distributed.init_process_group
-
-    def start_with_gloo(backend=None, **options):
-        return start("gloo", **options)
-
-    torch.distributed.init_process_group = start_with_gloo
+    torch.distributed.init_process_group = lambda backend=None, **how: start("gloo", **how)
     torch.nn.attention.varlen.varlen_attn = varlen_attn
     stand_in_for_triton()
-    torch.autograd.set_multithreading_enabled(False)  # backward in the program's own thread
     Rules().__enter__()
 
 
