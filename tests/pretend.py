@@ -420,6 +420,7 @@ STAND_INS = dict(
     device_count=device_count,
     current_device=lambda: gpu().index,
     is_initialized=lambda: True,
+    is_current_stream_capturing=lambda: capturing is not None,
     set_device=nothing,
     device=lambda *device: contextlib.nullcontext(),
     get_device_name=lambda *device: "no GPU",
