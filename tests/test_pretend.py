@@ -10,7 +10,8 @@ from conftest import ROOT
 
 FILES = ("test_pretend_rules", "test_cuda", "test_cuda_sampling", "test_cuda_commands")
 # What takes long there, and is like another test.
-LEFT_OUT = "law or 50304 or resumed or (twenty and not float32-dpl and not bfloat16-dpo)"
+LEFT_OUT = "law or 50304 or resumed or (gpus and float32)"
+LEFT_OUT += " or (twenty and not float32-dpl and not bfloat16-dpo)"
 
 
 @pytest.mark.skipif(
