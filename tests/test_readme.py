@@ -342,6 +342,10 @@ def test_a_command(command, request, tmp_path):
         pass  # test_docs.py runs it on a copy, and with --check
     elif command.startswith("python tests/benchmark.py"):
         check_benchmark(words[2:])
+    elif command.startswith("python tests/pretend.py "):
+        # test_pretend.py makes whole runs so
+        done = subprocess.run([sys.executable, *words[1:], "--help"], cwd=ROOT, **CAPTURED)
+        assert done.returncode == 0 and f"usage: {words[2]}" in done.stdout, done.stderr
     elif command.startswith("python tests/test_contract.py "):
         figures_of = [sys.executable, *words[1:]]
         done = subprocess.run(figures_of, cwd=ROOT, **CAPTURED)
