@@ -3346,7 +3346,8 @@ def compile_layers(model, wanted, steps):
     """Compile what a GPU computes in `steps` training steps; a line says where it does not pay.
 
     wanted: --no-compile says no.  The decoder layers are one function, since they are alike: it is
-    compiled for two sizes, because pack_pairs rounds them, in 4 to 20 s.
+    compiled for the first size, for all sizes when a second one comes, and anew for a few kinds of
+    batch (without gradients, with more pieces); 4 to 20 s each, few because pack_pairs rounds.
     """
     if not CUDA or not wanted:
         return
